@@ -1,0 +1,104 @@
+"""The one description of a detector; everything in `model/` is built from it.
+
+Free of torch, so that a job spec can be read and checked without loading it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+VGG16_REDUCED = "vgg16_reduced"
+
+
+@dataclass(frozen=True)
+class RefineDetConfig:
+    """A RefineDet++ detector. Defaults are the paper's (P); `C` marks the Caffe release's value.
+
+    num_classes               foreground classes; class 0, background, comes on top
+    input_size                side of the square input, pixels; a multiple of the coarsest stride
+    backbone                  "vgg16_reduced", or any timm model that supports `features_only`
+    num_levels                detection levels; None: 4 below 1024 pixels, 5 from there on (section V-C)
+    head                      the ADM's predictor: AlignConv (III-D), deformable or vanilla convolution
+    kernel_size               of that predictor (table III)
+    theta                     anchors with a negative confidence above it are filtered (III-B, table IV)
+    filter_negatives          where theta applies: "always", or in "training" only
+    cascade                   False: the ADM starts from the tiled anchors (table II, column 4)
+    tcb                       False: no transfer connection blocks and no ARM, like SSD (table II, column 5)
+    tcb_channels              width of the TCBs and of the ADM's input
+    norm                      batch normalisation: per-worker "batch", "frozen", or "sync"
+    prediction_block          a bottleneck before every ARM and ADM predictor; None: on for all but VGG (C)
+    tcb_norm                  BN in the TCBs; None: on for all but VGG (C)
+    arm_iou, adm_iou          (negative below, positive from); P (0.5, 0.5), later advice for the ARM (0.3, 0.7)
+    negatives_per_positive    hard negative mining ratio (IV-E)
+    loss_normalization        "per_module": ARM and ADM by their own positives (equation 1); "arm": both by the ARM's
+    activation_checkpointing  recompute the backbone's stages in backward; for 1024 inputs
+    score_threshold           detections below are dropped
+    pre_nms_top_k             most confident detections kept before NMS: 400 an image (P), 1000 a class (C)
+    pre_nms_scope             whether that count is by "image" (P) or by "class" (C)
+    nms_iou                   IoU of the per-class NMS
+    max_detections            kept an image: 200 (P), 500 (C)
+    """
+
+    num_classes: int = 80
+    input_size: int = 320
+    backbone: str = "resnet101"
+    num_levels: int | None = None
+    head: Literal["align", "deform", "vanilla"] = "align"
+    kernel_size: Literal[3, 5, 7] = 3
+    theta: float = 0.99
+    filter_negatives: Literal["always", "training"] = "always"
+    cascade: bool = True
+    tcb: bool = True
+    tcb_channels: int = 256
+    norm: Literal["batch", "frozen", "sync"] = "batch"
+    prediction_block: bool | None = None
+    tcb_norm: bool | None = None
+    arm_iou: tuple[float, float] = (0.5, 0.5)
+    adm_iou: tuple[float, float] = (0.5, 0.5)
+    negatives_per_positive: float = 3.0
+    loss_normalization: Literal["per_module", "arm"] = "per_module"
+    activation_checkpointing: bool = False
+    score_threshold: float = 0.01
+    pre_nms_top_k: int = 400
+    pre_nms_scope: Literal["image", "class"] = "image"
+    nms_iou: float = 0.45
+    max_detections: int = 200
+
+    # Read by pydantic where a job spec holds this class; a plain dict, so that pydantic is not needed here.
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    def __post_init__(self) -> None:
+        if self.num_classes < 1:
+            raise ValueError(f"num_classes must be at least 1, received {self.num_classes}.")
+        if self.num_levels not in (None, 4, 5):
+            raise ValueError(f"num_levels must be 4 or 5, received {self.num_levels}.")
+        if self.input_size < self.coarsest_stride or self.input_size % self.coarsest_stride:
+            raise ValueError(
+                f"input_size must be a multiple of {self.coarsest_stride} with {self.levels} levels, "
+                f"received {self.input_size}."
+            )
+        if not 0.0 < self.theta <= 1.0:
+            raise ValueError(f"theta must lie in (0, 1], received {self.theta}.")
+        for name in ("arm_iou", "adm_iou"):
+            low, high = getattr(self, name)
+            if not 0.0 <= low <= high <= 1.0:
+                raise ValueError(f"{name} must be (low, high) with 0 <= low <= high <= 1, received {(low, high)}.")
+        if not self.tcb and (self.cascade or self.head == "align"):
+            raise ValueError(
+                "tcb: false removes the ARM, so nothing refines the anchors; set cascade: false and head: vanilla too."
+            )
+
+    @property
+    def levels(self) -> int:
+        """Number of detection levels, resolved."""
+        return self.num_levels or (5 if self.input_size >= 1024 else 4)
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Stride of each detection level, pixels: 8, 16, 32, 64 (, 128)."""
+        return tuple(8 * 2**level for level in range(self.levels))
+
+    @property
+    def coarsest_stride(self) -> int:
+        return self.strides[-1]

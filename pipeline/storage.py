@@ -1,0 +1,150 @@
+"""Files of a run, in a folder or behind any fsspec URI: whole or not at all, with digests.
+
+A path is a string: a local path or a URI. `manifest` files say what a folder holds, and are written last; what has
+no manifest does not exist.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import uuid
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+_CHUNK = 4 * 2**20
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """Size in bytes and SHA-256 of one file; `name` is relative to its manifest."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
+    """The file system that serves `path`, and the path as that file system knows it."""
+    return fsspec.core.url_to_fs(path)
+
+
+def is_local(path: str) -> bool:
+    return isinstance(filesystem(path)[0], LocalFileSystem)
+
+
+def absolute(path: str) -> str:
+    """URIs as they are, local paths absolute: workers run in folders of their own."""
+    return os.path.abspath(os.path.expanduser(path)) if "://" not in path else path
+
+
+def join(path: str, *parts: str) -> str:
+    return posixpath.join(path, *parts)
+
+
+def exists(path: str) -> bool:
+    fs, name = filesystem(path)
+    return fs.exists(name)
+
+
+def make_folder(path: str) -> None:
+    fs, name = filesystem(path)
+    fs.makedirs(name, exist_ok=True)
+
+
+def list_folder(path: str) -> list[str]:
+    """Names in a folder, sorted; empty where there is no such folder."""
+    fs, name = filesystem(path)
+    fs.invalidate_cache()
+    if not fs.isdir(name):
+        return []
+    return sorted(posixpath.basename(entry.rstrip("/")) for entry in fs.ls(name, detail=False))
+
+
+def remove(path: str) -> None:
+    """Remove a file or folder; nothing happens where there is none."""
+    fs, name = filesystem(path)
+    if fs.exists(name):
+        fs.rm(name, recursive=True)
+
+
+def read_bytes(path: str) -> bytes:
+    fs, name = filesystem(path)
+    with fs.open(name, "rb") as file:
+        return file.read()
+
+
+def write_bytes(path: str, content: bytes) -> None:
+    """Write a file that others see whole or not at all, and that a crash of the machine does not undo."""
+    fs, name = filesystem(path)
+    if isinstance(fs, LocalFileSystem):
+        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+        partial = f"{name}.{uuid.uuid4().hex[:8]}.partial"
+        try:
+            with open(partial, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(partial, name)
+        except BaseException:
+            if os.path.exists(partial):
+                os.unlink(partial)
+            raise
+    else:  # an object store shows an object only once its upload is complete
+        with fs.open(name, "wb") as file:
+            file.write(content)
+
+
+def read_json(path: str) -> Any:
+    return json.loads(read_bytes(path))
+
+
+def write_json(path: str, value: Any) -> None:
+    write_bytes(path, (json.dumps(value, indent=1) + "\n").encode())
+
+
+def digest_bytes(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """Digest of a JSON value, whatever the order of its keys."""
+    return digest_bytes(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
+
+
+def digest_file(path: str, name: str | None = None) -> FileDigest:
+    fs, inner = filesystem(path)
+    sha = hashlib.sha256()
+    size = 0
+    with fs.open(inner, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            sha.update(chunk)
+            size += len(chunk)
+    return FileDigest(name or posixpath.basename(inner), size, sha.hexdigest())
+
+
+def write_manifest(path: str, files: Iterable[FileDigest], **facts: Any) -> None:
+    """Declare that `files` are complete. Always the last write."""
+    write_json(path, {**facts, "files": [asdict(file) for file in files]})
+
+
+def verify_manifest(path: str, manifest: Mapping[str, Any]) -> list[str]:
+    """Faults of the files that a manifest in folder `path` names; an empty list means that all are as written."""
+    faults = []
+    for entry in manifest["files"]:
+        file = join(path, entry["name"])
+        if not exists(file):
+            faults.append(f"{entry['name']} is missing")
+            continue
+        seen = digest_file(file, entry["name"])
+        if seen.size != entry["size"]:
+            faults.append(f"{entry['name']} has {seen.size} bytes, the manifest says {entry['size']}")
+        elif seen.sha256 != entry["sha256"]:
+            faults.append(f"{entry['name']} does not match its digest")
+    return faults
