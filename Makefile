@@ -1,0 +1,49 @@
+# `make quickstart` and `make test` are all a newcomer needs; each installs what is missing into .venv first.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
+
+.PHONY: quickstart test test-all check format bench install build clean
+
+quickstart: install
+	$(BIN)/refinedet launch jobs/quickstart.yaml
+
+test: install
+	$(BIN)/python -m pytest tests
+
+test-all: install
+	$(BIN)/python -m pytest tests -m "not gpu or gpu" --timeout 1800
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format -i
+
+bench: install
+	for bench in tests/bench/bench_*.py; do $(BIN)/python $$bench || exit 1; done
+
+install: $(VENV)/.installed
+
+# The stamp stands for the packages, and for the operators built from csrc/.
+$(VENV)/.installed: pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) is missing; install Python 3.11 or newer."; exit 2; }
+	@command -v g++ >/dev/null || echo "make: g++ is missing, so the operators run as their slower PyTorch references."
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --constraint constraints.txt uv
+	$(UV) torch torchvision setuptools wheel scikit-build-core cmake ninja pyyaml psutil
+	$(UV) --no-build-isolation --editable '.[dev,s3,export]'
+	touch $@
+
+# Rebuild the operators after a change in csrc/.
+build:
+	$(UV) --no-build-isolation --no-deps --editable .
+
+clean:
+	rm -rf $(VENV) build .pytest_cache .ruff_cache

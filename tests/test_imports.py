@@ -1,0 +1,103 @@
+"""The architecture as a law: who may import whom, and which package a library belongs to."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+SOURCES = sorted(path for top in ("model", "pipeline") for path in (REPOSITORY / top).rglob("*.py"))
+
+# A part may import the parts listed for it, and itself.
+_LEAVES = {"pipeline.spec", "pipeline.spec_files", "pipeline.errors", "pipeline.storage"}
+ALLOWED = {
+    "model": set(),
+    "pipeline.errors": set(),
+    "pipeline.storage": {"pipeline.errors"},
+    "pipeline.spec": {"model"},
+    "pipeline.spec_files": {"pipeline.spec", "pipeline.errors"},
+    "pipeline.data": _LEAVES | {"model"},
+    "pipeline.training": _LEAVES | {"model", "pipeline.data"},
+    "pipeline.evaluation": _LEAVES | {"model", "pipeline.data"},
+    "pipeline.tracking": _LEAVES | {"model", "pipeline.data"},
+    "pipeline.cluster": _LEAVES
+    | {"model", "pipeline.data", "pipeline.training", "pipeline.evaluation", "pipeline.tracking"},
+    "pipeline.cli": _LEAVES
+    | {
+        "model",
+        "pipeline.data",
+        "pipeline.training",
+        "pipeline.evaluation",
+        "pipeline.tracking",
+        "pipeline.cluster",
+    },
+}
+# A library may be imported by its part alone.
+OWNERS = {
+    "webdataset": "pipeline.data",
+    "deepspeed": "pipeline.training",
+    "pycocotools": "pipeline.evaluation",
+    "faster_coco_eval": "pipeline.evaluation",
+    "mlflow": "pipeline.tracking",
+    "ray": "pipeline.cluster",
+}
+MODEL_MAY_IMPORT = {"torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime"}
+
+
+def part_of(module: str) -> str | None:
+    """`pipeline.data.shards` -> `pipeline.data`; None for what is not ours."""
+    names = module.split(".")
+    if names[0] == "model":
+        return "model"
+    return ".".join(names[:2]) if names[0] == "pipeline" else None
+
+
+def imports_of(path: Path) -> set[str]:
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide what is imported"
+            module = node.module or ""
+            if module == "pipeline":
+                found |= {f"pipeline.{alias.name}" for alias in node.names}
+            else:
+                found.add(module)
+    return found
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(REPOSITORY).with_suffix("").parts)
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_imports_point_one_way(path: Path) -> None:
+    here = part_of(module_of(path))
+    if path.parent == REPOSITORY / "pipeline" and path.name == "__init__.py":
+        assert not imports_of(path), "pipeline/__init__.py imports nothing, so that each part loads alone"
+        return
+    assert here in ALLOWED, f"{here} has no import rule"
+    for imported in imports_of(path):
+        part = part_of(imported)
+        if part is not None and part != here:
+            assert part in ALLOWED[here], f"{module_of(path)} must not import {imported}"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=module_of)
+def test_libraries_stay_in_their_part(path: Path) -> None:
+    here = part_of(module_of(path))
+    for imported in imports_of(path):
+        owner = OWNERS.get(imported.split(".")[0])
+        assert owner in (None, here), f"{module_of(path)} must not import {imported}: it belongs to {owner}"
+
+
+@pytest.mark.parametrize("path", [p for p in SOURCES if p.is_relative_to(REPOSITORY / "model")], ids=module_of)
+def test_the_detector_stands_alone(path: Path) -> None:
+    import sys
+
+    for imported in imports_of(path):
+        top = imported.split(".")[0]
+        assert top in {"model", *MODEL_MAY_IMPORT, *sys.stdlib_module_names}, f"{module_of(path)} imports {imported}"
