@@ -1,0 +1,94 @@
+"""AlignConv in plain PyTorch: the operator's oracle, and its stand-in where the library is not built.
+
+Legend: B images, F channels, H W cells of a level, N rows (anchors that are computed), K kernel side, O outputs.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Bounds the samples alive at once: rows * K * K * F * 4 bytes, 19 MB for 2048 rows of 9 taps and 256 channels.
+ROWS_PER_CHUNK = 2048
+
+
+def align_conv_reference(
+    features: Sequence[Tensor],
+    strides: Sequence[int],
+    boxes: Tensor,
+    index: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+    *,
+    box_gradient: bool = False,
+) -> Tensor:
+    """Same contract as `align_conv`; differentiable to features, weight and bias by autograd.
+
+    box_gradient  let the gradient reach the boxes through the bilinear weights too; for checking only
+    """
+    if not box_gradient:
+        boxes = boxes.detach()
+    accumulate = torch.float64 if features[0].dtype == torch.float64 else torch.float32
+    boxes = boxes.to(accumulate)
+    level, image, aspect = split_index(index, features, aspects=weight[0].shape[0])
+    kernel = weight[0].shape[-1]
+    rows, values = [], []
+    for position, (feature, stride) in enumerate(zip(features, strides, strict=True)):
+        cells = feature.permute(0, 2, 3, 1).to(accumulate)
+        for shape in range(weight[0].shape[0]):
+            # [O, F, K, K] -> [K*K*F, O]: taps outside, channels inside, like the samples.
+            filters = weight[position][shape].permute(2, 3, 1, 0).flatten(0, 2).to(accumulate)
+            offset = bias[position][shape].to(accumulate)
+            chosen = torch.nonzero((level == position) & (aspect == shape)).squeeze(1)
+            # At least one chunk, so that a group without rows still gives its filters a gradient (of zero).
+            for chunk in chosen.split(ROWS_PER_CHUNK) if chosen.numel() else (chosen,):
+                y, x = sample_points(boxes[chunk], kernel, stride)
+                samples = _bilinear(cells, image[chunk], y, x)
+                rows.append(chunk)
+                values.append(torch.addmm(offset, samples.flatten(1), filters))
+    output = values[0].new_zeros(index.shape[0], weight[0].shape[1])
+    return output.index_copy(0, torch.cat(rows), torch.cat(values)).to(features[0].dtype)
+
+
+def split_index(index: Tensor, features: Sequence[Tensor], aspects: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Level, image and aspect of each row, [N] int64; the level of an empty row (index < 0) is -1.
+
+    index [N] counts image * A + anchor, with the anchors in the order level, y, x, aspect.
+    """
+    sizes = [feature.shape[-2] * feature.shape[-1] * aspects for feature in features]
+    image = index.div(sum(sizes), rounding_mode="floor")
+    anchor = index - image * sum(sizes)
+    level = torch.zeros_like(index)
+    for start in itertools.accumulate(sizes[:-1]):
+        level = level + (anchor >= start)
+    # A level holds a whole number of cells, so the aspect follows from the anchor alone.
+    return torch.where(index < 0, -1, level), image, anchor % aspects
+
+
+def sample_points(boxes: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor]:
+    """Centres of the KxK equal parts of each box, in cells of the level: (y, x), [N, K*K], row by row."""
+    parts = (torch.arange(kernel, device=boxes.device, dtype=boxes.dtype) + 0.5) / kernel
+    corner, size = boxes[:, None, :2], boxes[:, None, 2:] - boxes[:, None, :2]
+    points = (corner + size * parts[:, None]) / stride - 0.5  # [N, K, (x, y)]
+    x = points[:, None, :, 0].expand(-1, kernel, -1)
+    y = points[:, :, None, 1].expand(-1, -1, kernel)
+    return y.flatten(1), x.flatten(1)
+
+
+def _bilinear(cells: Tensor, image: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Values of cells [B, H, W, F] at (y, x) [N, T] of the images [N] -> [N, T, F]; a corner off the map counts 0."""
+    batch, height, width, _ = cells.shape
+    flat = cells.reshape(batch * height * width, -1)
+    samples = flat.new_zeros(*y.shape, flat.shape[1])
+    top, left = y.detach().floor(), x.detach().floor()
+    for corner_y in (top, top + 1):
+        for corner_x in (left, left + 1):
+            # False for NaN too: such a sample is outside every map.
+            inside = (corner_y >= 0) & (corner_y < height) & (corner_x >= 0) & (corner_x < width)
+            share = torch.where(inside, (1 - (y - corner_y).abs()) * (1 - (x - corner_x).abs()), 0)
+            row, column = torch.where(inside, corner_y, 0).long(), torch.where(inside, corner_x, 0).long()
+            samples = samples + flat[(image[:, None] * height + row) * width + column] * share[..., None]
+    return samples
