@@ -1,0 +1,39 @@
+"""Detections, COCO and VOC evaluation, multi-scale testing. Pure functions; pieces make them restartable."""
+
+from pipeline.evaluation.coco import METRIC_NAMES, CocoMetrics, Matches, accumulate, evaluate_coco, match
+from pipeline.evaluation.detect import detect_piece
+from pipeline.evaluation.detections import DetectionTable
+from pipeline.evaluation.multiscale import (
+    describe_cost,
+    estimate_cost,
+    multiscale_piece,
+    resolve_merge,
+    resolve_passes,
+)
+from pipeline.evaluation.pieces import Piece, merge_pieces, missing_pieces, read_piece, split_into_pieces, write_piece
+from pipeline.evaluation.truth import GroundTruth
+from pipeline.evaluation.validation import validate
+
+__all__ = [
+    "METRIC_NAMES",
+    "CocoMetrics",
+    "DetectionTable",
+    "GroundTruth",
+    "Matches",
+    "Piece",
+    "accumulate",
+    "describe_cost",
+    "detect_piece",
+    "estimate_cost",
+    "evaluate_coco",
+    "match",
+    "merge_pieces",
+    "missing_pieces",
+    "multiscale_piece",
+    "read_piece",
+    "resolve_merge",
+    "resolve_passes",
+    "split_into_pieces",
+    "validate",
+    "write_piece",
+]
