@@ -1,0 +1,83 @@
+"""What training tells of itself: a record a step, events, the result."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class StepTimes:
+    """Seconds one rank spent in the parts of one step."""
+
+    data: float = 0.0
+    """waiting for the next micro-batches, and moving them to the device"""
+    forward: float = 0.0
+    backward: float = 0.0
+    reduce: float = 0.0
+    """averaging gradients: communication, and waiting for slower ranks; at ZeRO 2 what backward did not hide"""
+    optimizer: float = 0.0
+    """checks, update, gathering of updated weights"""
+    checkpoint: float = 0.0
+    """what saving held up; the writing itself goes on beside training"""
+    total: float = 0.0
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """One step, as one rank saw it."""
+
+    step: int
+    """steps taken from the beginning of training, this one included"""
+    total_steps: int
+    epoch: int
+    """from 0"""
+    batch: int
+    """global batch within the epoch, from 0"""
+    learning_rate: float
+    losses: dict[str, float]
+    """loss parts and `total`, means over ranks and micro-batches"""
+    gradient_norm: float
+    """of the averaged gradient, before clipping"""
+    loss_scale: float
+    """1 unless the precision is fp16"""
+    applied: bool
+    """False where the step was skipped"""
+    skipped_steps: int
+    """steps skipped so far for a loss or gradient that was not finite (in fp16 beyond what loss scaling expects)"""
+    images: int
+    """of all ranks"""
+    images_per_s: float
+    """of all ranks"""
+    memory_bytes: int
+    """device memory in use at its highest, or resident memory on a CPU; of this rank"""
+    times: StepTimes
+    previous: tuple[StepTimes, ...] = ()
+    """the step before, on every rank, by rank; empty on the first step after a start"""
+
+
+@dataclass(frozen=True)
+class Event:
+    """Something worth telling beside the steps. `facts` are JSON values."""
+
+    kind: Literal["resumed", "started", "saved", "save_failed", "passed_over", "skipped", "validated", "straggler"]
+    step: int
+    message: str
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrainResult:
+    """How training ended; the same on every rank."""
+
+    status: Literal["finished", "stopped"]
+    step: int
+    epoch: int
+    checkpoint: str | None
+    """the last checkpoint, committed"""
+    weights: str | None
+    """weights.safetensors, once finished"""
+    best: str | None = None
+    """the checkpoint that validated best"""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """of the last validation"""

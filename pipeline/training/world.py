@@ -1,0 +1,118 @@
+"""Who this process is among the workers, and the collectives that all of them call.
+
+A group that exists already (Ray Train made it) is used as it is; else one is made from torchrun's environment; else
+this process is a world of one. This module reads the environment so that no other one of training does.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """One worker among `size`. Every method is a collective: all ranks call it, in the same order."""
+
+    rank: int = 0
+    local_rank: int = 0
+    size: int = 1
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @property
+    def is_main(self) -> bool:
+        """Rank 0, the one that writes what is written once. Not a collective."""
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            self.all_gather(torch.zeros(1, device=self.device))
+
+    def all_gather(self, values: Tensor) -> Tensor:
+        """values [K] of every rank -> [size, K], on the device of `values`."""
+        if self.size == 1:
+            return values[None]
+        gathered = values.new_empty(self.size * values.numel())
+        dist.all_gather_into_tensor(gathered, values.contiguous())
+        return gathered.view(self.size, -1)
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Picklable values of all ranks, in the order of ranks."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast_object(self, value: T) -> T:
+        """Rank 0's value, on every rank."""
+        if self.size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
+
+    def mean_(self, tensors: list[Tensor]) -> None:
+        """Replace tensors of one dtype by their mean over the ranks."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        dist.all_reduce(flat)
+        flat /= self.size
+        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.detach().copy_(part.view(tensor.shape))
+
+
+@contextmanager
+def open_world(device: torch.device | str | None = None, timeout_s: float = 1800) -> Iterator[World]:
+    """The world of this process; a process group made here is also ended here.
+
+    device     default: the CUDA device of the local rank where there is one, else the CPU
+    timeout_s  of collectives, where the group is made here
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if device is None:
+        device = f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
+    device = torch.device(device)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    made_here = not dist.is_initialized()
+    if made_here:
+        _make_group(device, timedelta(seconds=timeout_s))
+    elif "OMP_NUM_THREADS" not in os.environ:
+        _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    try:
+        yield World(dist.get_rank(), local_rank, dist.get_world_size(), device)
+    finally:
+        if made_here:
+            dist.destroy_process_group()
+
+
+def _make_group(device: torch.device, timeout: timedelta) -> None:
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        dist.init_process_group(backend, timeout=timeout)
+        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        local_size = 1
+    if "OMP_NUM_THREADS" not in os.environ:
+        _share_cores(local_size)
+
+
+def _share_cores(local_size: int) -> None:
+    """Threads of one worker, so that the workers of a machine together have one a core."""
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
