@@ -1,0 +1,83 @@
+"""The compiled operators: found, loaded once, described. The only place that loads the library."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import model.ops
+
+logger = logging.getLogger(__name__)
+
+LIBRARY_NAME = "librefinedet.so"
+BUILD_COMMAND = "uv pip install --no-build-isolation --no-deps -e ."
+
+
+@dataclass(frozen=True)
+class LibraryStatus:
+    """What of the operators is there.
+
+    loaded         the library is loaded and its CPU kernels can be used
+    path           of the library; None where it is not built
+    cuda           it holds CUDA kernels, and this torch can run them
+    architectures  compute capabilities the CUDA kernels are built for, such as "80-real"; empty without CUDA
+    compilers      that built it
+    oldest_torch   the stable ABI it is built on, as the oldest torch that can load it
+    reason         one sentence: what is there, or why it is not and what to do
+    """
+
+    loaded: bool
+    path: Path | None = None
+    cuda: bool = False
+    architectures: tuple[str, ...] = ()
+    compilers: tuple[str, ...] = ()
+    oldest_torch: str = ""
+    reason: str = ""
+
+
+@functools.cache
+def describe() -> LibraryStatus:
+    """Load the library where it is built, and say what it holds; never raises."""
+    # An editable install puts the library into site-packages, which is then one more place of this package.
+    paths = [Path(place) / LIBRARY_NAME for place in model.ops.__path__]
+    path = next((path for path in paths if path.is_file()), None)
+    if path is None:
+        reason = f"The operators are not built ({LIBRARY_NAME} is in none of the places of model.ops); "
+        return LibraryStatus(loaded=False, reason=f"{reason}build them with `{BUILD_COMMAND}`.")
+    try:
+        torch.ops.load_library(path)
+        build_info = ctypes.CDLL(str(path)).refinedet_build_info
+        build_info.restype = ctypes.c_char_p
+        cuda, compiler, oldest_torch = build_info().decode().split("|")
+    except (OSError, AttributeError, ValueError, RuntimeError) as error:
+        reason = f"The operators at {path} cannot be loaded on torch {torch.__version__} ({error}); "
+        return LibraryStatus(loaded=False, path=path, reason=f"{reason}rebuild them with `{BUILD_COMMAND}`.")
+    nvcc, _, architectures = cuda.partition(";")
+    reason = "The operators are built for the CPU"
+    if nvcc:
+        reason += f" and, with CUDA {nvcc}, for {architectures}"
+        if torch.version.cuda is None:
+            reason += ", which this CPU build of torch cannot use"
+    return LibraryStatus(
+        loaded=True,
+        path=path,
+        cuda=bool(nvcc) and torch.version.cuda is not None,
+        architectures=tuple(architectures.split(",")) if nvcc else (),
+        compilers=(compiler, f"nvcc {nvcc}") if nvcc else (compiler,),
+        oldest_torch=oldest_torch,
+        reason=reason + ".",
+    )
+
+
+@functools.cache
+def is_loaded() -> bool:
+    """Whether the compiled operators can be used; says once, as a warning, when they cannot."""
+    status = describe()
+    if not status.loaded:
+        logger.warning("%s Until then the slower PyTorch reference runs.", status.reason)
+    return status.loaded
