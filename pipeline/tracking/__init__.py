@@ -1,0 +1,30 @@
+"""What a run leaves for people: its MLflow run, its report, its pictures and its packaged model.
+
+The names below are loaded when they are first used: MLflow takes seconds to import, drawing boxes must not.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.tracking.pictures import Boxes, draw_detections
+    from pipeline.tracking.redaction import redact, redact_text
+    from pipeline.tracking.runs import RunTracker
+
+_HOMES = {
+    "Boxes": "pictures",
+    "RunTracker": "runs",
+    "draw_detections": "pictures",
+    "redact": "redaction",
+    "redact_text": "redaction",
+}
+
+__all__ = ["Boxes", "RunTracker", "draw_detections", "redact", "redact_text"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,0 +1,101 @@
+"""Where runs are tracked: the default SQLite store, and a quiet, offline MLflow.
+
+Import this before MLflow: it reads its environment when it is imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.spec import Tracking
+from pipeline.tracking.redaction import redact_text
+
+logger = logging.getLogger(__name__)
+
+DATABASE = "mlflow.db"
+ARTIFACTS = "mlflow-artifacts"
+
+_MLFLOW_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",  # nothing about a run leaves the machine unasked
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the terminal belongs to the progress bar
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the outbox retries; a request must not block for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "GIT_PYTHON_REFRESH": "quiet",
+}
+
+
+def configure_mlflow() -> None:
+    """Set what MLflow reads from the environment; what the user has set stays."""
+    for name, value in _MLFLOW_ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+
+
+def quiet_mlflow() -> None:
+    """Take MLflow's and its libraries' own handlers off the terminal: their records go where the root logger's go."""
+    for name in ("mlflow", "alembic", "sqlalchemy.engine", "huey"):
+        library = logging.getLogger(name)
+        library.handlers = []
+        library.propagate = True
+        library.setLevel(logging.WARNING)
+
+
+def tracking_uri(tracking: Tracking, runs: str) -> str:
+    """The MLflow tracking URI: the spec's, or a SQLite file in the runs folder, its path absolute.
+
+    SQLite needs a local disk: where the runs live behind a URI, the file is under `~/.refinedet`.
+    """
+    if tracking.uri:
+        return tracking.uri
+    folder = storage.absolute(runs) if storage.is_local(runs) else os.path.expanduser("~/.refinedet")
+    if not storage.is_local(runs):
+        logger.warning(
+            "Runs are kept at %s and no tracking.uri is given: MLflow's records go to %s on this machine.",
+            redact_text(runs),
+            folder,
+        )
+    return f"sqlite:///{os.path.join(folder.removeprefix('file://'), DATABASE)}"
+
+
+def artifact_location(uri: str, runs: str) -> str | None:
+    """Where a new experiment keeps its artifacts: beside the runs, or where the server says (None)."""
+    return None if uri.startswith(("http://", "https://")) else storage.join(storage.absolute(runs), ARTIFACTS)
+
+
+def prepare_store(uri: str) -> None:
+    """Make the folder of a SQLite store, and let readers (the MLflow UI) and writers not wait for one another.
+
+    Write-ahead logging is a property of the file, set once. It needs a local disk, as SQLite's locks do.
+    """
+    if not uri.startswith("sqlite:///"):
+        return
+    path = uri.removeprefix("sqlite:///").split("?")[0]
+    try:
+        os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+        connection = sqlite3.connect(path, timeout=20)
+        try:
+            connection.execute("PRAGMA journal_mode=WAL")
+            connection.execute("PRAGMA schema_version")
+        finally:
+            connection.close()
+    except (OSError, sqlite3.Error) as error:
+        raise UserError(
+            f"MLflow's store {path} cannot be opened ({error}); "
+            "mend or move the file, or set tracking.uri to a server or another file"
+        ) from error
+
+
+def settle_store(uri: str) -> None:
+    """Fold a SQLite store's write-ahead log into its file, so that the file alone can be copied."""
+    if uri.startswith("sqlite:///"):
+        try:
+            connection = sqlite3.connect(uri.removeprefix("sqlite:///").split("?")[0], timeout=5)
+            try:
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            finally:
+                connection.close()
+        except sqlite3.Error:
+            logger.debug("The store's write-ahead log stays beside it.", exc_info=True)
