@@ -1,0 +1,126 @@
+"""Backbones: images in, one feature map a detection level out (sections IV-B, IV-C, V-C).
+
+B images, F_l channels of level l, H_l W_l its cells: the input's sides over stride 8, 16, 32, 64 (, 128)
+"""
+
+from __future__ import annotations
+
+import timm
+import torch.nn.functional as F
+from timm.models import FeatureListNet
+from timm.models.resnet import Bottleneck as TimmBottleneck
+from timm.models.resnet import ResNet
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.config import VGG16_REDUCED, RefineDetConfig
+from model.layers import Bottleneck, L2Norm, build_conv
+
+# Mean and standard deviation of RGB in 0..255, as torchvision's and timm's ImageNet weights expect them.
+IMAGENET_MEAN = (123.675, 116.28, 103.53)
+IMAGENET_STD = (58.395, 57.12, 57.375)
+
+# The paper's depths that timm does not name. (layers of the four stages, cardinality, base width)
+RESNETS = {"resnext152_32x4d": ((3, 8, 36, 3), 32, 4)}
+
+EXTRA_WIDTH, EXTRA_CHANNELS = 128, 512  # res6, and res7 alike: the paper gives res7 no size
+
+
+class TimmBackbone(nn.Module):
+    """Any timm network with `features_only`, its maps at strides 8, 16 and 32, and residual blocks for coarser ones.
+
+    `channels` holds the F_l; `mean` and `std` what the network expects of its input.
+    """
+
+    def __init__(self, name: str, num_levels: int, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.body, self.mean, self.std = _create_body(name)
+        info = self.body.feature_info
+        wanted = [list(info.reduction()).index(stride) for stride in (8, 16, 32)]
+        self.wanted = tuple(wanted)
+        self.channels = [info.channels()[position] for position in wanted]
+        self.extra = nn.ModuleList()
+        while len(self.channels) < num_levels:
+            self.extra.append(Bottleneck(self.channels[-1], EXTRA_WIDTH, EXTRA_CHANNELS, stride=2))
+            self.channels.append(EXTRA_CHANNELS)
+        if checkpointing:
+            self.body.set_grad_checkpointing(True)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x [B, 3, H, W], normalised -> maps [B, F_l, H_l, W_l], fine to coarse."""
+        features = self.body(x)
+        maps = []
+        for stride, position in zip((8, 16, 32), self.wanted, strict=True):
+            y, size = features[position], (x.shape[2] // stride, x.shape[3] // stride)
+            if y.shape[2:] != size:  # Inception pads nothing, so that its maps lack cells at the borders
+                y = F.interpolate(y, size, mode="bilinear", align_corners=False)
+            maps.append(y)
+        for block in self.extra:
+            maps.append(block(maps[-1]))
+        return maps
+
+
+class ReducedVgg16(nn.Module):
+    """VGG-16 with fc6 and fc7 as convolutions (DeepLab-LargeFOV), conv6 (and conv7) on top.
+
+    conv4_3 and conv5_3 are L2-normalised to 10 and 8; the normalised maps feed both the ARM and the TCBs.
+    """
+
+    mean, std = IMAGENET_MEAN, IMAGENET_STD
+
+    def __init__(self, num_levels: int, checkpointing: bool = False) -> None:
+        super().__init__()
+        self.checkpointing = checkpointing
+        self.stages = nn.ModuleList()
+        in_channels = 3
+        for channels, depth in ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3)):
+            layers: list[nn.Module] = [nn.MaxPool2d(2, 2)] if self.stages else []
+            for _ in range(depth):
+                layers += [build_conv(in_channels, channels, 3), nn.ReLU(inplace=True)]
+                in_channels = channels
+            self.stages.append(nn.Sequential(*layers))
+        fc6, fc7 = build_conv(512, 1024, 3, dilation=3), build_conv(1024, 1024, 1)
+        self.stages.append(nn.Sequential(nn.MaxPool2d(2, 2), fc6, nn.ReLU(inplace=True), fc7, nn.ReLU(inplace=True)))
+        self.channels = [512, 512, 1024]
+        while len(self.channels) < num_levels:
+            squeeze, stride = build_conv(self.channels[-1], 256, 1), build_conv(256, 512, 3, stride=2)
+            self.stages.append(nn.Sequential(squeeze, nn.ReLU(inplace=True), stride, nn.ReLU(inplace=True)))
+            self.channels.append(512)
+        self.norm4, self.norm5 = L2Norm(512, 10.0), L2Norm(512, 8.0)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """x [B, 3, H, W], normalised -> maps [B, F_l, H_l, W_l], fine to coarse."""
+        maps = []
+        for number, stage in enumerate(self.stages):
+            x = checkpoint(stage, x, use_reentrant=False) if self.checkpointing and self.training else stage(x)
+            if number >= 3:
+                maps.append(x)
+        return [self.norm4(maps[0]), self.norm5(maps[1]), *maps[2:]]
+
+
+def build_backbone(config: RefineDetConfig) -> TimmBackbone | ReducedVgg16:
+    """The backbone of a config, freshly initialised; `weights.load_weights` fills in trained ones."""
+    if config.backbone == VGG16_REDUCED:
+        return ReducedVgg16(config.levels, config.activation_checkpointing)
+    return TimmBackbone(config.backbone, config.levels, config.activation_checkpointing)
+
+
+def _create_body(name: str) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+    if name in RESNETS:
+        layers, cardinality, base_width = RESNETS[name]
+        net = ResNet(TimmBottleneck, layers, num_classes=0, cardinality=cardinality, base_width=base_width)
+        return FeatureListNet(net, out_indices=(0, 1, 2, 3, 4)), IMAGENET_MEAN, IMAGENET_STD
+    if not timm.is_model(name):
+        raise ValueError(
+            f"backbone must be {VGG16_REDUCED}, {', '.join(RESNETS)} or a model that timm has, received {name!r}."
+        )
+    try:
+        body = timm.create_model(name, pretrained=False, features_only=True)
+    except (RuntimeError, AttributeError, ValueError) as error:
+        raise ValueError(f"backbone {name!r} gives no feature maps (timm's features_only): {error}") from error
+    reductions = list(body.feature_info.reduction())
+    if not {8, 16, 32} <= set(reductions):
+        raise ValueError(f"backbone {name!r} has maps at strides {reductions}; detection needs 8, 16 and 32.")
+    source = timm.get_pretrained_cfg(name)
+    mean, std = (source.mean, source.std) if source else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    return body, tuple(255.0 * value for value in mean), tuple(255.0 * value for value in std)

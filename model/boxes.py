@@ -1,0 +1,65 @@
+"""Box arithmetic: deltas (section III-C) and overlap (the Jaccard index of section IV-D).
+
+A anchors, G boxes; boxes are xyxy in pixels, computed in fp32 whatever the autocast says
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+# The network predicts deltas divided by these variances, as SSD and the Caffe release do.
+VARIANCES = (0.1, 0.1, 0.2, 0.2)
+
+# A side changes by at most this factor. The Caffe release has no bound; a fresh network without one can
+# predict sides that overflow, and then the ADM's targets are not finite.
+MAX_SIDE_CHANGE = 1000.0
+
+
+def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """Deltas that turn `anchors` into `boxes`; inverse of `decode_boxes`.
+
+    boxes    [..., 4]  xyxy, pixels, of positive area
+    anchors  [..., 4]  xyxy, pixels, of positive area
+    returns  [..., 4]  (dx, dy, dw, dh), divided by the variances, fp32
+    """
+    boxes, anchors = boxes.float(), anchors.float()
+    sides = anchors[..., 2:] - anchors[..., :2]
+    box_sides = boxes[..., 2:] - boxes[..., :2]
+    shift = (boxes[..., :2] + 0.5 * box_sides - anchors[..., :2] - 0.5 * sides) / sides
+    variances = boxes.new_tensor(VARIANCES)
+    return torch.cat([shift, (box_sides / sides).log()], dim=-1) / variances
+
+
+def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
+    """Apply anchor-relative deltas; inverse of `encode_boxes`. Nothing is clipped to the image.
+
+    deltas   [..., 4]  (dx, dy, dw, dh), divided by the variances
+    anchors  [..., 4]  xyxy, pixels
+    returns  [..., 4]  xyxy, pixels, fp32
+    """
+    deltas, anchors = deltas.float(), anchors.float()
+    sides = anchors[..., 2:] - anchors[..., :2]
+    bound = math.log(MAX_SIDE_CHANGE)
+    centres = anchors[..., :2] + 0.5 * sides + VARIANCES[0] * deltas[..., :2] * sides
+    half = 0.5 * sides * (VARIANCES[2] * deltas[..., 2:]).clamp(-bound, bound).exp()
+    return torch.cat([centres - half, centres + half], dim=-1)
+
+
+def paired_overlaps(boxes: Tensor, anchors: Tensor) -> Tensor:
+    """IoU of every box with every anchor, in [0, 1]; 0 for boxes without area.
+
+    boxes    [..., G, 4]  xyxy
+    anchors  [..., A, 4]  xyxy
+    returns  [..., G, A]  fp32
+    """
+    boxes, anchors = boxes.float(), anchors.float()
+    left, top, right, bottom = (side.unsqueeze(-1) for side in boxes.unbind(-1))
+    a_left, a_top, a_right, a_bottom = (side.unsqueeze(-2) for side in anchors.unbind(-1))
+    width = (torch.minimum(right, a_right) - torch.maximum(left, a_left)).clamp_(min=0)
+    height = (torch.minimum(bottom, a_bottom) - torch.maximum(top, a_top)).clamp_(min=0)
+    intersection = width.mul_(height)
+    union = (right - left) * (bottom - top) + (a_right - a_left) * (a_bottom - a_top) - intersection
+    return (intersection / union.clamp_(min=1e-12)).clamp_(max=1)

@@ -1,0 +1,117 @@
+"""RefineDet++, whole (figure 1): backbone, ARM, TCBs, ADM.
+
+B images, A anchors an image, H W pixels, multiples of the coarsest stride, N rows that the ADM computes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from model.anchors import tile_anchors
+from model.backbones import build_backbone
+from model.boxes import decode_boxes
+from model.config import VGG16_REDUCED, RefineDetConfig
+from model.filtering import select_survivors, select_trained_rows
+from model.heads import AnchorRefinementHead, DetectionHead
+from model.inference import select_detections
+from model.matching import match_anchors
+from model.structures import Detections, Matches, Predictions, Targets
+from model.tcb import TransferConnection
+
+
+class RefineDet(nn.Module):
+    """The detector that a `RefineDetConfig` describes.
+
+    `forward` predicts, `loss.detection_loss` scores it against targets, `detect` gives boxes.
+    """
+
+    def __init__(self, config: RefineDetConfig) -> None:
+        super().__init__()
+        self.config = config
+        vgg = config.backbone == VGG16_REDUCED
+        block = config.prediction_block if config.prediction_block is not None else not vgg
+        tcb_norm = config.tcb_norm if config.tcb_norm is not None else not vgg
+
+        self.backbone = build_backbone(config)
+        self.arm = self.tcb = None
+        adm_channels: Sequence[int] = self.backbone.channels
+        if config.tcb:
+            self.arm = AnchorRefinementHead(self.backbone.channels, block)
+            self.tcb = TransferConnection(self.backbone.channels, config.tcb_channels, tcb_norm)
+            adm_channels = self.tcb.channels
+        self.adm = DetectionHead(
+            adm_channels,
+            config.num_classes + 1,
+            kind=config.head,
+            kernel_size=config.kernel_size,
+            block=block,
+            strides=config.strides,
+        )
+        self.register_buffer("mean", torch.tensor(self.backbone.mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(self.backbone.std)[:, None, None], persistent=False)
+        self._anchors: dict[tuple[int, int, torch.device], Tensor] = {}
+
+    def forward(self, images: Tensor, targets: Sequence[Targets] | None = None) -> Predictions:
+        """Predict for a batch.
+
+        images   [B, 3, H, W]  RGB, 0..255, uint8 or float; normalised here
+        targets  of each image, in training: the ADM then computes what its loss can use, positives included;
+                 without them it computes the anchors that survive the negative filter
+        """
+        anchors = self.anchors(images)
+        features = self.backbone(self.normalize(images))
+        arm_class = arm_box = None
+        refined = anchors.expand(len(images), -1, -1)
+        transferred = features
+        if self.arm is not None and self.tcb is not None:
+            arm_box, arm_class = self.arm(features)
+            transferred = self.tcb(features)
+            if self.config.cascade:
+                refined = decode_boxes(arm_box.detach(), anchors)
+        index, matches = self._choose_rows(arm_class, refined, targets)
+        adm_box, adm_class = self.adm(transferred, refined, index)
+        return Predictions(anchors, refined, arm_class, arm_box, index, adm_class, adm_box, matches)
+
+    @torch.no_grad()
+    def detect(self, images: Tensor) -> list[Detections]:
+        """Find the objects of each image (section IV-H); images as in `forward`. Call `eval()` first."""
+        return select_detections(self(images), self.config)
+
+    def normalize(self, images: Tensor) -> Tensor:
+        """RGB 0..255 -> what the backbone expects, in the model's memory format."""
+        return (images.to(self.mean.dtype) - self.mean) / self.std
+
+    def anchors(self, images: Tensor) -> Tensor:
+        """The tiled anchors [A, 4] of an input's size, on its device; made once for each."""
+        height, width = images.shape[-2:]
+        stride = self.config.coarsest_stride
+        if height % stride or width % stride or not height or not width:
+            raise ValueError(f"images must have sides that are multiples of {stride}, received {height}x{width}.")
+        key = (int(height), int(width), images.device)
+        if key not in self._anchors:
+            self._anchors[key] = tile_anchors(int(height), int(width), self.config.strides).to(images.device)
+        return self._anchors[key]
+
+    @torch.no_grad()
+    def _choose_rows(
+        self, arm_class: Tensor | None, refined: Tensor, targets: Sequence[Targets] | None
+    ) -> tuple[Tensor | None, Matches | None]:
+        """The anchors that the ADM computes (None: all), and the matches where they decided it."""
+        config = self.config
+        filters = arm_class is not None and config.theta < 1.0
+        survivors = select_survivors(arm_class, config.theta) if filters else None
+        if targets is not None:
+            matches = match_anchors(refined, targets, config.adm_iou)
+            return _locate(select_trained_rows(survivors, matches)), matches
+        if survivors is None or config.filter_negatives == "training":
+            return None, None
+        return _locate(survivors), None
+
+
+def _locate(rows: Tensor) -> Tensor:
+    """[B, A] bool -> [N] flat indices; at least one, so that every parameter always has a gradient."""
+    index = rows.flatten().nonzero().squeeze(1)
+    return index if len(index) else index.new_zeros(1)

@@ -1,0 +1,135 @@
+"""The predictors of the ARM and of the ADM (sections III-C and III-D).
+
+B images, A anchors an image (level, y, x, aspect), F_l channels and H_l W_l cells of level l, K kernel size,
+O outputs an anchor (4 deltas, then the classes, background first), N chosen anchors
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
+
+from model.anchors import ASPECTS
+from model.layers import Bottleneck, init_xavier_
+from model.ops.align_conv import align_conv
+
+NUM_ASPECTS = len(ASPECTS)
+BLOCK_WIDTH, BLOCK_CHANNELS = 256, 1024  # the Caffe release's bottleneck before each ResNet predictor
+
+
+class Head(nn.Module):
+    """One predictor a level, nothing shared between levels; the part that the ARM and the ADM have in common.
+
+    A level's weights are those of a plain convolution, [aspects * O, F, K, K]: three filters of O outputs, one for each
+    anchor shape of a cell. Location and class outputs sit together, so that features are read once.
+    """
+
+    def __init__(self, in_channels: Sequence[int], num_classes: int, kernel_size: int, block: bool) -> None:
+        super().__init__()
+        self.num_outputs, self.kernel_size = 4 + num_classes, kernel_size
+        self.blocks = nn.ModuleList(
+            Bottleneck(width, BLOCK_WIDTH, BLOCK_CHANNELS) if block else nn.Identity() for width in in_channels
+        )
+        widths = [BLOCK_CHANNELS if block else width for width in in_channels]
+        shapes = [(NUM_ASPECTS * self.num_outputs, width, kernel_size, kernel_size) for width in widths]
+        self.weights = nn.ParameterList(torch.empty(shape) for shape in shapes)
+        self.biases = nn.ParameterList(torch.zeros(shape[0]) for shape in shapes)
+        self.widths = widths
+        for weight in self.weights:
+            init_xavier_(weight)
+
+    def transform(self, features: Sequence[Tensor]) -> list[Tensor]:
+        return [block(x) for block, x in zip(self.blocks, features, strict=True)]
+
+    def predict_dense(self, features: Sequence[Tensor]) -> Tensor:
+        """Every anchor by plain convolution: maps after `transform` -> [B, A, O], fp32."""
+        outputs = []
+        for x, weight, bias in zip(features, self.weights, self.biases, strict=True):
+            outputs.append(flatten_outputs(F.conv2d(x, weight, bias, padding=self.kernel_size // 2), self.num_outputs))
+        return torch.cat(outputs, dim=1)
+
+
+class AnchorRefinementHead(Head):
+    """The ARM's: object or not, and a first regression."""
+
+    def __init__(self, in_channels: Sequence[int], block: bool) -> None:
+        super().__init__(in_channels, num_classes=2, kernel_size=3, block=block)
+
+    def forward(self, features: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Maps [B, F_l, H_l, W_l] -> deltas [B, A, 4], logits [B, A, 2]; fp32."""
+        return split_outputs(self.predict_dense(self.transform(features)))
+
+
+class DetectionHead(Head):
+    """The ADM's: classes and the second regression, by AlignConv, deformable or plain convolution."""
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        num_classes: int,
+        *,
+        kind: str,
+        kernel_size: int,
+        block: bool,
+        strides: Sequence[int],
+    ) -> None:
+        super().__init__(in_channels, num_classes, kernel_size, block)
+        self.kind, self.strides = kind, tuple(strides)
+        self.offsets = nn.ModuleList()
+        if kind == "deform":
+            for width in self.widths:  # as in deformable convolution's paper: offsets start at zero
+                offset = nn.Conv2d(width, 2 * kernel_size**2, kernel_size, padding=kernel_size // 2)
+                nn.init.zeros_(offset.weight)
+                nn.init.zeros_(offset.bias)  # type: ignore[arg-type]
+                self.offsets.append(offset)
+
+    def forward(self, features: Sequence[Tensor], refined: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Predict for the chosen anchors.
+
+        features  maps [B, F_l, H_l, W_l]
+        refined   [B, A, 4]  xyxy pixels, without gradient
+        index     [N]  image * A + anchor, ascending; None: every anchor
+        returns   deltas [N, 4], logits [N, C]; fp32
+        """
+        features = self.transform(features)
+        if self.kind == "align":
+            outputs = self._predict_aligned(features, refined, index)
+        else:
+            dense = self.predict_dense(features) if self.kind == "vanilla" else self._predict_deformable(features)
+            outputs = dense.flatten(0, 1)
+            outputs = outputs if index is None else outputs[index]
+        return split_outputs(outputs)
+
+    def _predict_aligned(self, features: Sequence[Tensor], refined: Tensor, index: Tensor | None) -> Tensor:
+        boxes = refined.flatten(0, 1)
+        if index is None:
+            index = torch.arange(len(boxes), device=boxes.device)
+        else:
+            boxes = boxes[index]
+        size = self.kernel_size
+        weights = [w.view(NUM_ASPECTS, self.num_outputs, w.shape[1], size, size) for w in self.weights]
+        biases = [b.view(NUM_ASPECTS, self.num_outputs) for b in self.biases]
+        return align_conv(features, self.strides, boxes, index, weights, biases).float()
+
+    def _predict_deformable(self, features: Sequence[Tensor]) -> Tensor:
+        outputs = []
+        for x, offset, weight, bias in zip(features, self.offsets, self.weights, self.biases, strict=True):
+            y = deform_conv2d(
+                x, offset(x).to(x.dtype), weight.to(x.dtype), bias.to(x.dtype), padding=self.kernel_size // 2
+            )
+            outputs.append(flatten_outputs(y, self.num_outputs))
+        return torch.cat(outputs, dim=1)
+
+
+def flatten_outputs(x: Tensor, num_outputs: int) -> Tensor:
+    """[B, aspects * O, H, W] -> [B, H * W * aspects, O], fp32."""
+    return x.permute(0, 2, 3, 1).reshape(x.shape[0], -1, num_outputs).float()
+
+
+def split_outputs(outputs: Tensor) -> tuple[Tensor, Tensor]:
+    """[..., O] -> deltas [..., 4], logits [..., O - 4]."""
+    return outputs[..., :4], outputs[..., 4:]

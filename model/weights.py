@@ -1,0 +1,101 @@
+"""Start from trained weights: a backbone's (torchvision, timm) or an earlier run's.
+
+State dicts in, tensors copied; reading files is left to the caller.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model.backbones import ReducedVgg16
+from model.detector import RefineDet
+from model.heads import NUM_ASPECTS
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What became of every tensor.
+
+    matched   names in the model that were copied as they are
+    reshaped  names in the model that were copied in part (another number of classes, fc6 and fc7 of VGG)
+    left      names in the file that found no place
+    missing   names in the model that keep their initial values
+    """
+
+    matched: tuple[str, ...]
+    reshaped: tuple[str, ...]
+    left: tuple[str, ...]
+    missing: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return (
+            f"{len(self.matched)} tensors matched, {len(self.reshaped)} reshaped, {len(self.left)} of the file left, "
+            f"{len(self.missing)} of the model missing"
+        )
+
+
+@torch.no_grad()
+def load_weights(model: RefineDet, state: Mapping[str, Tensor]) -> LoadReport:
+    """Copy what fits from `state` into `model`, and say what did and what did not.
+
+    state  of a RefineDet (any number of classes), of a torchvision or timm classifier, or of any part of one
+    """
+    own = model.state_dict()
+    matched, reshaped, left = set(), set(), []
+    for source, value in state.items():
+        name = next((name for name in _possible_names(model, source) if name in own), None)
+        if name is None or name in matched | reshaped:
+            left.append(source)
+        elif value.shape == own[name].shape:
+            own[name].copy_(value)
+            matched.add(name)
+        elif _copy_partly_(own[name], value, name):
+            reshaped.add(name)
+        else:
+            left.append(source)
+    missing = [name for name in own if name not in matched | reshaped and not name.endswith("num_batches_tracked")]
+    return LoadReport(tuple(sorted(matched)), tuple(sorted(reshaped)), tuple(left), tuple(missing))
+
+
+def _possible_names(model: RefineDet, source: str) -> list[str]:
+    """Names that a source's tensor may have here, most likely first."""
+    source = source.removeprefix("module.")
+    if isinstance(model.backbone, ReducedVgg16):
+        return [source, *_vgg_names(model.backbone, source)]
+    # timm flattens the first level of some networks: blocks.0 becomes blocks_0.
+    return [source, f"backbone.body.{source}", f"backbone.body.{source.replace('.', '_', 1)}"]
+
+
+def _vgg_names(backbone: ReducedVgg16, source: str) -> list[str]:
+    """Place of torchvision's `features.N` and `classifier.0/3` tensors."""
+    convs = [name for name, module in backbone.stages.named_modules() if isinstance(module, nn.Conv2d)]
+    features = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    names = [f"features.{number}" for number in features] + ["classifier.0", "classifier.3"]
+    place = dict(zip(names, convs, strict=False))
+    layer, _, kind = source.rpartition(".")
+    return [f"backbone.stages.{place[layer]}.{kind}"] if layer in place else []
+
+
+def _copy_partly_(own: Tensor, value: Tensor, name: str) -> bool:
+    """Copy into `own` what a tensor of another shape has for it; whether there was anything."""
+    if name.startswith(("adm.weights", "adm.biases")):
+        mine, theirs = own.view(NUM_ASPECTS, -1, *own.shape[1:]), value
+        if value.shape[0] % NUM_ASPECTS or value.shape[1:] != own.shape[1:]:
+            return False
+        theirs = value.view(NUM_ASPECTS, -1, *value.shape[1:])
+        mine[:, :5].copy_(theirs[:, :5])  # location and background; the other classes mean something else
+        return True
+    if name.startswith("backbone.stages.5"):  # fc6, fc7: every 4th row, and for fc6 every 3rd of 7x7 positions
+        side = {25088: 7, 4096: 1}.get(value.shape[-1] if value.dim() == 2 else 0)
+        if value.dim() == 1 and len(value) == 4 * len(own):
+            own.copy_(value[::4])
+            return True
+        if side:
+            kernel = value.view(4096, -1, side, side)[::4, :: 1 if side == 7 else 4, ::3, ::3]
+            own.copy_(kernel)
+            return True
+    return False
