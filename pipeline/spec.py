@@ -155,7 +155,8 @@ class MergeRule(Section):
     """How the boxes of one class in one image become its detections."""
 
     method: Literal["nms", "soft_nms_linear", "soft_nms_gaussian", "vote", "soft_vote", "wbf"] = "nms"
-    iou: Fraction = 0.45
+    iou: Fraction | None = None
+    """overlap from which boxes meet; default: soft_nms 0.30, wbf 0.55, else 0.45"""
     sigma: PositiveFloat = 0.5
     score_threshold: Fraction = 0.01
     plus_one: bool = False

@@ -1,8 +1,9 @@
 """Detections, COCO and VOC evaluation, multi-scale testing. Pure functions; pieces make them restartable."""
 
-from pipeline.evaluation.coco import METRIC_NAMES, CocoMetrics, Matches, accumulate, evaluate_coco, match
+from pipeline.evaluation.coco import METRIC_NAMES, CocoMetrics, accumulate, evaluate_coco
 from pipeline.evaluation.detect import detect_piece
 from pipeline.evaluation.detections import DetectionTable
+from pipeline.evaluation.matching import Matches, match
 from pipeline.evaluation.multiscale import (
     describe_cost,
     estimate_cost,
@@ -10,7 +11,15 @@ from pipeline.evaluation.multiscale import (
     resolve_merge,
     resolve_passes,
 )
-from pipeline.evaluation.pieces import Piece, merge_pieces, missing_pieces, read_piece, split_into_pieces, write_piece
+from pipeline.evaluation.pieces import (
+    Piece,
+    merge_pieces,
+    missing_pieces,
+    read_piece,
+    split_into_pieces,
+    write_detections,
+    write_piece,
+)
 from pipeline.evaluation.truth import GroundTruth
 from pipeline.evaluation.validation import validate
 
@@ -35,5 +44,6 @@ __all__ = [
     "resolve_passes",
     "split_into_pieces",
     "validate",
+    "write_detections",
     "write_piece",
 ]

@@ -12,8 +12,7 @@ from typing import Any
 
 import numpy as np
 
-BOX_DECIMALS = 3
-SCORE_DECIMALS = 6
+from pipeline.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -48,8 +47,43 @@ class DetectionTable:
 
     @staticmethod
     def of(detections: DetectionTable | Sequence[Mapping[str, Any]]) -> DetectionTable:
-        """The table of COCO results rows; a table is returned as it is. Raises UserError on rows that are not."""
-        raise NotImplementedError
+        """The table of COCO results rows, in their order; a table is returned as it is.
+
+        Raises UserError, naming the row, where a row lacks a field, an id is no whole number, a number is not finite
+        or a box has a negative side.
+        """
+        if isinstance(detections, DetectionTable):
+            return detections
+        if not isinstance(detections, Sequence) or isinstance(detections, str):
+            raise UserError(
+                f"detections must be a list of COCO results rows, received {type(detections).__name__}: "
+                "write them as [{image_id, category_id, bbox, score}, ...]"
+            )
+        try:
+            table = DetectionTable(
+                np.array([row["image_id"] for row in detections]),
+                np.array([row["category_id"] for row in detections]),
+                np.array([row["bbox"] for row in detections], np.float64).reshape(-1, 4),
+                np.array([row["score"] for row in detections], np.float64),
+            )
+            whole = all(ids.dtype.kind in "iu" for ids in (table.image_id, table.category_id)) or not len(table)
+        except (KeyError, TypeError, ValueError):
+            whole = False
+        if not whole or len(table.bbox) != len(detections):
+            for index, row in enumerate(detections):
+                _check_row(index, row)
+            table = DetectionTable(  # whole numbers written as floats
+                np.array([int(row["image_id"]) for row in detections]),
+                np.array([int(row["category_id"]) for row in detections]),
+                np.array([row["bbox"] for row in detections], np.float64).reshape(-1, 4),
+                np.array([row["score"] for row in detections], np.float64),
+            )
+        faulty = ~(np.isfinite(table.bbox).all(1) & np.isfinite(table.score) & (table.bbox[:, 2:] >= 0).all(1))
+        if faulty.any():
+            _check_row(index := int(faulty.argmax()), detections[index])
+        return DetectionTable(
+            table.image_id.astype(np.int64), table.category_id.astype(np.int64), table.bbox, table.score
+        )
 
     @staticmethod
     def empty() -> DetectionTable:
@@ -64,4 +98,40 @@ class DetectionTable:
             np.concatenate([table.category_id for table in tables]),
             np.concatenate([table.bbox for table in tables]),
             np.concatenate([table.score for table in tables]),
+        )
+
+
+def _check_row(index: int, row: Any) -> None:
+    """Raise UserError where one row is not a COCO detection."""
+    remedy = "a row is {image_id: int, category_id: int, bbox: [x, y, width, height], score: number}"
+    where = f"detections, row {index}"
+    if not isinstance(row, Mapping):
+        raise UserError(f"{where}: received {row!r:.80}; {remedy}")
+    for field in ("image_id", "category_id", "bbox", "score"):
+        if field not in row:
+            raise UserError(f"{where} has no {field}; {remedy}")
+    for field in ("image_id", "category_id"):
+        if isinstance(row[field], bool) or not isinstance(row[field], (int, np.integer)):
+            if isinstance(row[field], float) and row[field].is_integer():
+                continue
+            raise UserError(f"{where}: {field} must be a whole number, received {row[field]!r:.80}; {remedy}")
+    try:
+        box = np.asarray(row["bbox"], np.float64)
+    except (TypeError, ValueError):
+        box = np.zeros(0)
+    if box.shape != (4,):
+        raise UserError(f"{where}: bbox must be four numbers, received {row['bbox']!r:.80}; {remedy}")
+    try:
+        score = float(row["score"])
+    except (TypeError, ValueError):
+        raise UserError(f"{where}: score must be a number, received {row['score']!r:.80}; {remedy}") from None
+    if not (np.isfinite(box).all() and np.isfinite(score)):
+        raise UserError(
+            f"{where} (image {row['image_id']}) is not finite: bbox {box.tolist()}, score {score}; drop such rows, "
+            "and look for what made them"
+        )
+    if (box[2:] < 0).any():
+        raise UserError(
+            f"{where} (image {row['image_id']}) has a negative side: bbox {box.tolist()}; COCO boxes are "
+            "[x, y, width, height], not two corners"
         )

@@ -7,12 +7,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.evaluation.coco import CocoMetrics
+from model import RefineDet
+from pipeline.evaluation.coco import CocoMetrics, accumulate
+from pipeline.evaluation.detect import detect_samples
+from pipeline.evaluation.matching import Matches, match
 from pipeline.evaluation.truth import GroundTruth
 from pipeline.spec import Evaluation
 
 if TYPE_CHECKING:
-    from model import RefineDet
     from pipeline.data import ShardSet
 
 
@@ -32,4 +34,21 @@ def validate(
     `all_gather` returns the objects of all ranks on every rank (torch.distributed.all_gather_object, or [x] alone).
     It is called once, also by a rank that failed: then every rank raises, naming the failed one.
     """
-    raise NotImplementedError
+    from pipeline.data import EvaluationSamples
+
+    own = range(shards.num_samples * rank // world_size, shards.num_samples * (rank + 1) // world_size)
+    failure: Exception | None = None
+    outcome: Matches | str
+    try:
+        detections, images = detect_samples(
+            model, EvaluationSamples(shards, own), shards.categories, evaluation, autocast
+        )
+        outcome = match(truth, detections, images)
+    except Exception as error:  # told to the other ranks, which would wait for ever otherwise
+        failure, outcome = error, f"{type(error).__name__}: {error}"
+    parts = all_gather(outcome)
+    failed = {place: part for place, part in enumerate(parts) if isinstance(part, str)}
+    if failed:
+        said = "; ".join(f"rank {place}: {reason}" for place, reason in failed.items())
+        raise RuntimeError(f"validation failed on {len(failed)} of {world_size} ranks: {said}") from failure
+    return accumulate(truth, parts)

@@ -1,0 +1,199 @@
+"""COCO matching of detections to objects, for some images, exact.
+
+D detections, G objects, P pairs that overlap enough; T IoU thresholds, A area ranges. A cell is one category in one
+image. The rules are pycocotools' `evaluateImg`: best first, each detection takes the object it overlaps most (on a
+tie the later one), an object that counts before an ignored one; a crowd can be taken any number of times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from pycocotools.cocoeval import Params
+
+from pipeline.errors import UserError
+from pipeline.evaluation.detections import DetectionTable
+from pipeline.evaluation.truth import GroundTruth
+
+_PARAMS = Params("bbox")
+IOU_THRESHOLDS: np.ndarray = _PARAMS.iouThrs  # 0.50, 0.55 .. 0.95
+RECALLS: np.ndarray = _PARAMS.recThrs  # 0, 0.01 .. 1
+AREA_RANGES = np.array(_PARAMS.areaRng, np.float64)  # all, small, medium, large; square pixels, both ends in
+MAX_DETECTIONS: tuple[int, ...] = tuple(_PARAMS.maxDets)  # 1, 10, 100 of a category in an image
+
+_BITS = np.uint64(1) << np.arange(len(AREA_RANGES) * len(IOU_THRESHOLDS), dtype=np.uint64).reshape(len(AREA_RANGES), -1)
+_PAIRS_AT_ONCE = 2**20  # bounds the memory of the IoUs, about 100 bytes a pair
+
+
+@dataclass(frozen=True)
+class Matches:
+    """What accumulation needs of the detections of some images.
+
+    images      image ids that were matched
+    positives   [K, A] int64 objects that count
+    category    [D] int16 index of the category
+    score       [D] float64
+    image_id    [D] int64
+    rank        [D] uint8 place among the detections of its cell, best first
+    true, false [D] uint64: bit a * T + t says that it is a true (false) positive at area range a and threshold t;
+                neither where it is ignored
+    """
+
+    images: np.ndarray
+    positives: np.ndarray
+    category: np.ndarray
+    score: np.ndarray
+    image_id: np.ndarray
+    rank: np.ndarray
+    true: np.ndarray
+    false: np.ndarray
+
+
+def match(truth: GroundTruth, detections: DetectionTable, image_ids: Sequence[int] | None = None) -> Matches:
+    """Match the detections of `image_ids` (default: all images of the truth); each image belongs in one call.
+
+    Raises UserError for detections of images or categories that the truth does not have.
+    """
+    images = truth.image_ids if image_ids is None else np.unique(np.asarray(image_ids, np.int64))
+    _check_known(truth, images, detections)
+    num_categories = len(truth.category_ids)
+
+    def cell_of(image_id: np.ndarray, category_id: np.ndarray) -> np.ndarray:
+        category = np.searchsorted(truth.category_ids, category_id)
+        return np.searchsorted(images, image_id) * num_categories + category
+
+    chosen = np.flatnonzero(np.isin(truth.image_id, images))
+    cell = cell_of(truth.image_id[chosen], truth.category_id[chosen])
+    order = np.argsort(cell, kind="stable")
+    objects, object_cell = chosen[order], cell[order]
+    area, crowd = truth.area[objects], truth.crowd[objects]
+    outside = (area[:, None] < AREA_RANGES[:, 0]) | (area[:, None] > AREA_RANGES[:, 1])
+    ignored = crowd[:, None] | outside  # [G, A]
+    positives = np.zeros((num_categories, len(AREA_RANGES)), np.int64)
+    np.add.at(positives, object_cell % max(num_categories, 1), ~ignored)
+
+    cell = cell_of(detections.image_id, detections.category_id)
+    order = np.lexsort((-detections.score, cell))  # stable: equal scores stay in the file's order
+    cell = cell[order]
+    rank = np.arange(len(cell)) - np.searchsorted(cell, cell)
+    kept = rank < MAX_DETECTIONS[-1]
+    order, cell, rank = order[kept], cell[kept], rank[kept]
+    boxes = detections.bbox[order]
+
+    pairs = _overlapping_pairs(boxes, cell, truth.bbox[objects], object_cell, crowd)
+    contenders, taken = _take_objects(*pairs, cell, ignored, crowd)
+
+    area = boxes[:, 2] * boxes[:, 3]
+    inside = ~((area[:, None] < AREA_RANGES[:, 0]) | (area[:, None] > AREA_RANGES[:, 1]))  # [D, A]
+    true = np.zeros(len(boxes), np.uint64)
+    false = (inside * _BITS.sum(1)).sum(1, dtype=np.uint64)  # as if nothing was found; put right below
+    if len(contenders):
+        # The COCO API marks a match by the object's id, so that an object with the id 0 counts as not found.
+        found = (taken >= 0) & (truth.annotation_id[objects][taken] != 0)
+        skipped = (taken >= 0) & ignored[taken, np.arange(len(AREA_RANGES))[:, None]]
+        skipped |= ~found & ~inside[contenders][:, :, None]
+        true[contenders] = ((found & ~skipped) * _BITS).sum((1, 2), dtype=np.uint64)
+        false[contenders] = ((~found & ~skipped) * _BITS).sum((1, 2), dtype=np.uint64)
+    return Matches(
+        images=images,
+        positives=positives,
+        category=(cell % max(num_categories, 1)).astype(np.int16),
+        score=detections.score[order],
+        image_id=detections.image_id[order],
+        rank=rank.astype(np.uint8),
+        true=true,
+        false=false,
+    )
+
+
+def _check_known(truth: GroundTruth, images: np.ndarray, detections: DetectionTable) -> None:
+    for field, values, known, remedy in (
+        ("image_id", detections.image_id, images, "evaluate against the annotations of the images it was run on"),
+        (
+            "category_id",
+            detections.category_id,
+            truth.category_ids,
+            "use the annotation file's own category ids, which need not be 1, 2, 3 ...",
+        ),
+    ):
+        unknown = ~np.isin(values, known)
+        if unknown.any():
+            row = int(unknown.argmax())
+            raise UserError(
+                f"detections, row {row}: {field} {values[row]} is not among the {len(known)} of the annotations "
+                f"({unknown.sum()} rows like it); {remedy}"
+            )
+
+
+def _overlapping_pairs(
+    boxes: np.ndarray, cell: np.ndarray, object_boxes: np.ndarray, object_cell: np.ndarray, crowd: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Pairs (detection [P], object [P], IoU [P]) of one cell that reach the lowest threshold, detections ascending.
+
+    The IoU with a crowd is the share of the detection that lies in it. In float64 and in the order of operations of
+    the COCO API, so that no digit differs.
+    """
+    first = np.searchsorted(object_cell, cell, "left")
+    count = np.searchsorted(object_cell, cell, "right") - first
+    ends = np.cumsum(count)
+    found: list[tuple[np.ndarray, np.ndarray, np.ndarray]] = []
+    start = 0
+    while start < len(cell):
+        stop = int(np.searchsorted(ends, (ends[start - 1] if start else 0) + _PAIRS_AT_ONCE, "right"))
+        stop = max(stop, start + 1)
+        part = count[start:stop]
+        detection = np.repeat(np.arange(start, stop), part)
+        target = np.repeat(first[start:stop] - (np.cumsum(part) - part), part) + np.arange(len(detection))
+        d, g = boxes[detection].T, object_boxes[target].T
+        width = np.minimum(d[2] + d[0], g[2] + g[0]) - np.maximum(d[0], g[0])
+        height = np.minimum(d[3] + d[1], g[3] + g[1]) - np.maximum(d[1], g[1])
+        inner = np.flatnonzero((width > 0) & (height > 0))
+        detection, target, d, g = detection[inner], target[inner], d[:, inner], g[:, inner]
+        shared = width[inner] * height[inner]
+        area, object_area = d[2] * d[3], g[2] * g[3]
+        iou = shared / np.where(crowd[target], area, area + object_area - shared)
+        near = iou >= IOU_THRESHOLDS[0]
+        found.append((detection[near], target[near], iou[near]))
+        start = stop
+    if not found:
+        return np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0)
+    detection, target, iou = (np.concatenate(column) for column in zip(*found, strict=True))
+    return detection, target, iou
+
+
+def _take_objects(
+    detection: np.ndarray,
+    target: np.ndarray,
+    iou: np.ndarray,
+    cell: np.ndarray,
+    ignored: np.ndarray,
+    crowd: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Which object each contending detection takes.
+
+    returns  contenders [D'] detections with a pair, and [D', A, T] the object each takes, -1 for none
+    """
+    order = np.lexsort((target, iou, detection))  # the last available pair of a detection is its best
+    detection, target, iou = detection[order], target[order], iou[order]
+    contenders, first, count = np.unique(detection, return_index=True, return_counts=True)
+    taken = np.full((len(contenders), *_BITS.shape), -1, np.int64)
+    free = np.ones((len(ignored), *_BITS.shape), bool)
+    # Cells do not meddle with each other: their first contenders choose together, then their second, ...
+    turn = np.arange(len(contenders)) - np.searchsorted(cell[contenders], cell[contenders])
+    for now in range(turn.max(initial=-1) + 1):
+        choosing = np.flatnonzero(turn == now)
+        starts = np.cumsum(count[choosing]) - count[choosing]
+        pairs = np.repeat(first[choosing] - starts, count[choosing]) + np.arange(count[choosing].sum())
+        objects = target[pairs]
+        available = (free[objects] | crowd[objects][:, None, None]) & (
+            iou[pairs][:, None, None] >= np.minimum(IOU_THRESHOLDS, 1 - 1e-10)
+        )
+        preference = np.arange(1, len(pairs) + 1)[:, None] + np.where(ignored[objects], 0, len(pairs))  # [P, A]
+        best = np.maximum.reduceat(np.where(available, preference[:, :, None], 0), starts, axis=0)
+        choice = np.where(best > 0, objects[(best - 1) % len(pairs)], -1)
+        taken[choosing] = choice
+        _, area, threshold = indices = np.nonzero(choice >= 0)
+        free[choice[indices], area, threshold] = False
+    return contenders, taken
