@@ -1,0 +1,179 @@
+"""SSD's augmentation as the Caffe release does it: distort, expand, crop, resize, mirror (RefineDet section IV-B).
+
+One random number after the other is drawn from one generator, then the pixels are touched once each: distortion
+works pixel by pixel, so cutting out the crop first gives the same result for a fraction of the work, and the mean
+border that expansion adds is only made where the crop shows it.
+
+Two deviations from the Caffe code, both in favour of its paper: boxes follow the crop in whole pixels, where Caffe
+cuts pixels at truncated and boxes at exact corners; and hue wraps around, where Caffe clamps it at red.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import cv2
+import numpy as np
+
+from pipeline.spec import Augmentation
+
+MEAN_RGB = (123, 117, 104)
+MIN_IOUS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.0)
+"""of the random crops; the last is the release's "IoU at most 1", which any crop meets that has a box to meet it"""
+NUM_TRIALS = 50
+INTERPOLATIONS = (
+    cv2.INTER_LINEAR,
+    cv2.INTER_AREA,
+    cv2.INTER_NEAREST_EXACT,  # INTER_NEAREST shifts the image by half a pixel
+    cv2.INTER_CUBIC,
+    cv2.INTER_LANCZOS4,
+)
+
+
+@dataclass(frozen=True)
+class Window:
+    """A rectangle of whole pixels, in the image's own coordinates; it may reach beyond the image."""
+
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def augment(
+    image: np.ndarray,
+    boxes: np.ndarray,
+    labels: np.ndarray,
+    *,
+    size: int,
+    rng: np.random.Generator,
+    settings: Augmentation,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One random training view of an image.
+
+    image    uint8   [H, W, 3]  RGB
+    boxes    float32 [G, 4]     pixels of `image`
+    labels   int64   [G]
+    returns  image [size, size, 3], boxes [G', 4] in its pixels, labels [G']; boxes whose centre the crop left out are gone
+    """
+    draws = rng.random(16)
+    trials = rng.random((len(MIN_IOUS), NUM_TRIALS, 4))
+    height, width, _ = image.shape
+    window = Window(0, 0, width, height)
+    if settings.expand and draws[0] < 0.5:
+        window = expand_window(window, 1 + 3 * draws[1], draws[2], draws[3])
+    if settings.crop:
+        window = crop_window(window, boxes, draws[4], trials)
+    boxes, labels = project_boxes(boxes, labels, window, size)
+    pixels = _cut(image, window, draws[5:14] if settings.distort else None)
+    interpolation = INTERPOLATIONS[int(draws[14] * len(INTERPOLATIONS)) if settings.random_interpolation else 0]
+    pixels = cv2.resize(pixels, (size, size), interpolation=interpolation)
+    if settings.mirror and draws[15] < 0.5:
+        pixels, boxes = cv2.flip(pixels, 1), mirror_boxes(boxes, size)
+    return pixels, boxes, labels
+
+
+def expand_window(image: Window, ratio: float, x: float, y: float) -> Window:
+    """The canvas, `ratio` times the image, on which the image lies at a random place; x, y in [0, 1)."""
+    width, height = int(image.width * ratio), int(image.height * ratio)
+    return Window(-int(x * (width - image.width + 1)), -int(y * (height - image.height + 1)), width, height)
+
+
+def crop_window(canvas: Window, boxes: np.ndarray, choice: float, trials: np.ndarray) -> Window:
+    """Pick one of the crops that met their sampler's demand, or the whole canvas.
+
+    trials  [samplers, NUM_TRIALS, 4]  uniform numbers: scale, aspect, x, y
+    choice  uniform number
+    """
+    if not len(boxes):
+        return canvas
+    scale = 0.3 + 0.7 * trials[..., 0]
+    aspect = np.clip(0.5 + 1.5 * trials[..., 1], scale**2, 1 / scale**2)
+    width = np.maximum((scale * np.sqrt(aspect) * canvas.width).astype(np.int64), 1)
+    height = np.maximum((scale / np.sqrt(aspect) * canvas.height).astype(np.int64), 1)
+    left = canvas.left + (trials[..., 2] * (canvas.width - width + 1)).astype(np.int64)
+    top = canvas.top + (trials[..., 3] * (canvas.height - height + 1)).astype(np.int64)
+    crops = np.stack([left, top, left + width, top + height], -1)
+    met = _best_iou(crops, boxes) >= np.array(MIN_IOUS)[:, None]
+    successful = np.nonzero(met.any(1))[0]
+    picked = int(choice * (len(successful) + 1))
+    if picked == len(successful):
+        return canvas
+    sampler = successful[picked]
+    trial = int(met[sampler].argmax())
+    return Window(*(int(values[sampler, trial]) for values in (left, top, width, height)))
+
+
+def _best_iou(crops: np.ndarray, boxes: np.ndarray) -> np.ndarray:
+    """IoU of each crop [..., 4] with the box [G, 4] that overlaps it best."""
+    corners = crops[..., None, :]
+    w = np.minimum(corners[..., 2], boxes[:, 2]) - np.maximum(corners[..., 0], boxes[:, 0])
+    h = np.minimum(corners[..., 3], boxes[:, 3]) - np.maximum(corners[..., 1], boxes[:, 1])
+    inside = np.maximum(w, 0) * np.maximum(h, 0)
+    crop_area = (corners[..., 2] - corners[..., 0]) * (corners[..., 3] - corners[..., 1])
+    box_area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    return (inside / (crop_area + box_area - inside)).max(-1)
+
+
+def project_boxes(boxes: np.ndarray, labels: np.ndarray, window: Window, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes whose centre lies in the window, clipped to it, in pixels of the window resized to `size` squared."""
+    origin = np.array([window.left, window.top] * 2, np.float32)
+    extent = np.array([window.width, window.height] * 2, np.float32)
+    moved = boxes - origin
+    centre = (moved[:, :2] + moved[:, 2:]) / 2
+    kept = ((centre >= 0) & (centre < extent[:2])).all(1)
+    clipped = np.clip(moved[kept], 0, extent) * (size / extent)
+    return clipped.astype(np.float32), labels[kept]
+
+
+def mirror_boxes(boxes: np.ndarray, width: float) -> np.ndarray:
+    """Boxes of the image mirrored left to right: x' = W - x."""
+    mirrored = boxes.copy()
+    mirrored[:, 0], mirrored[:, 2] = width - boxes[:, 2], width - boxes[:, 0]
+    return mirrored
+
+
+def _cut(image: np.ndarray, window: Window, distortion: np.ndarray | None) -> np.ndarray:
+    """The window's pixels: the image's, distorted, and the mean where it reaches beyond them."""
+    height, width, _ = image.shape
+    right, bottom = window.left + window.width, window.top + window.height
+    x1, y1, x2, y2 = max(window.left, 0), max(window.top, 0), min(right, width), min(bottom, height)
+    if x1 >= x2 or y1 >= y2:
+        return np.full((window.height, window.width, 3), MEAN_RGB, np.uint8)
+    pixels = image[y1:y2, x1:x2]
+    if distortion is not None:
+        pixels = distort(pixels, distortion)
+    border = (y1 - window.top, bottom - y2, x1 - window.left, right - x2)
+    return cv2.copyMakeBorder(pixels, *border, cv2.BORDER_CONSTANT, value=MEAN_RGB) if any(border) else pixels
+
+
+def distort(image: np.ndarray, draws: np.ndarray) -> np.ndarray:
+    """Brightness, contrast, saturation and hue, each half of the time; contrast second or last by a coin flip.
+
+    draws  [9]  uniform numbers: whether and how much of each in that order, and the coin
+    """
+    steps = np.arange(256, dtype=np.float32)
+    brightness = _lut(steps + (64 * draws[1] - 32)) if draws[0] < 0.5 else None
+    contrast = _lut(steps * (0.5 + draws[3])) if draws[2] < 0.5 else None
+    before, after = (brightness, contrast) if draws[8] < 0.5 else (_chain(brightness, contrast), None)
+    if before is not None:
+        image = cv2.LUT(image, before)
+    if draws[4] < 0.5 or draws[6] < 0.5:
+        hue = int(37 * draws[7]) - 18 if draws[6] < 0.5 else 0
+        table = np.empty((1, 256, 3), np.uint8)
+        table[0, :, 0] = (np.arange(256) + hue) % 180  # OpenCV's degrees: 180 are the circle
+        table[0, :, 1] = _lut(steps * (0.5 + draws[5])) if draws[4] < 0.5 else steps
+        table[0, :, 2] = steps
+        hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table)
+        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
+    return cv2.LUT(image, after) if after is not None else image
+
+
+def _lut(values: np.ndarray) -> np.ndarray:
+    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
+
+
+def _chain(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
+    if first is None or second is None:
+        return second if first is None else first
+    return second[first]

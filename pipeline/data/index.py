@@ -1,0 +1,141 @@
+"""A set of shards: plain webdataset tars, and the index that finds any sample in them.
+
+`index.json` names the shards with their sizes and digests; it is written last, so shards without it do not exist.
+Beside each `shard-000000.tar` lies `shard-000000.json` with the keys, offsets, sizes and checksums of its samples,
+read only when one of them is wanted: an index of ten million samples opens as fast as one of ten.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.data.samples import Category
+from pipeline.errors import UserError
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+_KEPT_CONTENTS = 256
+
+
+class SampleEntry(NamedTuple):
+    """Where one sample lies: bytes [offset, offset + size) of a shard are a tar of its own."""
+
+    shard: int
+    key: str
+    offset: int
+    size: int
+    crc32: int
+    objects_offset: int
+    """where, from `offset`, the tar member of the objects begins"""
+
+
+@dataclass(frozen=True)
+class ShardContents:
+    """The samples of one shard; columns of equal length."""
+
+    keys: list[str]
+    offsets: list[int]
+    sizes: list[int]
+    crc32: list[int]
+    objects_offsets: list[int]
+
+
+class ShardSet:
+    """Shards of one part of a data set, and what is in them. Pickles small; contents are read on demand."""
+
+    def __init__(self, url: str, index: dict[str, Any]) -> None:
+        table = index["shards"]
+        self.url = url
+        self.format: str = index["format"]
+        self.part: str = index["part"]
+        self.digest: str = index["digest"]
+        self.categories = tuple(Category(entry["id"], entry["name"]) for entry in index["categories"])
+        self.names: list[str] = table["names"]
+        self.num_bytes: list[int] = table["bytes"]
+        self.sha256: list[str] = table["sha256"]
+        self.contents_sha256: list[str] = table["contents_sha256"]
+        self.sizes = np.asarray(table["num_samples"], dtype=np.int64)
+        self.first = np.concatenate([[0], np.cumsum(self.sizes)])
+        self._labels = {category.id: label for label, category in enumerate(self.categories, start=1)}
+        self._contents: OrderedDict[int, ShardContents] = OrderedDict()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_contents": OrderedDict()}
+
+    def __len__(self) -> int:
+        """Number of shards."""
+        return len(self.names)
+
+    @property
+    def num_samples(self) -> int:
+        return int(self.first[-1])
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.categories)
+
+    def label(self, category_id: int) -> int:
+        """1..C of one of the data set's own category ids."""
+        return self._labels[category_id]
+
+    def category_id(self, label: int) -> int:
+        """The data set's own id of a label 1..C."""
+        return self.categories[label - 1].id
+
+    def shard_url(self, shard: int) -> str:
+        return storage.join(self.url, self.names[shard])
+
+    def contents(self, shard: int) -> ShardContents:
+        found = self._contents.get(shard)
+        if found is None:
+            path = storage.join(self.url, contents_name(self.names[shard]))
+            raw = storage.read_bytes(path)
+            if storage.digest_bytes(raw) != self.contents_sha256[shard]:
+                raise UserError(f"{path} does not match {INDEX}: remove the shards and write them again")
+            columns = json.loads(raw)["samples"]
+            found = self._contents[shard] = ShardContents(**columns)
+            if len(self._contents) > _KEPT_CONTENTS:
+                self._contents.popitem(last=False)
+        return found
+
+    def entry(self, position: int) -> SampleEntry:
+        """Where the sample at a position 0 .. num_samples - 1 of the data set lies."""
+        shard = int(np.searchsorted(self.first, position, side="right")) - 1
+        at = position - int(self.first[shard])
+        contents = self.contents(shard)
+        return SampleEntry(
+            shard,
+            contents.keys[at],
+            contents.offsets[at],
+            contents.sizes[at],
+            contents.crc32[at],
+            contents.objects_offsets[at],
+        )
+
+    def key(self, position: int) -> str:
+        return self.entry(position).key
+
+
+def contents_name(shard_name: str) -> str:
+    return shard_name.removesuffix(".tar") + ".json"
+
+
+def open_shards(url: str) -> ShardSet:
+    """Open the shards in a folder or at an fsspec URI."""
+    path = storage.join(url, INDEX)
+    try:
+        index = storage.read_json(path)
+    except FileNotFoundError:
+        raise UserError(f"{url} holds no shards ({INDEX} is missing): write them with `refinedet shard`") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}): remove the shards and write them again") from None
+    version = index.get("format_version") if isinstance(index, dict) else None
+    if version != FORMAT_VERSION:
+        raise UserError(f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}: write them again")
+    return ShardSet(url, index)

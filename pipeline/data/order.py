@@ -1,0 +1,80 @@
+"""The order of samples: a pure function of (seed, epoch, data set), whatever the world size, workers or timing.
+
+An epoch is one sequence of all samples. Shards are shuffled, laid end to end and cut into `streams` equal parts; in
+each part samples are shuffled within blocks, and the sequence takes one sample of each part in turn. `window` samples
+of the sequence, window / streams of each part, are therefore shuffled among one another. A window that covers the
+data set shuffles it whole.
+
+Global batch b is the sequence's [b * size, (b + 1) * size). Its samples are dealt to the ranks in the order of their
+part, so that ranks of one node keep to the same parts: where the number of nodes divides `streams`, a node reads
+1 / nodes of the bytes of an epoch (and a shard at each cut twice).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.data.randomness import keyed_generator, keyed_permutation
+
+_KEPT_BLOCKS = 256
+
+
+class EpochOrder:
+    """The sequence of one epoch; any stretch of it is computed on its own.
+
+    shard_sizes  [shards]  samples in each shard
+    """
+
+    def __init__(
+        self, shard_sizes: Sequence[int] | np.ndarray, *, seed: int, epoch: int, window: int, streams: int
+    ) -> None:
+        sizes = np.asarray(shard_sizes, dtype=np.int64)
+        self.num_samples = int(sizes.sum())
+        self.streams = max(1, min(streams, self.num_samples))
+        self._key = (seed, epoch)
+        self._block = max(1, window // self.streams)
+        self._whole = keyed_permutation(self.num_samples, "all", *self._key) if window >= self.num_samples else None
+        if self._whole is not None:
+            return
+        self._shards = keyed_permutation(len(sizes), "shards", *self._key)
+        self._first = np.concatenate([[0], np.cumsum(sizes)])  # position in the data set, by shard
+        self._laid = np.concatenate([[0], np.cumsum(sizes[self._shards])])  # place end to end, by shuffled shard
+        # The cuts move from epoch to epoch, so that no sample belongs to the same part for ever.
+        self._shift = int(keyed_generator("shift", *self._key).random() * self.num_samples)
+        self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+
+    def positions(self, start: int, stop: int) -> np.ndarray:
+        """Positions in the data set of the sequence's [start, stop); int64 [stop - start]."""
+        assert 0 <= start <= stop <= self.num_samples
+        if self._whole is not None:
+            return self._whole[start:stop]
+        places = [self._place(*divmod(at, self.streams)) for at in range(start, stop)]
+        laid = (np.asarray(places, dtype=np.int64) + self._shift) % self.num_samples
+        shard = np.searchsorted(self._laid, laid, side="right") - 1
+        return self._first[self._shards[shard]] + laid - self._laid[shard]
+
+    def _place(self, row: int, stream: int) -> int:
+        """Place, before the shift, of a stream's `row`-th sample."""
+        base, extra = divmod(self.num_samples, self.streams)
+        length = base + (stream < extra)
+        block, within = divmod(row, self._block)
+        first = block * self._block
+        order = self._blocks.get((stream, block))
+        if order is None:
+            size = min(self._block, length - first)
+            order = self._blocks[stream, block] = keyed_permutation(size, "block", *self._key, stream, block)
+            if len(self._blocks) > max(_KEPT_BLOCKS, 2 * self.streams):
+                self._blocks.popitem(last=False)
+        return stream * base + min(stream, extra) + first + int(order[within])
+
+
+def share_of_rank(start: int, stop: int, streams: int, rank: int, world_size: int) -> np.ndarray:
+    """Which of a global batch's places [start, stop) in the sequence are a rank's, in the order of their stream."""
+    places = np.arange(start, stop)
+    dealt = places[np.argsort(places % streams, kind="stable")]
+    share = (stop - start) // world_size
+    assert share * world_size == stop - start
+    return dealt[rank * share : (rank + 1) * share] - start

@@ -1,0 +1,197 @@
+"""Reading samples out of shards: bytes, checks, decoding; and the exact reader that evaluation uses."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from webdataset.tariterators import group_by_keys, tar_file_expander
+
+from pipeline import storage
+from pipeline.data.augmentation import MEAN_RGB
+from pipeline.data.faults import FaultLog
+from pipeline.data.images import decode_image
+from pipeline.data.index import SampleEntry, ShardSet
+from pipeline.data.records import fault_of_box
+from pipeline.data.samples import BadSample, Sample
+from pipeline.errors import UserError
+
+_IMAGE_EXTENSIONS = ("jpg", "png")
+
+
+class SampleReader:
+    """Reads and decodes samples of a set of shards; safe for several threads."""
+
+    def __init__(self, shards: ShardSet) -> None:
+        self.shards = shards
+        self._local = storage.is_local(shards.url)
+
+    def read(self, position: int) -> Sample:
+        """The sample at a position of the data set; where it is broken, a grey one without objects, and its fault."""
+        entry = self.shards.entry(position)
+        shard = self.shards.names[entry.shard]
+        try:
+            members = expand_tar(self.read_bytes(entry), shard)
+        except FileNotFoundError:
+            raise UserError(f"{self.shards.shard_url(entry.shard)} is gone: write the shards again") from None
+        except (OSError, ValueError) as error:
+            return _broken(entry, shard, str(error))
+        if members.get("__key__") != entry.key:
+            return _broken(entry, shard, f"the tar holds {members.get('__key__')!r} where this key should be")
+        return decode_sample(members, self.shards, shard)
+
+    def read_bytes(self, entry: SampleEntry) -> bytes:
+        """A sample's part of its shard, checked: a tar of its own."""
+        path = self.shards.shard_url(entry.shard)
+        if self._local:
+            content = _read_range(path, entry.offset, entry.size)
+        else:
+            fs, inner = storage.filesystem(path)
+            content = fs.cat_file(inner, start=entry.offset, end=entry.offset + entry.size)
+        if len(content) != entry.size:
+            raise ValueError(f"the shard ends early: {len(content)} of its {entry.size} bytes are there")
+        if zlib.crc32(content) != entry.crc32:
+            raise ValueError("its bytes are not those that were written (checksum)")
+        return content
+
+
+def _read_range(path: str, offset: int, size: int) -> bytes:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        return os.pread(handle, size, offset)
+    finally:
+        os.close(handle)
+
+
+def expand_tar(content: bytes, url: str) -> dict[str, Any]:
+    """The members of one sample, read by webdataset: `__key__`, and bytes by extension."""
+    samples = group_by_keys(tar_file_expander(iter([{"url": url, "stream": io.BytesIO(content)}])))
+    return next(iter(samples), {})
+
+
+def decode_sample(members: dict[str, Any], shards: ShardSet, shard: str) -> Sample:
+    """Decode the members that `expand_tar` gave."""
+    key = members["__key__"]
+    facts = json.loads(members["json"])
+    encoded = next((members[extension] for extension in _IMAGE_EXTENSIONS if extension in members), b"")
+    image, reason = decode_image(encoded)
+    fault = BadSample(shard, key, f"{facts['file_name']}: {reason}") if reason else None
+    if image is not None and image.shape[:2] != (facts["height"], facts["width"]):
+        image, fault = None, BadSample(shard, key, f"{facts['file_name']}: not of the size that was recorded")
+    if image is None:
+        image = np.full((facts["height"], facts["width"], 3), MEAN_RGB, np.uint8)
+        objects = []
+    else:
+        objects = facts["objects"]
+    objects = [
+        entry for entry in objects if fault_of_box(tuple(entry["bbox"]), facts["width"], facts["height"]) is None
+    ]
+    boxes = np.array([entry["bbox"] for entry in objects], np.float32).reshape(-1, 4)
+    boxes[:, 2:] += boxes[:, :2]
+    np.clip(boxes, 0, (facts["width"], facts["height"]) * 2, out=boxes)
+    return Sample(
+        key=key,
+        image=image,
+        boxes=boxes,
+        labels=np.array([shards.label(entry["category_id"]) for entry in objects], np.int64),
+        crowd=np.array([entry["iscrowd"] for entry in objects], bool),
+        difficult=np.array([entry["difficult"] for entry in objects], bool),
+        image_id=facts["image_id"],
+        file_name=facts["file_name"],
+        fault=fault,
+    )
+
+
+def _broken(entry: SampleEntry, shard: str, reason: str) -> Sample:
+    none = np.zeros(0, bool)
+    image = np.full((64, 64, 3), MEAN_RGB, np.uint8)
+    boxes, labels = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
+    return Sample(entry.key, image, boxes, labels, none, none, -1, fault=BadSample(shard, entry.key, reason))
+
+
+class EvaluationSamples:
+    """Samples at given positions of the data set, in that order, each exactly once; decoded ahead in threads.
+
+    `sample.boxes` and its flags are the ground truth, in pixels of the original image. A sample whose image cannot be
+    decoded comes as plain grey of its recorded size, so that it still counts as an image without detections.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        positions: Sequence[int] | None = None,
+        *,
+        threads: int = 2,
+        max_bad_samples: int = 10,
+    ) -> None:
+        self.shards = shards
+        self.positions = range(shards.num_samples) if positions is None else positions
+        self.threads = threads
+        self._faults = FaultLog(max_bad_samples, f"shards {shards.url}")
+
+    @property
+    def bad_samples(self) -> tuple[BadSample, ...]:
+        return self._faults.faults
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def __iter__(self) -> Iterator[Sample]:
+        reader = SampleReader(self.shards)
+        pool = ThreadPoolExecutor(max_workers=max(1, self.threads))
+        pending: list[Future[Sample]] = []
+        ahead = 2 * max(1, self.threads)
+        try:
+            for position in self.positions:
+                pending.append(pool.submit(reader.read, position))
+                if len(pending) > ahead:
+                    yield self._checked(pending.pop(0).result())
+            while pending:
+                yield self._checked(pending.pop(0).result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _checked(self, sample: Sample) -> Sample:
+        if sample.fault:
+            if sample.image_id < 0:
+                raise UserError(f"an image cannot be evaluated, its shard is damaged: {sample.fault}")
+            self._faults.add(sample.fault)
+        return sample
+
+
+def read_facts(shards: ShardSet, *, threads: int = 4) -> Iterator[dict[str, Any]]:
+    """What the shards say of each image, in order: image_id, file_name, width, height, objects."""
+    reader = SampleReader(shards)
+
+    def facts(position: int) -> dict[str, Any]:
+        entry = shards.entry(position)
+        try:
+            return json.loads(expand_tar(reader.read_bytes(entry), shards.names[entry.shard])["json"])
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"the objects of sample {entry.key} in {shards.shard_url(entry.shard)} cannot be read ({error}): "
+                "write the shards again"
+            ) from error
+
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        for start in range(0, shards.num_samples, 1024):
+            yield from pool.map(facts, range(start, min(start + 1024, shards.num_samples)))
+
+
+def write_coco_annotations(shards: ShardSet, path: str) -> None:
+    """Write the ground truth of the shards as a COCO instances file: the data set's own category and image ids.
+
+    Masks are not in the shards, so there are no segmentations; areas are those of the masks all the same.
+    """
+    images, annotations = [], []
+    for facts in read_facts(shards):
+        images.append({"id": facts["image_id"], **{name: facts[name] for name in ("file_name", "width", "height")}})
+        annotations.extend({"image_id": facts["image_id"], **entry} for entry in facts["objects"])
+    categories = [{"id": category.id, "name": category.name} for category in shards.categories]
+    storage.write_json(path, {"images": images, "annotations": annotations, "categories": categories})

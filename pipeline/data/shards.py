@@ -1,0 +1,262 @@
+"""Writing shards: plain webdataset tars, the same bytes for the same input, in parallel, resumable.
+
+A sample is `<key>.jpg`, the original bytes, and `<key>.json`, its objects. The order of the data set is kept. A shard
+and its contents file are each written whole or not at all, and `index.json` last; the same call after a crash writes
+only what is missing. Another data set's shards in the same place are an error, never mixed or written over.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import json
+import logging
+import posixpath
+import zlib
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import asdict
+from typing import Any
+
+import webdataset as wds
+
+from pipeline import storage
+from pipeline.data.coco import read_coco
+from pipeline.data.faults import FaultLog
+from pipeline.data.images import read_header
+from pipeline.data.index import FORMAT_VERSION, INDEX, ShardSet, contents_name, open_shards
+from pipeline.data.records import Record, Source
+from pipeline.data.samples import BadSample
+from pipeline.data.shapes import read_shapes
+from pipeline.errors import UserError
+from pipeline.spec import Data, Split
+
+logger = logging.getLogger(__name__)
+
+REQUEST = "request.json"
+_READERS = {"coco": read_coco, "shapes": read_shapes}
+_OVERHEAD = 2048  # bytes of a sample beside its image: tar headers and objects, about
+
+
+def prepare_shards(
+    data: Data,
+    part: str,
+    destination: str,
+    *,
+    threads: int = 2,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> ShardSet:
+    """Write `part` ("train" or "val") of a data set as shards into `destination`; return at once where they are there.
+
+    destination  folder or fsspec URI
+    on_progress  called with (samples done, samples in all) as shards are finished
+    """
+    splits: tuple[Split, ...] = {"train": data.train, "val": data.val}[part]
+    if not splits:
+        raise UserError(f"data.{part} is empty: name at least one split")
+    request = _request(data, part, splits)
+    if _claim(destination, request):
+        return open_shards(destination)
+    faults = FaultLog(data.max_bad_samples, f"data.{part}")
+    source = _READERS[data.format](data, part, splits, faults)
+    if not source.records:
+        raise UserError(f"data.{part} has no images left: check its files, and the ids that select them")
+    groups = _cut(source.records, data.shard_bytes)
+    starts = [0, *itertools.accumulate(len(group) for group in groups)]
+    done, shards = 0, {}
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        pending = {
+            pool.submit(_write_shard, destination, number, starts[number], group, request, faults): number
+            for number, group in enumerate(groups)
+        }
+        try:
+            for future in as_completed(pending):
+                number = pending[future]
+                shards[number] = future.result()
+                done += len(groups[number])
+                if on_progress:
+                    on_progress(done, len(source.records))
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    entries = [shards[number] for number in range(len(groups)) if shards[number]["num_samples"]]
+    _write_index(destination, data.format, part, request, source, entries, faults)
+    return open_shards(destination)
+
+
+def _request(data: Data, part: str, splits: tuple[Split, ...]) -> str:
+    """Digest of what was asked for; the same request finds its shards without reading the data set again."""
+    lists = {}
+    for name in {name for split in splits for name in (split.annotations, split.image_info, split.ids) if name}:
+        path = storage.join(data.root or "", name)
+        if not storage.exists(path):
+            raise UserError(f"{path} does not exist: check data.root and the files that data.{part} names")
+        lists[name] = storage.digest_file(path).sha256
+    asked = {
+        "version": FORMAT_VERSION,
+        "part": part,
+        "splits": [split.model_dump() for split in splits],
+        "lists": lists,
+        "data": data.model_dump(include={"format", "seed", "image_size", "shard_bytes"}),
+    }
+    return storage.digest_json(asked)
+
+
+def _claim(destination: str, request: str) -> bool:
+    """Whether the shards asked for are there already; an error where another data set's are."""
+    for name, complete in ((INDEX, True), (REQUEST, False)):
+        path = storage.join(destination, name)
+        if storage.exists(path):
+            if storage.read_json(path).get("request") != request:
+                raise UserError(
+                    f"{destination} holds shards of another data set, or of other settings: "
+                    "remove it, or choose another folder with data.shards"
+                )
+            return complete
+    storage.write_json(storage.join(destination, REQUEST), {"request": request})
+    return False
+
+
+def _cut(records: Sequence[Record], shard_bytes: int) -> list[list[Record]]:
+    """Split records, in order, into shards that are closed once they hold `shard_bytes`."""
+    groups: list[list[Record]] = [[]]
+    size = 0
+    for record in records:
+        if size >= shard_bytes:
+            groups.append([])
+            size = 0
+        groups[-1].append(record)
+        size += record.num_bytes + _OVERHEAD
+    return groups
+
+
+def _write_shard(
+    destination: str, number: int, start: int, records: list[Record], request: str, faults: FaultLog
+) -> dict[str, Any]:
+    """Write one shard, or find it written; returns its line of the index."""
+    name = f"shard-{number:06d}.tar"
+    path, contents_path = storage.join(destination, name), storage.join(destination, contents_name(name))
+    asked = storage.digest_json([request, [(r.image_id, r.file_name, r.num_bytes, r.annotations) for r in records]])
+    written = _find_shard(path, contents_path, asked)
+    if written:
+        for fault in written["faults"]:
+            faults.add(BadSample(**fault))
+        return written["line"]
+    columns: dict[str, list] = {"keys": [], "offsets": [], "sizes": [], "crc32": [], "objects_offsets": []}
+    found: list[BadSample] = []
+    buffer = io.BytesIO()
+    with wds.TarWriter(buffer, encoder=False, mtime=0) as writer:
+        for key, record in enumerate(records, start=start):
+            known = len(found)
+            sample = _encode_sample(f"{key:08d}", record, name, found)
+            for fault in found[known:]:
+                faults.add(fault)
+            if sample is None:
+                continue
+            offset = writer.tarstream.offset
+            writer.write(sample)
+            size = writer.tarstream.offset - offset
+            columns["keys"].append(sample["__key__"])
+            columns["offsets"].append(offset)
+            columns["sizes"].append(size)
+            columns["objects_offsets"].append(size - 512 - _padded(len(sample["json"])))
+    content = buffer.getvalue()
+    for offset, size in zip(columns["offsets"], columns["sizes"], strict=True):
+        columns["crc32"].append(zlib.crc32(memoryview(content)[offset : offset + size]))
+    contents = {
+        "asked": asked,
+        "num_bytes": len(content),
+        "sha256": storage.digest_bytes(content),
+        "faults": [asdict(fault) for fault in found],
+        "samples": columns,
+    }
+    encoded = json.dumps(contents, separators=(",", ":")).encode()
+    try:
+        storage.write_bytes(path, content)
+        storage.write_bytes(contents_path, encoded)
+    except OSError as error:
+        raise UserError(
+            f"shard {path} of {len(content)} bytes could not be written ({error.strerror or error}): make room; "
+            "the shards that are complete are kept, and the same command goes on from them"
+        ) from error
+    return _line(name, contents, encoded)
+
+
+def _find_shard(path: str, contents_path: str, asked: str) -> dict[str, Any] | None:
+    """A shard of an earlier call that was cut off, where it is whole and what is wanted now."""
+    if not storage.exists(contents_path):
+        return None
+    encoded = storage.read_bytes(contents_path)
+    contents = json.loads(encoded)
+    fs, inner = storage.filesystem(path)
+    if contents["asked"] != asked or not fs.exists(inner) or fs.size(inner) != contents["num_bytes"]:
+        return None
+    return {"faults": contents["faults"], "line": _line(posixpath.basename(path), contents, encoded)}
+
+
+def _line(name: str, contents: dict[str, Any], encoded: bytes) -> dict[str, Any]:
+    return {
+        "name": name,
+        "num_samples": len(contents["samples"]["keys"]),
+        "bytes": contents["num_bytes"],
+        "sha256": contents["sha256"],
+        "contents_sha256": storage.digest_bytes(encoded),
+    }
+
+
+def _encode_sample(key: str, record: Record, shard: str, found: list[BadSample]) -> dict[str, Any] | None:
+    """The tar members of one image, or None where it cannot be used; what is wrong with it is added to `found`."""
+
+    def fault(reason: str) -> None:
+        found.append(BadSample(shard, f"{key} ({record.file_name})", reason))
+
+    try:
+        content = record.load()
+    except OSError as error:
+        return fault(f"cannot be read ({error.strerror or error}); left out")
+    header = read_header(content)
+    if header is None:
+        return fault(f"is no JPEG or PNG image ({len(content)} bytes); left out")
+    said = (record.width or header.width, record.height or header.height)
+    if said != (header.width, header.height):
+        return fault(f"is {header.width} x {header.height} pixels, its annotations say {said[0]} x {said[1]}; left out")
+    if not header.complete:
+        fault("has no end marker; kept")
+    facts = {
+        "image_id": record.image_id,
+        "file_name": record.file_name,
+        "width": header.width,
+        "height": header.height,
+        "objects": [annotation._asdict() for annotation in record.annotations],
+    }
+    return {"__key__": key, header.extension: content, "json": json.dumps(facts, separators=(",", ":")).encode()}
+
+
+def _padded(size: int) -> int:
+    return -(-size // 512) * 512
+
+
+def _write_index(
+    destination: str,
+    data_format: str,
+    part: str,
+    request: str,
+    source: Source,
+    lines: list[dict[str, Any]],
+    faults: FaultLog,
+) -> None:
+    names = ("num_samples", "bytes", "sha256", "contents_sha256")
+    table = {"names": [line["name"] for line in lines], **{name: [line[name] for line in lines] for name in names}}
+    categories = [asdict(category) for category in source.categories]
+    index = {
+        "format_version": FORMAT_VERSION,
+        "format": data_format,
+        "part": part,
+        "request": request,
+        "digest": storage.digest_json([categories, table["sha256"], table["num_samples"]]),
+        "num_samples": sum(table["num_samples"]),
+        "categories": categories,
+        "faults": [asdict(fault) for fault in faults.faults],
+        "shards": table,
+    }
+    storage.write_json(storage.join(destination, INDEX), index)

@@ -1,0 +1,158 @@
+"""The stages of a training stream's `wds.DataPipeline`: schedule, read, augment, collate.
+
+They run in the loader's worker processes. Every worker computes the whole schedule and takes its turn of this rank's
+micro-batches, so nothing has to be agreed on between workers, ranks or nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import cv2
+import numpy as np
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from model.structures import Targets
+from pipeline.data.augmentation import augment
+from pipeline.data.images import resize_image, stack_images
+from pipeline.data.index import ShardSet
+from pipeline.data.order import EpochOrder, share_of_rank
+from pipeline.data.randomness import keyed_generator
+from pipeline.data.reading import SampleReader
+from pipeline.data.samples import BadSample, Batch, Cursor, Sample
+from pipeline.spec import Augmentation
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What one rank reads, and how: everything the schedule is a function of."""
+
+    shards: ShardSet
+    seed: int
+    global_batch: int
+    micro_batch: int
+    rank: int
+    world_size: int
+    epochs: int | None
+    window: int
+    streams: int
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self.shards.num_samples // self.global_batch
+
+    @property
+    def accumulation(self) -> int:
+        return self.global_batch // (self.micro_batch * self.world_size)
+
+
+class Turn(NamedTuple):
+    """One sample's place in the schedule; `last` closes its micro-batch."""
+
+    position: int
+    epoch: int
+    index: int
+    part: int
+    last: bool
+
+
+class View(NamedTuple):
+    """One augmented sample."""
+
+    turn: Turn
+    image: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    key: str
+    image_id: int
+    fault: BadSample | None
+
+
+class Schedule(IterableDataset):
+    """Yields this worker's share of this rank's turns, from `start` on, epoch after epoch."""
+
+    def __init__(self, plan: Plan, start: Cursor) -> None:
+        self.plan = plan
+        self.start = start
+
+    def __iter__(self) -> Iterator[Turn]:
+        worker = get_worker_info()
+        number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
+        for turn_number, turns in enumerate(self._micro_batches()):
+            if turn_number % workers == number:
+                yield from turns()
+
+    def _micro_batches(self):
+        plan = self.plan
+        epoch, first = self.start
+        while plan.epochs is None or epoch < plan.epochs:
+            order = EpochOrder(plan.shards.sizes, seed=plan.seed, epoch=epoch, window=plan.window, streams=plan.streams)
+            for index in range(first, plan.batches_per_epoch):
+                for part in range(plan.accumulation):
+                    yield lambda order=order, epoch=epoch, index=index, part=part: self._turns(
+                        order, epoch, index, part
+                    )
+            epoch, first = epoch + 1, 0
+
+    def _turns(self, order: EpochOrder, epoch: int, index: int, part: int) -> Iterator[Turn]:
+        plan = self.plan
+        begin = index * plan.global_batch
+        end = begin + plan.global_batch
+        share = share_of_rank(begin, end, order.streams, plan.rank, plan.world_size)
+        share = share[part * plan.micro_batch : (part + 1) * plan.micro_batch]
+        for at, position in enumerate(order.positions(begin, end)[share]):
+            yield Turn(int(position), epoch, index, part, at == plan.micro_batch - 1)
+
+
+def read_samples(turns: Iterable[Turn], shards: ShardSet) -> Iterator[tuple[Turn, Sample]]:
+    """Read and decode each turn's sample."""
+    if get_worker_info():  # the workers are the parallelism; OpenCV's threads would only fight them
+        cv2.setNumThreads(0)
+    reader = SampleReader(shards)
+    for turn in turns:
+        yield turn, reader.read(turn.position)
+
+
+@dataclass(frozen=True)
+class Augmenter:
+    """Makes the view of a sample: a function of (seed, epoch, sample key). Without settings, a plain resize."""
+
+    size: int
+    seed: int
+    settings: Augmentation | None
+    include_difficult: bool
+
+    def __call__(self, item: tuple[Turn, Sample]) -> View:
+        turn, sample = item
+        kept = ~sample.crowd if self.include_difficult else ~(sample.crowd | sample.difficult)
+        boxes, labels = sample.boxes[kept], sample.labels[kept]
+        if self.settings is None:
+            height, width, _ = sample.image.shape
+            image = resize_image(sample.image, self.size)
+            boxes = boxes * np.array([self.size / width, self.size / height] * 2, np.float32)
+        else:
+            rng = keyed_generator("augment", self.seed, turn.epoch, sample.key)
+            image, boxes, labels = augment(sample.image, boxes, labels, size=self.size, rng=rng, settings=self.settings)
+        return View(turn, image, boxes, labels, sample.key, sample.image_id, sample.fault)
+
+
+def collate(views: Iterable[View]) -> Iterator[Batch]:
+    """Gather the views of a micro-batch."""
+    gathered: list[View] = []
+    for view in views:
+        gathered.append(view)
+        if view.turn.last:
+            yield Batch(
+                images=stack_images([view.image for view in gathered]),
+                targets=tuple(Targets(torch.from_numpy(v.boxes), torch.from_numpy(v.labels)) for v in gathered),
+                keys=tuple(view.key for view in gathered),
+                image_ids=tuple(view.image_id for view in gathered),
+                epoch=view.turn.epoch,
+                index=view.turn.index,
+                part=view.turn.part,
+                faults=tuple(view.fault for view in gathered if view.fault),
+            )
+            gathered = []

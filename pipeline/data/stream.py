@@ -1,0 +1,140 @@
+"""The training stream: every global batch once, in an order that nothing but (seed, epoch, data set) decides."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+import webdataset as wds
+
+from pipeline.data.faults import FaultLog
+from pipeline.data.index import ShardSet
+from pipeline.data.samples import BadSample, Batch, Cursor
+from pipeline.data.stages import Augmenter, Plan, Schedule, collate, read_samples
+from pipeline.errors import UserError
+from pipeline.spec import Augmentation
+
+
+class TrainingStream:
+    """This rank's micro-batches, `accumulation` of them for every global batch.
+
+    Iterating yields `Batch`es ordered by (epoch, index, part); iterating again, or in another process with
+    `start=stream.cursor`, goes on with exactly what has not been delivered, at any world size and number of workers.
+    The last, partial global batch of an epoch is dropped: the order of every epoch differs, so other samples are left
+    out in the next, and all ranks make the same number of steps.
+
+    Samples that cannot be decoded become grey images without objects, which add nothing to the loss, and are named;
+    more than `max_bad_samples` of them on this rank raise `UserError`.
+
+    workers  decoding processes; 0 decodes in this process. They are started by a fork server, a clean process without
+             threads: Ray's actors and torch run threads whose locks a plain fork would copy in whatever state they
+             are, and spawning would import torch anew for each. They end with this process, however it ends.
+    """
+
+    def __init__(
+        self,
+        shards: ShardSet,
+        *,
+        input_size: int,
+        augmentation: Augmentation | None,
+        seed: int,
+        global_batch: int,
+        micro_batch: int | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+        workers: int = 0,
+        start: Cursor = Cursor(0, 0),  # noqa: B008 (a tuple)
+        epochs: int | None = None,
+        shuffle_window: int = 4096,
+        canonical_streams: int = 16,
+        max_bad_samples: int = 10,
+        include_difficult: bool = True,
+    ) -> None:
+        share, rest = divmod(global_batch, world_size)
+        micro_batch = micro_batch or share
+        if rest or share % micro_batch:
+            raise UserError(
+                f"global batch {global_batch} is not micro batch {micro_batch} x a whole number x {world_size} workers: "
+                "choose training.global_batch, training.micro_batch and cluster.workers so that it is"
+            )
+        if shards.num_samples < global_batch:
+            raise UserError(
+                f"{shards.url} has {shards.num_samples} images, fewer than one global batch of {global_batch}: "
+                "lower training.global_batch"
+            )
+        self._plan = Plan(
+            shards, seed, global_batch, micro_batch, rank, world_size, epochs, shuffle_window, canonical_streams
+        )
+        self._augment = Augmenter(input_size, seed, augmentation, include_difficult)
+        self._workers = workers
+        self._faults = FaultLog(max_bad_samples, f"shards {shards.url}")
+        self._running: Iterator[Batch] | None = None
+        self._cursor = self._normalised(Cursor(*start))
+
+    @property
+    def cursor(self) -> Cursor:
+        """The next global batch that has not been delivered whole."""
+        return self._cursor
+
+    @property
+    def batches_per_epoch(self) -> int:
+        return self._plan.batches_per_epoch
+
+    @property
+    def accumulation(self) -> int:
+        """Micro-batches of this rank in a global batch."""
+        return self._plan.accumulation
+
+    @property
+    def bad_samples(self) -> tuple[BadSample, ...]:
+        return self._faults.faults
+
+    def __iter__(self) -> Iterator[Batch]:
+        self.close()
+        self._running = self._deliver()
+        return self._running
+
+    def close(self) -> None:
+        """Stop the worker processes. The cursor stays."""
+        if self._running is not None:
+            self._running.close()  # type: ignore[attr-defined]
+            self._running = None
+
+    def _deliver(self) -> Iterator[Batch]:
+        epoch, index = self._cursor
+        part = 0
+        batches = iter(self._loader())
+        try:
+            for batch in batches:
+                assert (batch.epoch, batch.index, batch.part) == (epoch, index, part), "the loader changed the order"
+                for fault in batch.faults:
+                    self._faults.add(fault)
+                part += 1
+                if part == self.accumulation:
+                    part = 0
+                    epoch, index = self._cursor = self._normalised(Cursor(epoch, index + 1))
+                yield batch
+        finally:
+            del batches  # ends the workers
+
+    def _loader(self) -> wds.WebLoader:
+        plan = self._plan
+        pipeline = wds.DataPipeline(
+            Schedule(plan, self._cursor),
+            partial(read_samples, shards=plan.shards),
+            wds.map(self._augment),
+            collate,
+        )
+        options = {"multiprocessing_context": "forkserver", "prefetch_factor": 2} if self._workers else {}
+        return wds.WebLoader(
+            pipeline,
+            batch_size=None,
+            num_workers=self._workers,
+            pin_memory=torch.cuda.is_available(),
+            **options,
+        )
+
+    def _normalised(self, cursor: Cursor) -> Cursor:
+        epochs, batch = divmod(cursor.batch, self.batches_per_epoch)
+        return Cursor(cursor.epoch + epochs, batch)
