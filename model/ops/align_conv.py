@@ -6,11 +6,17 @@ K kernel side, O outputs.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
+from model.ops import library
 from model.ops.align_conv_reference import align_conv_reference
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+KERNELS = (3, 5, 7)
 
 
 def align_conv(
@@ -25,15 +31,160 @@ def align_conv(
 
     A row's samples are the centres of the K x K equal parts of its box, bilinear, at feature coordinate
     pixel / stride - 0.5. A corner of a sample that lies off the map counts zero, as in `deform_conv2d`; so does a
-    sample of a box that is not finite. Every aspect of every level has its own filters.
+    sample of a box that is not finite. Every aspect of every level has its own filters. The equivalent in plain
+    PyTorch is `align_conv_reference`, which runs where the operators are not built.
 
-    features  a level each: [B, F, H, W], any memory format; fp32, bf16, fp16 or fp64
+    features  a level each: [B, F, H, W]; fp32, bf16, fp16 or fp64. Channels-last is read in place, else copied
     strides   a level each: pixels a cell
-    boxes     [N, 4]  xyxy, pixels of the image; no gradient reaches them
+    boxes     [N, 4]  xyxy, pixels of the image, fp32 or fp64; no gradient reaches them
     index     [N] int64, ascending: image * A + anchor, anchors in the order level, y, x, aspect;
-              a negative index marks an empty row: zero output, no gradient
+              a negative index marks an empty row: zero output, no gradient. One of B * A or more is an error on the
+              CPU and an empty row on a GPU, where reading it would make the host wait
     weight    a level each: [aspects, O, F, K, K]
     bias      a level each: [aspects, O]
     returns   [N, O]  accumulated in fp32 (fp64 for fp64), in the features' dtype
+
+    Under autocast features, weight and bias are cast as for a convolution. Rows whose gradient is zero are skipped in
+    the backward. It is deterministic on the CPU, and on a GPU under `torch.use_deterministic_algorithms`.
     """
-    return align_conv_reference(features, strides, boxes, index, weight, bias)
+    features, weight, bias = _autocast(features), _autocast(weight), _autocast(bias)
+    _check(features, strides, boxes, index, weight, bias)
+    if not _is_ready() or (features[0].is_cuda and not library.describe().cuda):
+        return align_conv_reference(features, strides, boxes, index, weight, bias)
+    return torch.ops.refinedet.align_conv(
+        list(features), list(strides), boxes.detach(), index, list(weight), list(bias)
+    )
+
+
+def top_anchors(scores: Tensor, capacity: int, threshold: float) -> Tensor:
+    """Index of the anchors to compute, of a fixed size, for CUDA graphs and torch.compile: the host never waits.
+
+    scores    [B, A]  such as 1 - negative confidence
+    capacity  rows of the result, at most B * A; where more anchors pass, those with the highest scores stay
+    returns   [capacity] int64  index of `align_conv`: scores above the threshold, ascending, then -1 for empty rows
+    """
+    if not 0 < capacity <= scores.numel():
+        raise ValueError(f"capacity must lie in [1, {scores.numel()}] (all anchors), received {capacity}.")
+    values, index = scores.flatten().topk(capacity, sorted=False)
+    beyond = scores.numel()
+    ascending = torch.where(values > threshold, index, beyond).sort().values
+    return torch.where(ascending < beyond, ascending, -1)
+
+
+def _autocast(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    device = tensors[0].device.type if tensors else "cpu"
+    if not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]
+
+
+def _check(
+    features: Sequence[Tensor],
+    strides: Sequence[int],
+    boxes: Tensor,
+    index: Tensor,
+    weight: Sequence[Tensor],
+    bias: Sequence[Tensor],
+) -> None:
+    if not (0 < len(features) == len(strides) == len(weight) == len(bias)):
+        raise ValueError(
+            "Every level needs features, a stride, a weight and a bias, received "
+            f"{len(features)}, {len(strides)}, {len(weight)} and {len(bias)} of them."
+        )
+    first, filters = features[0], weight[0]
+    if first.dtype not in DTYPES:
+        raise ValueError(f"features must be one of {', '.join(map(str, DTYPES))}, received {first.dtype}.")
+    if filters.dim() != 5 or filters.shape[3] not in KERNELS or filters.shape[4] != filters.shape[3]:
+        raise ValueError(f"weight must be [aspects, O, F, K, K] with K in {KERNELS}, received {list(filters.shape)}.")
+    for level, (feature, filters_here, offset) in enumerate(zip(features, weight, bias, strict=True)):
+        if feature.dim() != 4 or feature.shape[0] != first.shape[0] or feature.shape[1] != filters.shape[2]:
+            raise ValueError(
+                f"The features of level {level} must be [{first.shape[0]}, {filters.shape[2]}, H, W], "
+                f"received {list(feature.shape)}."
+            )
+        if filters_here.shape != filters.shape or offset.shape != filters.shape[:2]:
+            raise ValueError(
+                f"The weight and bias of level {level} must be {list(filters.shape)} and {list(filters.shape[:2])}, "
+                f"received {list(filters_here.shape)} and {list(offset.shape)}."
+            )
+        for name, tensor in (("features", feature), ("weight", filters_here), ("bias", offset)):
+            if tensor.dtype != first.dtype or tensor.device != first.device:
+                raise ValueError(
+                    f"The {name} of level {level} must be {first.dtype} on {first.device} as the first features are, "
+                    f"received {tensor.dtype} on {tensor.device}."
+                )
+    if index.dim() != 1 or index.dtype != torch.int64 or index.device != first.device:
+        raise ValueError(
+            f"index must be [N] int64 on {first.device}, received {list(index.shape)} {index.dtype} on {index.device}."
+        )
+    if boxes.shape != (*index.shape, 4) or boxes.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"boxes must be [{index.shape[0]}, 4] float32 or float64, received {list(boxes.shape)} {boxes.dtype}."
+        )
+    if boxes.device != first.device:
+        raise ValueError(f"boxes must be on {first.device} as the features are, received {boxes.device}.")
+
+
+@torch.compiler.assume_constant_result
+def _is_ready() -> bool:
+    return _register()
+
+
+@functools.cache
+def _register() -> bool:
+    """Load the operator and give it its shapes and its gradient; False where it is not built."""
+    if not library.is_loaded():
+        return False
+    torch.library.register_fake("refinedet::align_conv", _fake)
+    torch.library.register_fake("refinedet::align_conv_backward", _fake_backward)
+    torch.library.register_autograd("refinedet::align_conv", _backward, setup_context=_setup_context)
+    return True
+
+
+def _fake(features, strides, boxes, index, weight, bias):
+    return features[0].new_empty(index.shape[0], weight[0].shape[1])
+
+
+def _fake_backward(grad, features, strides, boxes, index, weight, features_grad, filters_grad, deterministic):
+    gradients = []
+    if features_grad:
+        for feature in features:
+            batch, channels, height, width = feature.shape
+            gradients.append(feature.new_empty(batch, height, width, channels).permute(0, 3, 1, 2))
+    if filters_grad:
+        gradients += [filters.new_empty(filters.shape) for filters in weight]
+        gradients += [filters.new_empty(filters.shape[:2]) for filters in weight]
+    return gradients
+
+
+def _setup_context(ctx, inputs, output):
+    features, strides, boxes, index, weight, _ = inputs
+    ctx.save_for_backward(*features, boxes, index, *weight)
+    ctx.strides = strides
+
+
+def _backward(ctx, grad):
+    num_levels = len(ctx.strides)
+    features, (boxes, index), weight = (
+        ctx.saved_tensors[:num_levels],
+        ctx.saved_tensors[num_levels : num_levels + 2],
+        ctx.saved_tensors[num_levels + 2 :],
+    )
+    to_features = any(ctx.needs_input_grad[0])
+    to_filters = any(ctx.needs_input_grad[4]) or any(ctx.needs_input_grad[5])
+    gradients = torch.ops.refinedet.align_conv_backward(
+        grad,
+        features,
+        ctx.strides,
+        boxes,
+        index,
+        weight,
+        to_features,
+        to_filters,
+        torch.are_deterministic_algorithms_enabled(),
+    )
+    absent = [None] * num_levels
+    of_features = gradients[:num_levels] if to_features else absent
+    of_filters = gradients[-2 * num_levels :] if to_filters else absent * 2
+    return of_features, None, None, None, of_filters[:num_levels], of_filters[num_levels:]
