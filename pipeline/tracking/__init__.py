@@ -11,17 +11,19 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from pipeline.tracking.pictures import Boxes, draw_detections
     from pipeline.tracking.redaction import redact, redact_text
+    from pipeline.tracking.report import build_report
     from pipeline.tracking.runs import RunTracker
 
 _HOMES = {
     "Boxes": "pictures",
     "RunTracker": "runs",
+    "build_report": "report",
     "draw_detections": "pictures",
     "redact": "redaction",
     "redact_text": "redaction",
 }
 
-__all__ = ["Boxes", "RunTracker", "draw_detections", "redact", "redact_text"]
+__all__ = ["Boxes", "RunTracker", "build_report", "draw_detections", "redact", "redact_text"]
 
 
 def __getattr__(name: str) -> Any:

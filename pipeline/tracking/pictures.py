@@ -58,8 +58,8 @@ def draw_detections(
     if scale > 1:
         picture = picture.resize((round(width * scale), round(height * scale)), Image.Resampling.LANCZOS)
     size = max(picture.size)
-    line = max(2, round(size / 280))
-    font = label_font(max(13, round(size / 40)))
+    line = max(3, round(size / 180))
+    font = label_font(max(14, round(size / 31)))
 
     kept = [
         index for index in range(len(found.boxes)) if found.scores is None or found.scores[index] >= score_threshold
