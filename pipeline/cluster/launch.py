@@ -1,0 +1,304 @@
+"""`refinedet launch`: the stages of a job, one after the other, each done once."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from typing import Any
+
+from pipeline import storage
+from pipeline.cluster.environment import describe_environment
+from pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
+from pipeline.cluster.progress import ProgressDisplay, summary_table
+from pipeline.cluster.run import Run
+from pipeline.cluster.session import minimum_workers, ray_session
+from pipeline.errors import StoppedError, UserError
+from pipeline.spec import JobSpec
+
+logger = logging.getLogger(__name__)
+
+STAGES = ("prepare", "train", "evaluate", "multiscale", "report")
+
+
+def launch(
+    spec: JobSpec,
+    *,
+    address: str | None = None,
+    stages: Sequence[str] = STAGES,
+    display: ProgressDisplay,
+) -> None:
+    """Run the stages of a job that are not done yet, here or on the cluster at `address`.
+
+    Raises UserError for a mistake in the spec or its data, StoppedError after a stop that was asked for (SIGINT,
+    SIGTERM), JobError for a failure that retries did not overcome.
+    """
+    unknown = [stage for stage in stages if stage not in STAGES]
+    if unknown:
+        raise UserError(f"There is no stage {unknown[0]!r}; the stages are {', '.join(STAGES)}.")
+    run = Run(spec)
+    check_spec(spec)
+    with ExitStack() as stack:
+        stack.enter_context(run.open())
+        log_to_file(os.path.join(log_folder(run.path), "launch.log"), who="driver")
+        stop = stack.enter_context(_stop_signals(display))
+        stack.enter_context(ray_session(spec.cluster, address))
+        from pipeline.tracking import RunTracker
+
+        tracker = RunTracker(spec.tracking, name=spec.name, run_dir=run.path, runs=run.runs)
+        restore_loggers()
+        job = _Job(run, tracker, display, stop)
+        try:
+            job.begin()
+            for stage in STAGES:
+                if stage in stages:
+                    job.run_stage(stage)
+        except StoppedError as error:
+            tracker.finish("KILLED", str(error))
+            raise
+        except BaseException as error:
+            tracker.finish("FAILED", f"{type(error).__name__}: {error}")
+            job.report_after_failure()
+            raise
+        job.finish()
+
+
+def check_spec(spec: JobSpec) -> None:
+    """What can be known to be wrong before a worker starts, and without the data."""
+    from pipeline.training import plan_batches
+
+    plan_batches(spec.training, minimum_workers(spec.cluster))
+    if not spec.data.train:
+        raise UserError("data.train is empty: name at least one split to train on.")
+
+
+@contextmanager
+def _stop_signals(display: ProgressDisplay) -> Iterator[threading.Event]:
+    """SIGINT and SIGTERM set the event; a second SIGINT ends at once."""
+    stop = threading.Event()
+
+    def on_signal(number: int, frame: Any) -> None:
+        if stop.is_set() and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+        display.note("  stopping: saving first (Ctrl-C again ends at once, and loses the steps since the last save)")
+
+    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class _Job:
+    """The state that the stages of one launch share."""
+
+    def __init__(self, run: Run, tracker: Any, display: ProgressDisplay, stop: threading.Event) -> None:
+        self.run, self.tracker, self.display, self.stop = run, tracker, display, stop
+        self.spec = run.spec
+        self._stages: dict[str, Callable[[], None]] = {
+            "prepare": self._prepare,
+            "train": self._train,
+            "evaluate": lambda: self._detect("single"),
+            "multiscale": lambda: self._detect("multiscale"),
+            "report": self._report,
+        }
+
+    def begin(self) -> None:
+        environment = describe_environment()
+        storage.write_json(self.run.file("environment.json"), environment)
+        self.tracker.log_spec(self.spec.model_dump(mode="json"))
+        self.tracker.set_tags(
+            {"commit": environment["commit"]}
+            | {f"version.{name}": version for name, version in environment["versions"].items()}
+        )
+
+    def run_stage(self, stage: str) -> None:
+
+        if self.stop.is_set():
+            raise StoppedError(f"before the stage {stage}; the same command goes on there")
+        logger.info("stage %s begins", stage)
+        self._stages[stage]()
+
+    # --- prepare
+
+    def _prepare(self) -> None:
+        from pipeline.cluster.preparation_stage import run_preparation
+
+        parts = [part for part in ("train", "val") if getattr(self.spec.data, part)]
+        self.display.stage("prepare", unit="images")
+        counts = run_preparation(self.run, parts, on_progress=lambda done, total: self._progress(done, total, "images"))
+        for part, facts in counts.items():
+            self.tracker.log_dataset(
+                part,
+                facts["digest"],
+                context="training" if part == "train" else "validation",
+                source=storage.join(self.run.shards, part),
+                num_samples=facts["num_samples"],
+            )
+        self.display.done(", ".join(f"{facts['num_samples']} {part} images" for part, facts in counts.items()))
+
+    def _progress(self, done: int, total: int, unit: str) -> None:
+        self.display.update(done, total, unit=unit)
+
+    # --- train
+
+    def _train(self) -> None:
+        from pipeline.cluster.recorder import TrainingRecorder
+        from pipeline.cluster.training_stage import run_training
+        from pipeline.data import open_shards
+
+        shards = open_shards(storage.join(self.run.shards, "train"))
+        if shards.num_classes != self.spec.model.num_classes:
+            raise UserError(
+                f"model.num_classes is {self.spec.model.num_classes}, but the data set has {shards.num_classes} "
+                f"categories; set model.num_classes={shards.num_classes}."
+            )
+        inputs = {
+            "shards": shards.digest,
+            "spec": storage.digest_json(
+                {
+                    "seed": self.spec.seed,
+                    "model": asdict(self.spec.model),
+                    "training": self.spec.training.model_dump(mode="json"),
+                    "augmentation": self.spec.data.augmentation.model_dump(mode="json"),
+                }
+            ),
+        }
+        if self.run.stage_is_done("train", inputs):
+            self.display.stage("train")
+            self.display.done("done before")
+            return
+        self.display.stage("train", unit="steps")
+        recorder = TrainingRecorder(self.run, self.display, self.tracker)
+        try:
+            result = run_training(self.run, on_message=recorder, stop_requested=self.stop)
+        finally:
+            recorder.close()
+        self.run.commit_stage("train", inputs, ["weights.safetensors"])
+        self.display.done(f"{result['step']} steps")
+
+    # --- evaluate, multiscale
+
+    def _detect(self, mode: str) -> None:
+        from pipeline.cluster.detection_stage import DetectionJob, run_detection
+        from pipeline.data import open_shards
+        from pipeline.evaluation import GroundTruth
+
+        stage = "evaluate" if mode == "single" else "multiscale"
+        if not self.spec.data.val or (mode == "multiscale" and self.spec.multiscale is None):
+            return
+        weights = self.run.weights
+        if not storage.exists(weights):
+            raise UserError(f"There are no weights at {weights}; run the stage train first.")
+        self.display.stage(stage, unit="images")
+        shards = open_shards(storage.join(self.run.shards, "val"))
+        truth_json = storage.read_json(self.run.ground_truth("val"))
+        inputs = {
+            "weights": storage.digest_file(weights).sha256,
+            "shards": shards.digest,
+            "spec": storage.digest_json(
+                {
+                    "model": asdict(self.spec.model),
+                    "evaluation": self.spec.evaluation.model_dump(mode="json"),
+                    "multiscale": self.spec.multiscale.model_dump(mode="json")
+                    if mode == "multiscale" and self.spec.multiscale
+                    else None,
+                }
+            ),
+        }
+        file = f"detections/{mode}.json"
+        if self.run.stage_is_done(stage, inputs):
+            self.display.done("done before")
+            return
+        job = DetectionJob(
+            mode="multiscale" if mode == "multiscale" else "single",
+            weights=weights,
+            shards=storage.join(self.run.shards, "val"),
+            image_ids=tuple(image["id"] for image in truth_json["images"]),
+            folder=self.run.file("detections", mode),
+            fingerprint=storage.digest_json(inputs),
+        )
+        truth = GroundTruth.of(truth_json) if truth_json["annotations"] else None
+        metrics, rows = run_detection(
+            self.run,
+            job,
+            truth,
+            on_progress=lambda done, total: self._progress(done, total, "images"),
+            stop_requested=self.stop,
+        )
+        storage.write_bytes(self.run.file(file), json.dumps(rows).encode())
+        if metrics is not None:
+            self._write_metrics(mode, metrics.to_json())
+            self.tracker.log_metrics(0, {f"{mode}/{name}": value for name, value in metrics.values.items()})
+            self.display.done(
+                f"AP {metrics.values['AP']:.3f}  AP50 {metrics.values['AP50']:.3f}  {len(rows)} detections"
+            )
+        else:
+            self.display.done(f"{len(rows)} detections; the data set has no annotations to measure by")
+        self.run.commit_stage(stage, inputs, [file])
+
+    def _write_metrics(self, mode: str, values: dict[str, Any]) -> None:
+        path = self.run.file("metrics.json")
+        known = storage.read_json(path) if storage.exists(path) else {}
+        storage.write_json(path, {**known, mode: values})
+
+    # --- report
+
+    def _report(self) -> None:
+        from pipeline.tracking.report import build_report
+
+        self.display.stage("report")
+        path = build_report(self.run.path)
+        self.tracker.log_artifact(path)
+        self.display.done(path)
+
+    def report_after_failure(self) -> None:
+        """A failed job leaves its report too; whatever goes wrong with it must not hide why the job failed."""
+        try:
+            from pipeline.tracking.report import build_report
+
+            build_report(self.run.path)
+        except Exception:
+            logger.exception("the report of the failed job could not be built")
+
+    def finish(self) -> None:
+        for name in ("spec.yaml", "metrics.json", "detections/single.json", "detections/multiscale.json"):
+            if storage.is_local(self.run.path) and storage.exists(self.run.file(name)):
+                self.tracker.log_artifact(self.run.file(name), os.path.dirname(name) or None)
+        self.tracker.finish("FINISHED")
+        self._print_summary()
+
+    def _print_summary(self) -> None:
+        path = self.run.file("metrics.json")
+        if storage.exists(path):
+            metrics = storage.read_json(path)
+            names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
+            rows = [
+                {"": {"single": "single scale", "multiscale": "multi-scale"}[mode]}
+                | {name: f"{metrics[mode]['coco'][name]:.3f}" for name in names}
+                for mode in ("single", "multiscale")
+                if mode in metrics
+            ]
+            self.display.note("")
+            self.display.console.print(summary_table(f"Run {self.spec.name}", ["", *names], rows))
+        self.display.note("")
+        for what, where in (
+            ("report", self.run.file("report.html")),
+            ("weights", self.run.weights),
+            ("MLflow", self.tracker.location),
+            ("logs", log_folder(self.run.path)),
+        ):
+            self.display.console.print(f"  {what:<8} {_shown(where)}", markup=False, soft_wrap=True)
+
+
+def _shown(path: str) -> str:
+    """A path below the current folder, relative to it."""
+    here = os.getcwd() + os.sep
+    return path.replace(here, "")

@@ -1,0 +1,66 @@
+"""Where the words of libraries go: into files of the run, never over the progress bar."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+import tempfile
+import warnings
+from collections.abc import Iterator
+
+from pipeline import storage
+
+_FORMAT = "%(asctime)s %(levelname).1s {who} %(name)s: %(message)s"
+
+
+def log_folder(run_path: str) -> str:
+    """A local folder for the logs of a run on this machine: inside the run where that is local."""
+    folder = run_path if storage.is_local(run_path) else os.path.join(tempfile.gettempdir(), "refinedet-logs")
+    folder = os.path.join(folder, "logs")
+    os.makedirs(folder, exist_ok=True)
+    return folder
+
+
+def log_to_file(path: str, who: str) -> None:
+    """Send the logging of this process, and Python's warnings, to a file; `who` stands in every line."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter(_FORMAT.format(who=who)))
+    root = logging.getLogger()
+    for old in list(root.handlers):
+        root.removeHandler(old)
+    root.addHandler(handler)
+    root.setLevel(logging.INFO)
+    logging.captureWarnings(True)
+    warnings.simplefilter("default")
+
+
+def restore_loggers() -> None:
+    """Take the handlers away that libraries gave their own loggers, so that their words reach the file alone."""
+    for name in list(logging.Logger.manager.loggerDict):
+        library = logging.getLogger(name)
+        for handler in list(library.handlers):
+            if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
+                library.removeHandler(handler)
+                library.propagate = True
+
+
+@contextlib.contextmanager
+def output_to_file(path: str) -> Iterator[None]:
+    """Send what this process and its children write to stdout and stderr to a file: some libraries print."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    kept = os.dup(1), os.dup(2)
+    with open(path, "a", encoding="utf-8") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+    try:
+        yield
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(kept[0], 1)
+        os.dup2(kept[1], 2)
+        os.close(kept[0])
+        os.close(kept[1])

@@ -1,0 +1,128 @@
+"""What the driver does with the records of training: the bar, `metrics.jsonl`, MLflow."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import tempfile
+import time
+from typing import Any
+
+from pipeline import storage
+from pipeline.cluster.progress import ProgressDisplay
+from pipeline.cluster.run import Run
+from pipeline.tracking import RunTracker
+
+logger = logging.getLogger(__name__)
+
+METRICS_LOG = "metrics.jsonl"
+_UPLOAD_INTERVAL_S = 60.0
+
+
+class MetricsLog:
+    """One JSON object a line, appended as training goes; where the run is behind a URI, uploaded now and then."""
+
+    def __init__(self, run: Run) -> None:
+        self._target = run.file(METRICS_LOG)
+        self._local = storage.is_local(self._target)
+        if self._local:
+            path = self._target
+        else:
+            handle, path = tempfile.mkstemp(suffix=".jsonl")
+            os.close(handle)
+            if storage.exists(self._target):
+                with open(path, "wb") as file:
+                    file.write(storage.read_bytes(self._target))
+        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the job
+        self._path, self._uploaded = path, time.monotonic()
+
+    def append(self, line: dict[str, Any]) -> None:
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+        if not self._local and time.monotonic() - self._uploaded > _UPLOAD_INTERVAL_S:
+            self._upload()
+
+    def close(self) -> None:
+        self._file.close()
+        if not self._local:
+            self._upload()
+            os.unlink(self._path)
+
+    def _upload(self) -> None:
+        self._uploaded = time.monotonic()
+        try:
+            with open(self._path, "rb") as file:
+                storage.write_bytes(self._target, file.read())
+        except OSError as error:
+            logger.warning("%s could not be written, it will be tried again: %s", self._target, error)
+
+
+class TrainingRecorder:
+    """Takes the messages of `run_training`."""
+
+    def __init__(self, run: Run, display: ProgressDisplay, tracker: RunTracker) -> None:
+        self._display, self._tracker = display, tracker
+        self._log = MetricsLog(run)
+        self._every = run.spec.tracking.log_every_steps
+        self.best_validation: dict[str, float] = {}
+
+    def __call__(self, rank: int, kind: str, content: dict[str, Any]) -> None:
+        if kind == "step":
+            self._step(content)
+        elif kind == "event":
+            self._event(content)
+
+    def close(self) -> None:
+        self._log.close()
+
+    def _step(self, record: dict[str, Any]) -> None:
+        self._display.update(
+            record["step"],
+            record["total_steps"],
+            unit="steps",
+            epoch=str(record["epoch"] + 1),
+            loss=f"{record['losses'].get('total', float('nan')):.3f}",
+            lr=f"{record['learning_rate']:.2g}",
+            speed=f"{record['images_per_s']:.1f} images/s",
+        )
+        if record["step"] % self._every and record["step"] != record["total_steps"]:
+            return
+        times = {name: seconds for name, seconds in record["times"].items()}
+        line = {
+            "step": record["step"],
+            "epoch": record["epoch"],
+            "time": time.time(),
+            "learning_rate": record["learning_rate"],
+            "losses": record["losses"],
+            "gradient_norm": record["gradient_norm"],
+            "images_per_s": record["images_per_s"],
+            "memory_bytes": record["memory_bytes"],
+            "skipped_steps": record["skipped_steps"],
+            "times": times,
+        }
+        self._log.append(line)
+        self._tracker.log_metrics(
+            record["step"],
+            {
+                **{f"loss/{name}": value for name, value in record["losses"].items()},
+                **{f"time/{name}_s": value for name, value in times.items()},
+                **{name: line[name] for name in ("epoch", "learning_rate", "gradient_norm", "images_per_s")},
+                "memory_gb": record["memory_bytes"] / 2**30,
+            },
+        )
+
+    def _event(self, event: dict[str, Any]) -> None:
+        kind, facts = event["kind"], event["facts"]
+        logger.info("%s at step %s: %s", kind, event["step"], event["message"])
+        if kind == "validated":
+            values = {name: float(value) for name, value in facts.items() if isinstance(value, int | float)}
+            self._log.append({"step": event["step"], "epoch": facts.get("epoch"), "validation": values})
+            self._tracker.log_metrics(
+                event["step"], {f"validation/{name}": value for name, value in values.items() if name != "epoch"}
+            )
+            self._display.note(f"  {event['message']}")
+        elif kind in ("resumed", "straggler"):
+            self._display.note(f"  {event['message']}")
+        elif kind in ("passed_over", "skipped", "save_failed"):
+            self._display.warn(event["message"])

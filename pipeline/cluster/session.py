@@ -1,0 +1,127 @@
+"""A connection to a Ray cluster: a local one that starts and ends with the job, or one that is already there."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+from pipeline.errors import UserError
+from pipeline.spec import Cluster, Workers
+
+logger = logging.getLogger(__name__)
+
+NAMESPACE = "refinedet"
+_KNOCK_TIMEOUT_S = 5.0
+
+# What Ray, DeepSpeed and Ray Train read from the environment of a job, set in this one place. Logs go to files;
+# Ray's OpenTelemetry and usage threads are not wanted on a training node.
+_ENVIRONMENT = {
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of the spec keep their meaning
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    # The default start timeout, 60 s, is less than a loaded node takes to import torch and DeepSpeed.
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+}
+
+
+@contextlib.contextmanager
+def ray_session(cluster: Cluster, address: str | None = None) -> Iterator[None]:
+    """Connect, check that the cluster can hold the workers, and leave it as it was.
+
+    address   of a cluster; default: the one of this job (RAY_ADDRESS), else a local one started for the occasion
+    Raises UserError when there is no cluster at the address, when its Ray or Python differs from ours, or when it is
+    too small for `cluster.workers`.
+    """
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    import ray  # reads the environment when it is imported
+
+    if ray.is_initialized():
+        raise AssertionError("one session at a time in a process")
+    start = {"num_cpus": os.cpu_count()} if address == "local" else {}
+    if address not in ("local", "auto"):
+        _check_reachable(address)
+    try:
+        ray.init(
+            address=address,
+            namespace=NAMESPACE,
+            include_dashboard=False if address == "local" else None,
+            log_to_driver=False,
+            logging_level="ERROR",
+            configure_logging=False,
+            **start,
+        )
+    except (ConnectionError, TimeoutError, ValueError) as error:
+        raise UserError(
+            f"There is no Ray cluster to be reached at {address!r} ({_first_line(error)}); check the address with "
+            "`ray status`, or leave out --address to run here."
+        ) from error
+    except RuntimeError as error:
+        message = _first_line(error)
+        if "Version mismatch" in str(error):
+            message = " ".join(str(error).split())
+            raise UserError(f"The cluster at {address!r} runs another version: {message}; install the same.") from error
+        if "authentication" in str(error).lower() or "token" in str(error).lower():
+            raise UserError(
+                f"The cluster at {address!r} refused the authentication token ({message}); set RAY_AUTH_TOKEN, or "
+                "RAY_AUTH_TOKEN_PATH, to the cluster's."
+            ) from error
+        raise
+    try:
+        check_resources(cluster, ray.cluster_resources())
+        yield
+    finally:
+        ray.shutdown()
+
+
+def check_resources(cluster: Cluster, there: dict[str, float]) -> None:
+    """Refuse a job that the cluster cannot hold, naming the resource; Ray would wait for ever.
+
+    A cluster that scales itself up (`ray up`, KubeRay) may grow: there, the wait is bounded by
+    `cluster.resource_timeout_s`, and this check is left to it.
+    """
+    if os.environ.get("RAY_ENABLE_AUTOSCALER_V2") == "1" or there.get("refinedet_autoscaling"):
+        return
+    workers = minimum_workers(cluster)
+    for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
+        needed, available = workers * each, there.get(resource, 0.0)
+        if needed > available:
+            raise UserError(
+                f"{workers} workers with {each:g} {resource} each need {needed:g} {resource}, the cluster has "
+                f"{available:g}; lower cluster.workers or cluster.{resource.lower()}s_per_worker, or add nodes."
+            )
+
+
+def minimum_workers(cluster: Cluster) -> int:
+    return cluster.workers.min if isinstance(cluster.workers, Workers) else cluster.workers
+
+
+def maximum_workers(cluster: Cluster) -> int:
+    return cluster.workers.max if isinstance(cluster.workers, Workers) else cluster.workers
+
+
+def _check_reachable(address: str) -> None:
+    """Knock before Ray does: it would try for minutes, and print what it tries."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        raise UserError(f"A cluster's address reads HOST:PORT or ray://HOST:PORT, received {address!r}.")
+    try:
+        socket.create_connection((host, int(port)), timeout=_KNOCK_TIMEOUT_S).close()
+    except OSError as error:
+        raise UserError(
+            f"Nothing answers at {address!r} ({error.strerror or error}); check the address with `ray status`, or "
+            "leave out --address to run here."
+        ) from None
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".:") if lines else type(error).__name__
