@@ -1,11 +1,21 @@
-"""RefineDet++ in PyTorch: `RefineDet(RefineDetConfig())` detects; `detection_loss` trains it."""
+"""RefineDet++ in PyTorch: `RefineDet(RefineDetConfig())` detects; `detection_loss` trains it.
 
-from model.config import RefineDetConfig
-from model.detector import RefineDet
-from model.inference import select_detections
-from model.loss import detection_loss
-from model.structures import Detections, Losses, Predictions, Targets
-from model.weights import LoadReport, load_weights
+The names are imported when they are first asked for: the job spec needs the config alone, a data worker the targets
+alone, and neither should wait for timm.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from model.config import RefineDetConfig
+    from model.detector import RefineDet
+    from model.inference import select_detections
+    from model.loss import detection_loss
+    from model.structures import Detections, Losses, Predictions, Targets
+    from model.weights import LoadReport, load_weights
 
 __all__ = [
     "Detections",
@@ -19,3 +29,22 @@ __all__ = [
     "load_weights",
     "select_detections",
 ]
+
+_HOMES = {
+    "RefineDetConfig": "config",
+    "RefineDet": "detector",
+    "select_detections": "inference",
+    "detection_loss": "loss",
+    "Detections": "structures",
+    "Losses": "structures",
+    "Predictions": "structures",
+    "Targets": "structures",
+    "LoadReport": "weights",
+    "load_weights": "weights",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
