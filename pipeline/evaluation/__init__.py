@@ -3,6 +3,7 @@
 from pipeline.evaluation.coco import METRIC_NAMES, CocoMetrics, accumulate, evaluate_coco
 from pipeline.evaluation.detect import detect_piece
 from pipeline.evaluation.detections import DetectionTable
+from pipeline.evaluation.files import evaluate_files
 from pipeline.evaluation.matching import Matches, match
 from pipeline.evaluation.multiscale import (
     describe_cost,
@@ -20,8 +21,10 @@ from pipeline.evaluation.pieces import (
     write_detections,
     write_piece,
 )
+from pipeline.evaluation.submission import write_submission
 from pipeline.evaluation.truth import GroundTruth
 from pipeline.evaluation.validation import validate
+from pipeline.evaluation.voc import VocMetrics, evaluate_voc, write_voc_files
 
 __all__ = [
     "METRIC_NAMES",
@@ -30,11 +33,14 @@ __all__ = [
     "GroundTruth",
     "Matches",
     "Piece",
+    "VocMetrics",
     "accumulate",
     "describe_cost",
     "detect_piece",
     "estimate_cost",
     "evaluate_coco",
+    "evaluate_files",
+    "evaluate_voc",
     "match",
     "merge_pieces",
     "missing_pieces",
@@ -46,4 +52,6 @@ __all__ = [
     "validate",
     "write_detections",
     "write_piece",
+    "write_submission",
+    "write_voc_files",
 ]

@@ -57,7 +57,7 @@ def match(truth: GroundTruth, detections: DetectionTable, image_ids: Sequence[in
     Raises UserError for detections of images or categories that the truth does not have.
     """
     images = truth.image_ids if image_ids is None else np.unique(np.asarray(image_ids, np.int64))
-    _check_known(truth, images, detections)
+    check_known(truth, images, detections)
     num_categories = len(truth.category_ids)
 
     def cell_of(image_id: np.ndarray, category_id: np.ndarray) -> np.ndarray:
@@ -108,7 +108,8 @@ def match(truth: GroundTruth, detections: DetectionTable, image_ids: Sequence[in
     )
 
 
-def _check_known(truth: GroundTruth, images: np.ndarray, detections: DetectionTable) -> None:
+def check_known(truth: GroundTruth, images: np.ndarray, detections: DetectionTable) -> None:
+    """UserError, naming the row, where detections are of other images or categories than the truth's."""
     for field, values, known, remedy in (
         ("image_id", detections.image_id, images, "evaluate against the annotations of the images it was run on"),
         (

@@ -30,6 +30,7 @@ class GroundTruth:
     bbox          [G, 4] float64 xywh
     area          [G] float64: the annotation's own (of its mask), not the box's
     crowd         [G] bool
+    difficult     [G] bool: VOC's flag; COCO's numbers do not look at it
     """
 
     image_ids: np.ndarray
@@ -41,6 +42,7 @@ class GroundTruth:
     bbox: np.ndarray
     area: np.ndarray
     crowd: np.ndarray
+    difficult: np.ndarray
 
     def __len__(self) -> int:
         return len(self.area)
@@ -112,6 +114,7 @@ def _from_coco(source: Mapping[str, Any], name: str) -> GroundTruth:
         bbox=np.array([annotation["bbox"] for annotation in annotations], np.float64).reshape(-1, 4),
         area=np.array([annotation["area"] for annotation in annotations], np.float64),
         crowd=np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations], bool),
+        difficult=np.array([bool(one.get("difficult", one.get("ignore", 0))) for one in annotations], bool),
     )
     if len(truth.bbox) != len(truth) or not (np.isfinite(truth.bbox).all() and np.isfinite(truth.area).all()):
         raise UserError(f"{name}: every bbox must be four finite numbers and every area finite; mend the file")
@@ -131,4 +134,5 @@ def _from_coco(source: Mapping[str, Any], name: str) -> GroundTruth:
         truth.bbox[listed],
         truth.area[listed],
         truth.crowd[listed],
+        truth.difficult[listed],
     )

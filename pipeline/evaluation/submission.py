@@ -1,0 +1,89 @@
+"""The zip that COCO's evaluation server takes, checked before anyone waits for the server to refuse it."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import zipfile
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from pipeline import storage
+from pipeline.errors import UserError
+from pipeline.evaluation.detections import DetectionTable
+
+ROW_SCHEMA: dict[str, Any] = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["image_id", "category_id", "bbox", "score"],
+        "additionalProperties": False,
+        "properties": {
+            "image_id": {"type": "integer", "minimum": 0},
+            "category_id": {"type": "integer", "minimum": 1, "maximum": 90},
+            "bbox": {
+                "type": "array",
+                "minItems": 4,
+                "maxItems": 4,
+                "items": {"type": "number"},
+                "description": "x, y, width, height; pixels, to 0.1",
+            },
+            "score": {"type": "number", "minimum": 0, "maximum": 1},
+        },
+    },
+}
+"""JSON schema of the results file"""
+
+MAX_DETECTIONS = 100  # of an image; the server counts no more
+
+
+def write_submission(
+    folder: str,
+    name: str,
+    detections: DetectionTable | Sequence[Mapping[str, Any]],
+    *,
+    image_ids: Sequence[int],
+    split: str = "test-dev2017",
+) -> str:
+    """Write `detections_<split>_<name>_results.zip` with the JSON of the same name, and return its path.
+
+    Boxes are rounded to 0.1 pixel; the best 100 of each image are kept. `image_ids` are those of the test set: rows of
+    other images, ids outside COCO's 1..90 and scores outside 0..1 are a UserError.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9-]+", name):
+        raise UserError(f"a submission's name may hold letters, digits and -, received {name!r}; choose another")
+    table = DetectionTable.of(detections)
+    _check(table, image_ids)
+    order = np.lexsort((-table.score, table.image_id))
+    table = table.select(order)
+    rank = np.arange(len(table)) - np.searchsorted(table.image_id, table.image_id)
+    table = table.select(rank < MAX_DETECTIONS)
+    rounded = DetectionTable(table.image_id, table.category_id, table.bbox.round(1), table.score.round(5))
+    stem = f"detections_{split}_{name}_results"
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        info = zipfile.ZipInfo(f"{stem}.json", (1980, 1, 1, 0, 0, 0))  # the same detections give the same bytes
+        info.compress_type = zipfile.ZIP_DEFLATED
+        archive.writestr(info, json.dumps(rounded.rows(), separators=(",", ":")))
+    path = storage.join(folder, f"{stem}.zip")
+    storage.write_bytes(path, content.getvalue())
+    return path
+
+
+def _check(table: DetectionTable, image_ids: Sequence[int]) -> None:
+    faults = (
+        (~np.isin(table.image_id, np.asarray(image_ids, np.int64)), "its image is not in the test set"),
+        ((table.category_id < 1) | (table.category_id > 90), "its category is none of COCO's ids 1..90"),
+        ((table.score < 0) | (table.score > 1), "its score lies outside 0..1"),
+        ((table.bbox[:, 2:] <= 0).any(1), "its box has no area"),
+    )
+    for faulty, reason in faults:
+        if faulty.any():
+            row = int(faulty.argmax())
+            raise UserError(
+                f"submission, row {row} (image {table.image_id[row]}, category {table.category_id[row]}, score "
+                f"{table.score[row]}): {reason} ({faulty.sum()} rows like it); the server would refuse the file"
+            )

@@ -1,0 +1,189 @@
+"""The evaluation equals pycocotools to the last digit, in whatever pieces; each trap of the format on its own."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.errors import UserError
+from pipeline.evaluation import DetectionTable, GroundTruth, accumulate, evaluate_coco, match
+from pipeline.evaluation.judge import judge_by_faster_coco_eval, judge_by_pycocotools
+
+from .random_truth import random_truth
+
+KNOWN = {
+    "AP": 0.504581,
+    "AP50": 0.696973,
+    "AP75": 0.572982,
+    "APs": 0.585626,
+    "APm": 0.519400,
+    "APl": 0.501398,
+    "AR1": 0.386813,
+    "AR10": 0.593680,
+    "AR100": 0.595353,
+}
+
+
+@pytest.fixture(scope="module")
+def cocoeval_100(shared_dir) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    folder = shared_dir / "data" / "cocoeval-100"
+    truth = json.loads((folder / "instances_val2014_100.json").read_text())
+    return truth, json.loads((folder / "instances_val2014_fakebbox100_results.json").read_text())
+
+
+def evaluate_in_parts(truth: dict[str, Any], rows: list[dict[str, Any]], workers: int) -> dict[str, float]:
+    """As `workers` would: each matches its images, the parts come back in another order."""
+    known, table = GroundTruth.of(truth), DetectionTable.of(rows)
+    parts = []
+    for worker in range(workers):
+        images = np.random.default_rng(0).permutation(known.image_ids)[worker::workers]
+        parts.append(match(known, table.select(np.isin(table.image_id, images)), images.tolist()))
+    return accumulate(known, parts[::-1]).values
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 5])
+def test_known_answer_at_any_number_of_workers(cocoeval_100, workers):
+    truth, rows = cocoeval_100
+    values = evaluate_in_parts(truth, rows, workers)
+    assert values == judge_by_pycocotools(truth, rows)
+    assert {name: round(values[name], 6) for name in KNOWN} == KNOWN
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_random_truth_equals_pycocotools(seed):
+    detections = 300 if seed == 0 else 40
+    truth, rows = random_truth(seed, images=12, categories=1 + 2 * seed, detections=detections, ties=seed % 2 == 0)
+    expected = judge_by_pycocotools(truth, rows)
+    assert evaluate_coco(truth, rows).values == expected
+    assert evaluate_in_parts(truth, rows, 3) == expected
+    # faster-coco-eval sums in another order, so that its last digit may differ
+    assert judge_by_faster_coco_eval(truth, rows) == pytest.approx(expected, rel=1e-12)
+
+
+def test_more_detections_of_a_class_than_count():
+    truth, rows = random_truth(7, images=4, categories=1, objects=20, detections=300)
+    assert evaluate_coco(truth, rows).values == judge_by_pycocotools(truth, rows)
+
+
+def test_per_class_is_pycocotools_on_that_class(cocoeval_100):
+    truth, rows = cocoeval_100
+    metrics = evaluate_coco(truth, rows)
+    for category in truth["categories"][:5]:
+        alone = {**truth, "categories": [category]}
+        alone["annotations"] = [a for a in truth["annotations"] if a["category_id"] == category["id"]]
+        own = [row for row in rows if row["category_id"] == category["id"]]
+        if not own:
+            continue
+        expected = judge_by_pycocotools(alone, own)
+        for name, value in metrics.per_class[category["name"]].items():
+            assert value == pytest.approx(expected[name], abs=1e-12)
+    curves = np.stack([curve for curve in metrics.curves.values() if curve.max() >= 0])
+    assert curves.mean() == pytest.approx(metrics.values["AP"])
+
+
+def one_object(**changes: Any) -> dict[str, Any]:
+    annotation = {"id": 1, "image_id": 5, "category_id": 18, "bbox": [10, 10, 50, 50], "area": 2500, "iscrowd": 0}
+    return {
+        "images": [{"id": 5}, {"id": 9}],
+        "categories": [{"id": 18, "name": "dog"}, {"id": 90, "name": "brush"}],
+        "annotations": [{**annotation, **changes}],
+    }
+
+
+HIT = {"image_id": 5, "category_id": 18, "bbox": [10, 10, 50, 50], "score": 0.9}
+
+
+def test_annotation_id_zero_counts_as_pycocotools_counts_it_and_is_named(caplog):
+    values = evaluate_coco(one_object(id=0), [HIT]).values
+    assert values == judge_by_pycocotools(one_object(id=0), [HIT])
+    assert values["AP"] == 0
+    assert "id 0" in caplog.text
+    assert evaluate_coco(one_object(), [HIT]).values["AP"] == pytest.approx(1)
+
+
+def test_area_is_the_annotations_own():
+    small = one_object(area=900)  # the mask's; the box has 2500 square pixels
+    values = evaluate_coco(small, [HIT]).values
+    assert values == judge_by_pycocotools(small, [HIT])
+    assert (values["APs"], values["APm"]) == (pytest.approx(1), -1)
+
+
+def test_an_image_counted_twice_or_never_is_refused():
+    truth = GroundTruth.of(one_object())
+    table = DetectionTable.of([HIT])
+    with pytest.raises(ValueError, match="exactly once: 1 came more than once"):
+        accumulate(truth, [match(truth, table), match(truth, DetectionTable.empty(), [9])])
+    with pytest.raises(ValueError, match="1 of 2 are missing"):
+        accumulate(truth, [match(truth, table, [5])])
+
+
+def test_a_hundred_detections_count_and_no_more():
+    rows = [{**HIT, "bbox": [200, 200, 5, 5], "score": 0.95} for _ in range(100)] + [HIT]
+    assert evaluate_coco(one_object(), rows).values["AR100"] == 0
+    assert evaluate_coco(one_object(), rows[1:]).values["AR100"] == 1
+    assert evaluate_coco(one_object(), rows).values == judge_by_pycocotools(one_object(), rows)
+
+
+def test_a_crowd_is_neither_missed_nor_wrong():
+    truth = one_object()
+    truth["annotations"].append({**truth["annotations"][0], "id": 2, "iscrowd": 1, "bbox": [100, 100, 80, 80]})
+    rows = [HIT, *({**HIT, "bbox": [110 + 3 * i, 110, 20, 20], "score": 0.95} for i in range(5))]
+    values = evaluate_coco(truth, rows).values
+    assert values == judge_by_pycocotools(truth, rows)
+    assert values["AP"] == pytest.approx(1)
+
+
+def test_an_empty_result_and_a_truth_without_objects():
+    values = evaluate_coco(one_object(), []).values
+    assert (values["AP"], values["AR100"], values["APl"]) == (0, 0, -1)
+    nothing = {**one_object(), "annotations": []}
+    assert set(evaluate_coco(nothing, [HIT]).values.values()) == {-1}
+    assert evaluate_coco(nothing, [HIT]).values == judge_by_pycocotools(nothing, [HIT])
+    assert set(evaluate_coco(nothing, []).values.values()) == {-1}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"score": float("nan")}, "row 1 .*not finite"),
+        ({"bbox": [1, 2, float("inf"), 4]}, "row 1 .*not finite"),
+        ({"bbox": [10, 10, -5, 5]}, "row 1 .*negative side"),
+        ({"bbox": [10, 10, 5]}, "row 1: bbox must be four numbers"),
+        ({"bbox": None}, "row 1: bbox must be four numbers"),
+        ({"score": "high"}, "row 1: score must be a number"),
+        ({"image_id": "5"}, "row 1: image_id must be a whole number"),
+        ({"image_id": 7}, "row 1: image_id 7 is not among the 2 .*1 rows like it"),
+        ({"category_id": 1}, "row 1: category_id 1 is not among .*own category ids"),
+    ],
+)
+def test_bad_rows_are_named(change, said):
+    with pytest.raises(UserError, match=said):
+        evaluate_coco(one_object(), [HIT, {**HIT, **change}])
+
+
+def test_rows_that_lack_a_field_or_are_no_rows():
+    with pytest.raises(UserError, match="row 0 has no score"):
+        evaluate_coco(one_object(), [{key: HIT[key] for key in ("image_id", "category_id", "bbox")}])
+    with pytest.raises(UserError, match="must be a list"):
+        evaluate_coco(one_object(), {"annotations": []})  # pyright: ignore[reportArgumentType]
+    whole = [{**HIT, "image_id": 5.0}]
+    assert evaluate_coco(one_object(), whole).values["AP"] == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"images": None}, "is not a COCO instances file"),
+        ({"annotations": [{"id": 1}]}, "every annotation needs"),
+        ({"annotations": one_object()["annotations"] * 2}, "annotation id 1 is used 2 times"),
+        ({"annotations": [{**one_object()["annotations"][0], "area": float("nan")}]}, "finite"),
+    ],
+)
+def test_truth_that_is_none(change, said):
+    with pytest.raises(UserError, match=said):
+        GroundTruth.of({**one_object(), **change})
+    with pytest.raises(UserError, match="received \\['boxes'\\]"):
+        GroundTruth.of({"boxes": []})
