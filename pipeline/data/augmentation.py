@@ -54,7 +54,7 @@ def augment(
     image    uint8   [H, W, 3]  RGB
     boxes    float32 [G, 4]     pixels of `image`
     labels   int64   [G]
-    returns  image [size, size, 3], boxes [G', 4] in its pixels, labels [G']; boxes whose centre the crop left out are gone
+    returns  image [size, size, 3], boxes [G', 4] in its pixels, labels [G']; those whose centre lies in the crop
     """
     draws = rng.random(16)
     trials = rng.random((len(MIN_IOUS), NUM_TRIALS, 4))

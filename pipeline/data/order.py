@@ -34,6 +34,7 @@ class EpochOrder:
         sizes = np.asarray(shard_sizes, dtype=np.int64)
         self.num_samples = int(sizes.sum())
         self.streams = max(1, min(streams, self.num_samples))
+        self.epoch = epoch
         self._key = (seed, epoch)
         self._block = max(1, window // self.streams)
         self._whole = keyed_permutation(self.num_samples, "all", *self._key) if window >= self.num_samples else None

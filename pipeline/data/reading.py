@@ -53,7 +53,7 @@ class SampleReader:
             content = _read_range(path, entry.offset, entry.size)
         else:
             fs, inner = storage.filesystem(path)
-            content = fs.cat_file(inner, start=entry.offset, end=entry.offset + entry.size)
+            content: Any = fs.cat_file(inner, start=entry.offset, end=entry.offset + entry.size)
         if len(content) != entry.size:
             raise ValueError(f"the shard ends early: {len(content)} of its {entry.size} bytes are there")
         if zlib.crc32(content) != entry.crc32:

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from typing import Any
 
-import webdataset as wds
+from webdataset.writer import TarWriter
 
 from pipeline import storage
 from pipeline.data.coco import read_coco
@@ -145,7 +145,7 @@ def _write_shard(
     columns: dict[str, list] = {"keys": [], "offsets": [], "sizes": [], "crc32": [], "objects_offsets": []}
     found: list[BadSample] = []
     buffer = io.BytesIO()
-    with wds.TarWriter(buffer, encoder=False, mtime=0) as writer:
+    with TarWriter(buffer, encoder=False, mtime=0) as writer:
         for key, record in enumerate(records, start=start):
             known = len(found)
             sample = _encode_sample(f"{key:08d}", record, name, found)

@@ -81,30 +81,35 @@ class Schedule(IterableDataset):
     def __iter__(self) -> Iterator[Turn]:
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        for turn_number, turns in enumerate(self._micro_batches()):
-            if turn_number % workers == number:
-                yield from turns()
+        plan = self.plan
+        order: EpochOrder | None = None
+        for turn, (epoch, index, part) in enumerate(self._micro_batches()):
+            if turn % workers != number:
+                continue
+            if order is None or order.epoch != epoch:
+                order = EpochOrder(
+                    plan.shards.sizes, seed=plan.seed, epoch=epoch, window=plan.window, streams=plan.streams
+                )
+            yield from self._turns(order, index, part)
 
-    def _micro_batches(self):
+    def _micro_batches(self) -> Iterator[tuple[int, int, int]]:
+        """(epoch, index, part) of this rank's micro-batches."""
         plan = self.plan
         epoch, first = self.start
         while plan.epochs is None or epoch < plan.epochs:
-            order = EpochOrder(plan.shards.sizes, seed=plan.seed, epoch=epoch, window=plan.window, streams=plan.streams)
             for index in range(first, plan.batches_per_epoch):
                 for part in range(plan.accumulation):
-                    yield lambda order=order, epoch=epoch, index=index, part=part: self._turns(
-                        order, epoch, index, part
-                    )
+                    yield epoch, index, part
             epoch, first = epoch + 1, 0
 
-    def _turns(self, order: EpochOrder, epoch: int, index: int, part: int) -> Iterator[Turn]:
+    def _turns(self, order: EpochOrder, index: int, part: int) -> Iterator[Turn]:
         plan = self.plan
         begin = index * plan.global_batch
         end = begin + plan.global_batch
         share = share_of_rank(begin, end, order.streams, plan.rank, plan.world_size)
         share = share[part * plan.micro_batch : (part + 1) * plan.micro_batch]
         for at, position in enumerate(order.positions(begin, end)[share]):
-            yield Turn(int(position), epoch, index, part, at == plan.micro_batch - 1)
+            yield Turn(int(position), order.epoch, index, part, at == plan.micro_batch - 1)
 
 
 def read_samples(turns: Iterable[Turn], shards: ShardSet) -> Iterator[tuple[Turn, Sample]]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections.abc import Iterator
 from functools import partial
+from multiprocessing.context import BaseContext
 
 import torch
-import webdataset as wds
+from webdataset.compat import WebLoader
+from webdataset.filters import map as map_samples
+from webdataset.pipeline import DataPipeline
 
 from pipeline.data.faults import FaultLog
 from pipeline.data.index import ShardSet
@@ -55,7 +59,7 @@ class TrainingStream:
         micro_batch = micro_batch or share
         if rest or share % micro_batch:
             raise UserError(
-                f"global batch {global_batch} is not micro batch {micro_batch} x a whole number x {world_size} workers: "
+                f"global batch {global_batch} is not micro batch {micro_batch} x whole number x {world_size} workers: "
                 "choose training.global_batch, training.micro_batch and cluster.workers so that it is"
             )
         if shards.num_samples < global_batch:
@@ -118,16 +122,16 @@ class TrainingStream:
         finally:
             del batches  # ends the workers
 
-    def _loader(self) -> wds.WebLoader:
+    def _loader(self) -> WebLoader:
         plan = self._plan
-        pipeline = wds.DataPipeline(
+        pipeline = DataPipeline(
             Schedule(plan, self._cursor),
             partial(read_samples, shards=plan.shards),
-            wds.map(self._augment),
+            map_samples(self._augment),
             collate,
         )
-        options = {"multiprocessing_context": "forkserver", "prefetch_factor": 2} if self._workers else {}
-        return wds.WebLoader(
+        options = {"multiprocessing_context": _fork_server(), "prefetch_factor": 2} if self._workers else {}
+        return WebLoader(
             pipeline,
             batch_size=None,
             num_workers=self._workers,
@@ -138,3 +142,10 @@ class TrainingStream:
     def _normalised(self, cursor: Cursor) -> Cursor:
         epochs, batch = divmod(cursor.batch, self.batches_per_epoch)
         return Cursor(cursor.epoch + epochs, batch)
+
+
+def _fork_server() -> BaseContext:
+    """A fork server that has imported what the workers need, once for all of them."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["__main__", "pipeline.data.stages"])
+    return context
