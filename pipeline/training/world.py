@@ -62,15 +62,21 @@ class World:
         dist.broadcast_object_list(values, src=0, device=self.device)
         return values[0]
 
+    def broadcast_(self, tensors: list[Tensor], source: int) -> None:
+        """Replace tensors of one dtype by those of rank `source`."""
+        if self.size == 1 or not tensors:
+            return
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        dist.broadcast(flat, source)
+        _scatter_flat(flat, tensors)
+
     def mean_(self, tensors: list[Tensor]) -> None:
         """Replace tensors of one dtype by their mean over the ranks."""
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
         dist.all_reduce(flat)
-        flat /= self.size
-        for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
-            tensor.detach().copy_(part.view(tensor.shape))
+        _scatter_flat(flat / self.size, tensors)
 
 
 @contextmanager
@@ -107,7 +113,8 @@ def _make_group(device: torch.device, timeout: timedelta) -> None:
         dist.init_process_group(backend, timeout=timeout)
         local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
     else:
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+        store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         local_size = 1
     if "OMP_NUM_THREADS" not in os.environ:
         _share_cores(local_size)
@@ -116,3 +123,8 @@ def _make_group(device: torch.device, timeout: timedelta) -> None:
 def _share_cores(local_size: int) -> None:
     """Threads of one worker, so that the workers of a machine together have one a core."""
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+
+
+def _scatter_flat(flat: Tensor, tensors: list[Tensor]) -> None:
+    for tensor, part in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.detach().copy_(part.view(tensor.shape))

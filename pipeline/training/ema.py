@@ -1,0 +1,80 @@
+"""An exponential moving average of the weights, each rank keeping that of the parameters it owns."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.training.state import assign_owners, mean_buffers
+from pipeline.training.world import World
+
+
+class AveragedWeights:
+    """Without a decay it keeps nothing, and stands for the weights themselves."""
+
+    def __init__(self, detector: nn.Module, decay: float | None, world: World) -> None:
+        self.detector = detector
+        self.decay = decay
+        self.world = world
+        sizes = {name: parameter.numel() for name, parameter in detector.named_parameters()}
+        self.owners = assign_owners(sizes, world.size)
+        self.own: dict[str, Tensor] = {}
+        if decay is not None:
+            for name, parameter in detector.named_parameters():
+                if self.owners[name] == world.rank:
+                    self.own[name] = parameter.detach().clone()
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """After step number `step`, from 0. The first steps count more, or the start would stay in the average."""
+        if self.decay is None:
+            return
+        decay = min(self.decay, (1 + step) / (10 + step))
+        parameters = dict(self.detector.named_parameters())
+        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
+            list(self.own.values()), [parameters[name].detach() for name in self.own], 1 - decay
+        )
+
+    def load(self, saved: Callable[[str], Tensor | None]) -> None:
+        """Take over averages of a checkpoint; a parameter it has none of starts from its weight."""
+        for name, average in self.own.items():
+            value = saved(name)
+            if value is not None:
+                average.copy_(value)
+
+    @torch.no_grad()
+    def gather(self) -> dict[str, Tensor]:
+        """The averages of all parameters, or the weights where none are kept, on every rank. Collective."""
+        weights = {name: parameter.detach().clone() for name, parameter in self.detector.named_parameters()}
+        if self.decay is None:
+            return weights
+        for rank in range(self.world.size):
+            names = [name for name in weights if self.owners[name] == rank]
+            for name in names if rank == self.world.rank else ():
+                weights[name].copy_(self.own[name])
+            self.world.broadcast_([weights[name] for name in names], source=rank)
+        return weights
+
+    @contextmanager
+    def applied(self) -> Iterator[nn.Module]:
+        """The detector in eval mode, with averaged weights and with buffers averaged over the ranks. Collective."""
+        before = {name: tensor.detach().clone() for name, tensor in self._tensors()}
+        self._assign({**self.gather(), **mean_buffers(self.detector, self.world)})
+        self.detector.eval()
+        try:
+            yield self.detector
+        finally:
+            self.detector.train()
+            self._assign(before)
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self.detector.named_parameters()
+        yield from self.detector.named_buffers()
+
+    @torch.no_grad()
+    def _assign(self, values: Mapping[str, Tensor]) -> None:
+        for name, tensor in self._tensors():
+            tensor.copy_(values[name])

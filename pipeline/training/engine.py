@@ -1,0 +1,303 @@
+"""The DeepSpeed engine around a detector, and the one function that derives DeepSpeed's config from the spec.
+
+What it adds to DeepSpeed: gradients are averaged when the loop says so, so that the time of it can be told; the loop
+sees the gradient's norm before the update and may refuse it; loss scaling for fp16 is alike on all ranks (DeepSpeed's
+scaler under torch_autocast decides on every rank, and on every parameter group, for itself).
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import UserError
+from pipeline.spec import Training
+from pipeline.training.batches import BatchPlan
+from pipeline.training.optimizers import group_parameters, make_optimizer
+from pipeline.training.world import World
+
+logger = logging.getLogger(__name__)
+
+_BUCKET_ELEMENTS = 50_000_000
+"""Gradients are averaged in buckets of this many elements, 200 MB: large enough for any link's bandwidth."""
+
+
+def resolve_precision(spec: Training, device: torch.device) -> str:
+    """fp32, bf16 or fp16. `auto` is bf16 only where the device computes in it natively; emulated it is 12x slower."""
+    if spec.precision == "fp16" and device.type != "cuda":
+        raise UserError(f"training.precision=fp16 needs CUDA, and this worker is on {device.type}; use fp32 or bf16")
+    if spec.precision != "auto":
+        return spec.precision
+    if device.type == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
+    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+
+
+def deepspeed_config(
+    spec: Training, plan: BatchPlan, precision: str, device: torch.device, parameters: int
+) -> dict[str, Any]:
+    """DeepSpeed's config; the only place that makes one.
+
+    parameters  trainable elements, which bound the buckets
+    """
+    bucket = max(2, min(_BUCKET_ELEMENTS, parameters + parameters % 2))
+    zero: dict[str, Any] = {"stage": spec.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
+    if spec.zero_stage > 0:
+        zero["overlap_comm"] = device.type == "cuda" and plan.world_size > 1
+        zero["compute_grad_norm"] = spec.gradient_clip is not None  # the loop computes it for its own check
+    return {
+        "train_batch_size": plan.global_batch,
+        "train_micro_batch_size_per_gpu": plan.micro_batch,
+        "gradient_accumulation_steps": plan.accumulation,
+        "gradient_clipping": spec.gradient_clip or 0.0,  # DeepSpeed's own default is 1
+        "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
+        "zero_allow_untested_optimizer": True,  # SGD
+        "zero_optimization": zero,
+        "timers": {"throughput": {"enabled": False}},  # it synchronises the device twice a step
+    }
+
+
+class Objective(nn.Module):
+    """Detector and loss as one module, so that all of a step's forward goes through DeepSpeed's."""
+
+    def __init__(self, detector: nn.Module, loss: Callable[[Any, Sequence[Any]], Any], fp16: bool, tie: bool) -> None:
+        super().__init__()
+        self.detector = detector
+        self.loss = loss
+        self.fp16 = fp16
+        self.tie = tie
+        self.names: tuple[str, ...] = ()
+        """of the loss parts, in the order of the second output; known after the first forward"""
+
+    def forward(self, images: Tensor, targets: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """-> total loss, and total and parts together [P], detached, fp32"""
+        device = images.device.type
+        with torch.autocast(device, torch.float16) if self.fp16 else nullcontext():
+            predictions = self.detector(images, targets)
+        with torch.autocast(device, enabled=False):
+            losses = self.loss(predictions, targets)
+            total = losses.total.float()
+        parts = {"total": total, **losses.parts()}
+        self.names = tuple(parts)
+        values = torch.stack([part.detach().float().reshape(()) for part in parts.values()])
+        if self.tie:
+            total = _Tie.apply(total, *(parameter for parameter in self.parameters() if parameter.requires_grad))
+        return total, values
+
+
+class _Tie(torch.autograd.Function):
+    """Give every parameter a gradient, zero where the graph has none.
+
+    A head that computes only surviving anchors may leave a parameter out on one rank and not on another. ZeRO 2
+    averages gradients as they come, and would add up those of different parameters.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: Tensor, *parameters: Tensor) -> Tensor:
+        ctx.shapes = [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters]
+        return total.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.shapes]
+        return (gradients[0], *zeros)
+
+
+class LossScale:
+    """Dynamic loss scaling for fp16: halved when the gradient overflows, doubled after `patience` steps without."""
+
+    def __init__(self, enabled: bool, patience: int = 2000) -> None:
+        self.enabled = enabled
+        self.patience = patience
+        self.value = 2.0**16 if enabled else 1.0
+        self.good_steps = 0
+
+    def update(self, overflow: bool) -> None:
+        if not self.enabled:
+            return
+        self.good_steps = 0 if overflow else self.good_steps + 1
+        if overflow:
+            self.value /= 2
+            if self.value < 2.0**-10:
+                raise FloatingPointError(
+                    "fp16 training has diverged: gradients overflow at any loss scale; lower training.learning_rate, "
+                    "or use training.precision=bf16"
+                )
+        elif self.good_steps == self.patience:
+            self.value *= 2
+            self.good_steps = 0
+
+
+class Engine:
+    """A step is `forward`, `backward` for each micro-batch, then `reduce`, then `update` or `discard`."""
+
+    def __init__(
+        self,
+        detector: nn.Module,
+        loss: Callable[[Any, Sequence[Any]], Any],
+        spec: Training,
+        plan: BatchPlan,
+        world: World,
+    ) -> None:
+        deepspeed = _import_deepspeed()
+        self.world = world
+        self.plan = plan
+        self.zero_stage = spec.zero_stage
+        self.precision = resolve_precision(spec, world.device)
+        self.scale = LossScale(self.precision == "fp16")
+        self.detector = detector.to(world.device)
+        self.objective = Objective(
+            self.detector, loss, self.precision == "fp16", tie=spec.zero_stage == 2 and world.size > 1
+        )
+        groups = group_parameters(self.objective, spec)
+        self.parameters = {name: p for name, p in self.detector.named_parameters() if p.requires_grad}
+        self.base_optimizer = make_optimizer(groups, spec, world.device)
+        elements = sum(parameter.numel() for parameter in self.parameters.values())
+        self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
+            model=self.objective,
+            optimizer=self.base_optimizer,
+            config=deepspeed_config(spec, plan, self.precision, world.device, elements),
+        )
+        self.deepspeed.enable_backward_allreduce = False  # `reduce` does it
+        if spec.channels_last and spec.zero_stage == 0:  # not before: DeepSpeed broadcasts contiguous weights only
+            self.detector.to(memory_format=torch.channels_last)  # pyright: ignore
+        self.deepspeed.train()
+
+    def forward(self, images: Tensor, targets: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """One micro-batch -> its total loss, and [P] total and parts, detached."""
+        return self.deepspeed(images, targets)
+
+    def backward(self, total: Tensor, *, last: bool) -> None:
+        """Accumulate a micro-batch's gradient; `last` of the global batch."""
+        self.deepspeed.set_gradient_accumulation_boundary(last)
+        self.deepspeed.backward(total * self.scale.value if self.scale.enabled else total)
+
+    def reduce(self) -> None:
+        """Average gradients over the ranks; after every `backward`. Only ZeRO 2 does any work before the last one."""
+        if self.deepspeed.is_gradient_accumulation_boundary() and self.zero_stage < 2:
+            for parameter in self.parameters.values():
+                if parameter.grad is None:  # alike on all ranks, or buckets would not match
+                    parameter.grad = torch.zeros_like(parameter)
+        if self.zero_stage > 0 or self.world.size > 1:
+            self.deepspeed.allreduce_gradients()
+
+    def squared_norm(self) -> Tensor:
+        """This rank's share of the averaged gradient's squared norm, unscaled; the ranks' shares add up to it."""
+        norms = torch._foreach_norm(list(self._gradients()))  # pyright: ignore[reportPrivateImportUsage]
+        square = torch.stack(norms).double().square().sum() / self.scale.value**2
+        return square if self.zero_stage > 0 else square / self.world.size
+
+    def update(self, learning_rate: float) -> None:
+        """Take the step."""
+        for group in self.base_optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_multiplier"]
+        if self.scale.enabled:
+            for gradient in self._gradients():
+                gradient.mul_(1 / self.scale.value)
+        self.deepspeed.step()
+        self.scale.update(overflow=False)
+
+    def discard(self) -> None:
+        """Forget the gradient instead of taking the step."""
+        if self.zero_stage > 0:
+            self.optimizer.zero_grad(set_to_none=True)
+            self.optimizer.micro_step_id = -1
+            for group in list(self.optimizer.averaged_gradients):
+                self.optimizer.averaged_gradients[group] = None
+                self.optimizer.all_grad_tensors[group] = None
+        else:
+            self.deepspeed.zero_grad()
+        self.scale.update(overflow=True)
+
+    def non_finite_gradients(self) -> list[str]:
+        """Names of parameters whose averaged gradient, as far as this rank holds it, is not finite."""
+        names = []
+        for name, parameter in self.parameters.items():
+            if self.zero_stage == 0:
+                gradient = parameter.grad
+            elif (fragment := getattr(parameter, "_hp_mapping", None)) is not None:
+                gradient = fragment.get_lp_grad_fragment(parameter._index_in_param_group)  # pyright: ignore
+            else:
+                gradient = None
+            if gradient is not None and not bool(torch.isfinite(gradient).all()):
+                names.append(name)
+        return names
+
+    def momentum(self) -> Iterator[tuple[str, int, Tensor]]:
+        """Momentum that this rank holds: parameter name, first element, elements in the parameter's logical order.
+
+        All parameters whole at ZeRO 0; slices of some above. Nothing before the first step.
+        """
+        for name, parameter in self.parameters.items():
+            if self.zero_stage == 0:
+                momentum = self.base_optimizer.state[parameter].get("momentum_buffer")
+                if momentum is not None:
+                    yield name, 0, momentum
+            elif (fragment := getattr(parameter, "_hp_mapping", None)) is not None:
+                partition = self.optimizer.single_partition_of_fp32_groups[fragment.param_group_index]
+                momentum = self.base_optimizer.state[partition].get("momentum_buffer")
+                if momentum is not None:
+                    where = fragment.hp_fragment_address
+                    yield name, fragment.lp_fragment_address.start, momentum.narrow(0, where.start, where.numel)
+
+    def load_momentum(self, whole: Callable[[str], Tensor]) -> None:
+        """Set the momentum this rank holds; `whole` gives that of a parameter, flat, in logical order."""
+        if self.zero_stage == 0:
+            for name, parameter in self.parameters.items():
+                momentum = torch.empty_like(parameter)
+                momentum.copy_(whole(name).view(parameter.shape))
+                self.base_optimizer.state[parameter]["momentum_buffer"] = momentum
+            return
+        for partition in self.optimizer.single_partition_of_fp32_groups:
+            self.base_optimizer.state[partition]["momentum_buffer"] = torch.zeros_like(partition, requires_grad=False)
+        for name, parameter in self.parameters.items():
+            if (fragment := getattr(parameter, "_hp_mapping", None)) is not None:
+                partition = self.optimizer.single_partition_of_fp32_groups[fragment.param_group_index]
+                here, there = fragment.hp_fragment_address, fragment.lp_fragment_address
+                self.base_optimizer.state[partition]["momentum_buffer"].narrow(0, here.start, here.numel).copy_(
+                    whole(name).narrow(0, there.start, there.numel)
+                )
+
+    def close(self) -> None:
+        self.deepspeed.destroy()
+
+    def _gradients(self) -> Iterator[Tensor]:
+        """Averaged gradients: of all parameters at ZeRO 0, of this rank's partition above."""
+        if self.zero_stage > 0:
+            for gradients in self.optimizer.averaged_gradients.values():
+                yield from gradients or ()
+        else:
+            for parameter in self.parameters.values():
+                if parameter.grad is not None:
+                    yield parameter.grad
+
+
+def _import_deepspeed() -> Any:
+    """Import DeepSpeed without what it does beside that.
+
+    It would import mlflow and pandas for its autotuner, 8 s; write to stdout; and, on a CPU, compile a shared-memory
+    operator that only inference calls: a minute on the first start, behind a lock that a killed build leaves for
+    ever. It asks `__compatible_ops__` whether it can.
+    """
+    hidden = "mlflow" not in sys.modules
+    if hidden:
+        sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        import deepspeed
+        import deepspeed.ops
+    finally:
+        if hidden:
+            del sys.modules["mlflow"]
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}
+    own = logging.getLogger("DeepSpeed")
+    for handler in list(own.handlers):
+        own.removeHandler(handler)
+    own.propagate = True
+    own.addFilter(lambda record: "untested optimizer" not in record.getMessage())
+    return deepspeed

@@ -1,0 +1,74 @@
+"""One small collective a step, in which every rank learns what every other one has to say."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import astuple, dataclass, fields
+
+import torch
+from torch import Tensor
+
+from pipeline.training.checkpoint import SaveState
+from pipeline.training.records import StepTimes
+from pipeline.training.world import World
+
+_NUM_TIMES = len(fields(StepTimes))
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What the ranks said, by rank."""
+
+    losses: list[list[float]]
+    """of each rank: total and parts, means over its micro-batches"""
+    gradient_norm: float
+    """of the averaged gradient, over all ranks"""
+    stop: bool
+    """one rank at least was asked to stop"""
+    save_states: list[SaveState]
+    committed_step: int
+    """newest committed checkpoint that rank 0 knows of; -1: none"""
+    times: tuple[StepTimes, ...]
+    """of the step before"""
+
+    @property
+    def mean_losses(self) -> list[float]:
+        return [sum(values) / len(values) for values in zip(*self.losses, strict=True)]
+
+    @property
+    def finite(self) -> bool:
+        return all(map(math.isfinite, self.mean_losses)) and math.isfinite(self.gradient_norm)
+
+    @property
+    def losses_finite(self) -> bool:
+        return all(map(math.isfinite, self.mean_losses))
+
+
+def exchange(
+    world: World,
+    losses: Tensor,
+    squared_norm: Tensor,
+    *,
+    stop: bool,
+    save_state: SaveState,
+    committed_step: int,
+    times: StepTimes,
+) -> Exchanged:
+    """All ranks call it once a step; it waits for the device.
+
+    losses        [P] of this rank
+    squared_norm  scalar, this rank's share
+    """
+    told = torch.tensor([float(stop), float(save_state), float(committed_step), *astuple(times)], dtype=torch.float64)
+    values = torch.cat([losses.double(), squared_norm.double().reshape(1), told.to(losses.device)])
+    rows = world.all_gather(values).tolist()
+    parts = losses.numel()
+    rest = [row[parts + 1 :] for row in rows]
+    return Exchanged(
+        losses=[row[:parts] for row in rows],
+        gradient_norm=math.sqrt(total) if (total := sum(row[parts] for row in rows)) >= 0 else math.nan,
+        stop=any(row[0] for row in rest),
+        save_states=[SaveState(int(row[1])) for row in rest],
+        committed_step=int(rest[0][2]),
+        times=tuple(StepTimes(*row[3 : 3 + _NUM_TIMES]) for row in rest),
+    )

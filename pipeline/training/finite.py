@@ -1,0 +1,43 @@
+"""Losses and gradients that are not finite: all ranks know, and say the same."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.training.engine import Engine
+from pipeline.training.world import World
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What is remembered of a micro-batch until the step is checked."""
+
+    keys: tuple[str, ...]
+    losses: dict[str, float]
+
+
+class NonFiniteError(FloatingPointError):
+    """A step whose loss or gradient is not finite; the same message on every rank."""
+
+
+def explain_non_finite(engine: Engine, world: World, step: int, micro_batches: Sequence[MicroBatch]) -> str:
+    """Say which rank, which loss parts, which samples; or which parameters. All ranks call it."""
+    mine = [
+        f"rank {world.rank}: {', '.join(f'{name} {value}' for name, value in batch.losses.items())}; "
+        f"samples {', '.join(batch.keys)}"
+        for batch in micro_batches
+        if not all(math.isfinite(value) for value in batch.losses.values())
+    ]
+    said = [line for lines in world.all_gather_object(mine) for line in lines]
+    if said:
+        return f"step {step}: the loss is not finite on {' | '.join(said)}"
+    names = sorted({name for names in world.all_gather_object(engine.non_finite_gradients()) for name in names})
+    keys = [f"rank {rank}: {', '.join(keys)}" for rank, keys in enumerate(_all_keys(world, micro_batches))]
+    shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+    return f"step {step}: the loss is finite, its gradient is not, in {shown or 'its norm'}; samples {' | '.join(keys)}"
+
+
+def _all_keys(world: World, micro_batches: Sequence[MicroBatch]) -> list[list[str]]:
+    return world.all_gather_object([key for batch in micro_batches for key in batch.keys])

@@ -1,0 +1,99 @@
+"""A detector, a loss and a stream that take milliseconds, with the contracts of the real ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.data import Batch, Cursor
+from pipeline.training import BatchPlan
+
+
+@dataclass(frozen=True)
+class TinyTargets:
+    value: Tensor
+
+    def to(self, device: torch.device) -> TinyTargets:
+        return TinyTargets(self.value.to(device))
+
+
+@dataclass(frozen=True)
+class TinyLosses:
+    fit: Tensor
+    size: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.fit + self.size
+
+    def parts(self) -> dict[str, Tensor]:
+        return {"fit": self.fit, "size": self.size}
+
+
+class TinyDetector(nn.Module):
+    """Convolutions, batch norm, and a head that is used only on some images."""
+
+    def __init__(self, seed: int = 0) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3))
+        self.rare = nn.Linear(5, 3)
+
+    def forward(self, images: Tensor, targets: object = None) -> Tensor:
+        features = self.body(images.float() / 255 - 0.5).mean((2, 3))
+        used = images[:, 0, 0, 0] > 127
+        return torch.cat([features.sum(1), self.rare(features[used]).sum(1)]) if used.any() else features.sum(1)
+
+
+def tiny_loss(predictions: Tensor, targets: list[TinyTargets]) -> TinyLosses:
+    wanted = torch.stack([target.value for target in targets]).mean()
+    predictions = predictions.float()
+    return TinyLosses(((predictions - wanted) ** 2).mean(), 0.01 * predictions.abs().mean())
+
+
+class TinyStream:
+    """Random images, a function of the seed, the epoch and the number in the epoch."""
+
+    def __init__(
+        self,
+        start: Cursor,
+        plan: BatchPlan,
+        rank: int,
+        *,
+        batches_per_epoch: int = 5,
+        seed: int = 0,
+        poison: tuple[int, int] | None = None,
+    ) -> None:
+        self.start, self.plan, self.rank, self.seed = start, plan, rank, seed
+        self.batches_per_epoch = batches_per_epoch
+        self.poison = poison
+        """(step from 0, rank) whose target is not a number"""
+
+    def __iter__(self) -> Iterator[Batch]:
+        step = self.start.epoch * self.batches_per_epoch + self.start.batch
+        while True:
+            epoch, index = divmod(step, self.batches_per_epoch)
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + step)
+            images = torch.randint(0, 256, (self.plan.global_batch, 3, 8, 8), generator=generator, dtype=torch.uint8)
+            wanted = 1 + 0.1 * torch.randn(self.plan.global_batch, generator=generator)
+            if self.poison == (step, self.rank):
+                wanted[:] = torch.nan
+            for part in range(self.plan.accumulation):
+                first = (self.rank * self.plan.accumulation + part) * self.plan.micro_batch
+                rows = range(first, first + self.plan.micro_batch)
+                yield Batch(
+                    images=images[first : first + self.plan.micro_batch].contiguous(memory_format=torch.channels_last),
+                    targets=tuple(TinyTargets(wanted[row]) for row in rows),  # type: ignore[misc]
+                    keys=tuple(f"{epoch}-{index}-{row}" for row in rows),
+                    image_ids=tuple(rows),
+                    epoch=epoch,
+                    index=index,
+                    part=part,
+                )
+            step += 1
+
+    def close(self) -> None:
+        pass

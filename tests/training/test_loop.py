@@ -1,0 +1,104 @@
+"""The loop, alone in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import torch
+
+from pipeline.spec import Training
+from pipeline.training import Event, StepRecord, TrainResult, World, open_world, train
+from pipeline.training.finite import NonFiniteError
+from tests.training.fakes import TinyDetector, TinyStream, tiny_loss
+
+SPEC = Training(
+    global_batch=4,
+    reference_batch=4,
+    micro_batch=2,
+    epochs=3,
+    learning_rate=0.05,
+    warmup_learning_rate=0.01,
+    decay_epochs=(2,),
+    precision="fp32",
+    ema_decay=0.9,
+)
+
+
+@pytest.fixture(scope="module")
+def world() -> Any:
+    with open_world() as world:
+        yield world
+
+
+def run(world: World, folder: Path, spec: Training = SPEC, **options: Any) -> tuple[TrainResult, list[StepRecord]]:
+    records: list[StepRecord] = []
+    stream = options.pop("stream", {})
+    result = train(
+        spec,
+        seed=3,
+        world=world,
+        detector=TinyDetector(),
+        loss=tiny_loss,
+        make_stream=lambda start, plan: TinyStream(start, plan, world.rank, **stream),  # type: ignore[arg-type]
+        run_dir=str(folder),
+        observer=records.append,
+        **options,
+    )
+    return result, records
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "weights.safetensors")
+
+
+def stop_after(records: list[int], steps: int) -> Any:
+    def asked() -> bool:
+        records.append(0)
+        return len(records) == steps
+
+    return asked
+
+
+def test_it_learns_and_leaves_weights(world: World, tmp_path: Path) -> None:
+    result, records = run(world, tmp_path)
+    assert result.status == "finished"
+    assert [record.step for record in records] == list(range(1, 16))
+    assert (records[6].epoch, records[6].batch) == (1, 1)
+    assert set(records[0].losses) == {"total", "fit", "size"}
+    assert records[-1].losses["total"] < records[0].losses["total"]
+    assert set(weights(tmp_path)) == set(TinyDetector().state_dict())
+    assert records[5].times.total >= records[5].times.forward > 0
+    assert records[5].previous == (records[4].times,)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_stop_and_resume_equal_the_uninterrupted_run_bitwise(world: World, tmp_path: Path, stage: int) -> None:
+    spec = SPEC.model_copy(update={"zero_stage": stage})
+    _, whole = run(world, tmp_path / "whole", spec)
+    first, before = run(world, tmp_path / "cut", spec, stop_requested=stop_after([], 7))
+    assert (first.status, first.step) == ("stopped", 7)
+    events: list[Event] = []
+    second, after = run(world, tmp_path / "cut", spec, on_event=events.append)
+    assert second.status == "finished"
+    assert events[0].kind == "resumed"
+    assert [r.losses for r in before + after] == [r.losses for r in whole]
+    ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_rank_parts_and_samples(world: World, tmp_path: Path) -> None:
+    with pytest.raises(NonFiniteError, match=r"step 7: .* rank 0: total nan, fit nan, size .*; samples 1-1-0, 1-1-1"):
+        run(world, tmp_path, stream={"poison": (6, 0)})
+
+
+def test_a_loss_that_is_not_finite_is_skipped_and_counted(world: World, tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"non_finite": "skip"})
+    events: list[Event] = []
+    result, records = run(world, tmp_path, spec, stream={"poison": (6, 0)}, on_event=events.append)
+    assert result.status == "finished"
+    assert [record.step for record in records if not record.applied] == [7]
+    assert records[-1].skipped_steps == 1
+    assert [event.step for event in events if event.kind == "skipped"] == [7]
