@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from pipeline.tracking.packaging import package_model
     from pipeline.tracking.pictures import Boxes, draw_detections
     from pipeline.tracking.redaction import redact, redact_text
     from pipeline.tracking.report import build_report
@@ -19,11 +20,12 @@ _HOMES = {
     "RunTracker": "runs",
     "build_report": "report",
     "draw_detections": "pictures",
+    "package_model": "packaging",
     "redact": "redaction",
     "redact_text": "redaction",
 }
 
-__all__ = ["Boxes", "RunTracker", "build_report", "draw_detections", "redact", "redact_text"]
+__all__ = ["Boxes", "RunTracker", "build_report", "draw_detections", "package_model", "redact", "redact_text"]
 
 
 def __getattr__(name: str) -> Any:

@@ -22,6 +22,7 @@ ARTIFACTS = "mlflow-artifacts"
 _MLFLOW_ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",  # nothing about a run leaves the machine unasked
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the terminal belongs to the progress bar
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the outbox retries; a request must not block for minutes
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
     "GIT_PYTHON_REFRESH": "quiet",
