@@ -10,20 +10,16 @@ import contextlib
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING
 
-import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
 from model import RefineDet, RefineDetConfig, select_detections
+from pipeline.data import Category, EvaluationSamples, Sample, ShardSet, resize_image, stack_images
 from pipeline.evaluation.detections import DetectionTable
 from pipeline.evaluation.merging import merge_boxes
 from pipeline.spec import Evaluation
-
-if TYPE_CHECKING:
-    from pipeline.data import Category, Sample, ShardSet
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +54,6 @@ def detect_piece(
     Boxes are scaled back to the original image and clipped to it. `evaluation.merge` replaces the model's own
     suppression. The model's device is used; it is put into evaluation mode, and back.
     """
-    from pipeline.data import EvaluationSamples
-
     return detect_samples(model, EvaluationSamples(shards, positions), shards.categories, evaluation, autocast)[0]
 
 
@@ -118,8 +112,7 @@ def look(
     returns  what was found in each, mirrored boxes turned back
     """
     device = next(model.parameters()).device
-    warped = [cv2.resize(image, size[::-1], interpolation=cv2.INTER_LINEAR) for image in images]
-    batch = torch.from_numpy(np.stack(warped)).to(device, non_blocking=True).permute(0, 3, 1, 2)
+    batch = stack_images([resize_image(image, size) for image in images]).to(device, non_blocking=True)
     if flip:
         batch = torch.cat([batch, batch.flip(3)])
     with torch.autocast(device.type, autocast, enabled=autocast is not None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pipeline.errors import UserError
 from pipeline.evaluation.coco import CocoMetrics, evaluate_coco
@@ -21,11 +21,12 @@ def evaluate_files(
     if rule not in ("coco", "voc2007", "voc2012"):
         raise UserError(f"the rule must be coco, voc2007 or voc2012, received {rule}")
     truth = GroundTruth.of(annotations)
-    rows = read_json_file(detections, "detections")
-    if isinstance(rows, dict) and "annotations" in rows:
+    rows: Any = read_json_file(detections, "detections")
+    if not isinstance(rows, list):
+        kind = "an annotation file" if isinstance(rows, dict) and "annotations" in rows else type(rows).__name__
         raise UserError(
-            f"detections: {detections} is an annotation file; give the results file, a list of "
-            "{image_id, category_id, bbox, score}"
+            f"detections: {detections} holds no list of detections, received {kind}; give the results file, "
+            "[{image_id, category_id, bbox, score}, ...]"
         )
     table = DetectionTable.of(rows)
     return evaluate_coco(truth, table) if rule == "coco" else evaluate_voc(truth, table, rule=rule)

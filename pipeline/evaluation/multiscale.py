@@ -6,20 +6,17 @@ An image is decoded once for all passes. Passes are batched by the size they war
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 
 from model import RefineDet, RefineDetConfig
+from pipeline.data import Category, EvaluationSamples, Sample, ShardSet
 from pipeline.errors import UserError
 from pipeline.evaluation.detect import Found, as_table, batched, evaluating, look
 from pipeline.evaluation.detections import DetectionTable
 from pipeline.evaluation.merging import merge_boxes
 from pipeline.evaluation.recipes import RECIPES, Recipe
 from pipeline.spec import MergeRule, Multiscale, Pass
-
-if TYPE_CHECKING:
-    from pipeline.data import Category, Sample, ShardSet
 
 _BATCHES_DECODED = 4  # images held at once, in batches: enough to fill batches of landscape and of portrait ones
 
@@ -79,8 +76,6 @@ def multiscale_piece(
     autocast: torch.dtype | None = None,
 ) -> DetectionTable:
     """Detections of the samples at `positions`, merged over all passes. Otherwise as `detect_piece`."""
-    from pipeline.data import EvaluationSamples
-
     return multiscale_samples(model, EvaluationSamples(shards, positions), shards.categories, multiscale, autocast)
 
 

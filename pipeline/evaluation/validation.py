@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from model import RefineDet
+from pipeline.data import EvaluationSamples, ShardSet
 from pipeline.evaluation.coco import CocoMetrics, accumulate
 from pipeline.evaluation.detect import detect_samples
 from pipeline.evaluation.matching import Matches, match
 from pipeline.evaluation.truth import GroundTruth
 from pipeline.spec import Evaluation
-
-if TYPE_CHECKING:
-    from pipeline.data import ShardSet
 
 
 def validate(
@@ -34,12 +32,10 @@ def validate(
     `all_gather` returns the objects of all ranks on every rank (torch.distributed.all_gather_object, or [x] alone).
     It is called once, also by a rank that failed: then every rank raises, naming the failed one.
     """
-    from pipeline.data import EvaluationSamples
-
-    own = range(shards.num_samples * rank // world_size, shards.num_samples * (rank + 1) // world_size)
     failure: Exception | None = None
     outcome: Matches | str
     try:
+        own = range(shards.num_samples * rank // world_size, shards.num_samples * (rank + 1) // world_size)
         detections, images = detect_samples(
             model, EvaluationSamples(shards, own), shards.categories, evaluation, autocast
         )

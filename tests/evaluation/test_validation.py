@@ -1,0 +1,123 @@
+"""Detection on real shards by a real model: the same numbers alone, on several ranks, and in pieces."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+
+from model import RefineDet, RefineDetConfig
+from pipeline.data import EvaluationSamples, ShardSet, prepare_shards, write_coco_annotations
+from pipeline.evaluation import (
+    GroundTruth,
+    accumulate,
+    detect_piece,
+    evaluate_coco,
+    match,
+    merge_pieces,
+    multiscale_piece,
+    split_into_pieces,
+    validate,
+)
+from pipeline.spec import Data, Evaluation, Multiscale, Pass, Split
+
+EVALUATION = Evaluation(batch_size=1)  # results of a convolution may differ in the last bit with the batch's size
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> ShardSet:
+    data = Data(format="shapes", image_size=96, val=(Split(count=7),))
+    return prepare_shards(data, "val", str(tmp_path_factory.mktemp("shards")))
+
+
+@pytest.fixture(scope="module")
+def truth(shards, tmp_path_factory) -> GroundTruth:
+    path = str(tmp_path_factory.mktemp("truth") / "instances.json")
+    write_coco_annotations(shards, path)
+    return GroundTruth.of(path)
+
+
+@pytest.fixture(scope="module")
+def model(shards) -> RefineDet:
+    torch.manual_seed(0)
+    config = RefineDetConfig(
+        num_classes=shards.num_classes, input_size=64, backbone="resnet18", tcb_channels=16, max_detections=20
+    )
+    return RefineDet(config)
+
+
+class Ranks:
+    """An all-gather between threads."""
+
+    def __init__(self, size: int) -> None:
+        self.objects: list[Any] = [None] * size
+        self.barrier = threading.Barrier(size)
+
+    def gather_for(self, rank: int):
+        def all_gather(value: Any) -> list[Any]:
+            self.objects[rank] = value
+            self.barrier.wait(timeout=60)
+            return list(self.objects)
+
+        return all_gather
+
+
+def run_ranks(size: int, run) -> list[Any]:
+    ranks, results = Ranks(size), [None] * size
+
+    def target(rank: int) -> None:
+        try:
+            results[rank] = run(rank, ranks.gather_for(rank))
+        except Exception as error:
+            results[rank] = error
+
+    threads = [threading.Thread(target=target, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def test_validation_is_the_same_on_any_number_of_ranks(model, shards, truth):
+    model.eval()  # threads share the model
+    whole = evaluate_coco(truth, detect_piece(model, shards, range(shards.num_samples), evaluation=EVALUATION))
+
+    def run(rank: int, all_gather):
+        return validate(
+            model, shards, truth, rank=rank, world_size=3, all_gather=all_gather, evaluation=EVALUATION
+        ).values
+
+    assert run_ranks(3, run) == [whole.values] * 3
+
+
+def test_a_rank_that_fails_fails_all_and_is_named(model, shards, truth):
+    def run(rank: int, all_gather):
+        broken = "not shards" if rank == 1 else shards
+        return validate(model, broken, truth, rank=rank, world_size=2, all_gather=all_gather, evaluation=EVALUATION)  # pyright: ignore[reportArgumentType]
+
+    for outcome in run_ranks(2, run):
+        assert isinstance(outcome, RuntimeError)
+        assert "1 of 2 ranks: rank 1: AttributeError" in str(outcome)
+
+
+def test_pieces_matched_apart_equal_the_whole(model, shards, truth):
+    pieces = split_into_pieces(shards.num_samples, 3)
+    ids = [[sample.image_id for sample in EvaluationSamples(shards, piece.positions)] for piece in pieces]
+    tables = [detect_piece(model, shards, piece.positions, evaluation=EVALUATION) for piece in pieces]
+    apart = accumulate(truth, [match(truth, table, part) for table, part in zip(tables, ids, strict=True)])
+    together = merge_pieces(tables, [image for part in ids for image in part])
+    assert apart.values == evaluate_coco(truth, together).values
+    assert len(together) > 0
+
+
+def test_multiscale_of_a_real_model(model, shards, truth):
+    multiscale = Multiscale(passes=(Pass(size=64), Pass(size=(64, 128)), Pass(size=128, min_side_below=40)))
+    table = multiscale_piece(model, shards, range(shards.num_samples), multiscale=multiscale)
+    assert 0 <= evaluate_coco(truth, table).values["AP"] <= 1
+    boxes = table.bbox.copy()
+    boxes[:, 2:] += boxes[:, :2]
+    assert boxes.min() >= 0
+    assert boxes.max() <= 96
