@@ -62,7 +62,7 @@ def train(
     run_dir         folder or URI; checkpoints/ and weights.safetensors come to lie in it
     observer        called on every rank after every step
     on_event        called on every rank: resumed, saved, passed over, skipped, validated, ...
-    validate        (detector in eval mode, epochs done) -> metrics, on every rank; rank 0's count, and `AP` is the score
+    validate        (detector in eval mode, epochs done) -> metrics, on every rank; rank 0's count, `AP` the score
     stop_requested  asked every step; True on any rank saves and ends training on all
     facts           JSON values that go into every checkpoint's manifest: the resolved spec, the shards' digest
     """

@@ -116,7 +116,7 @@ def _make_group(device: torch.device, timeout: timedelta) -> None:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
         local_size = 1
-    if "OMP_NUM_THREADS" not in os.environ:
+    if "OMP_NUM_THREADS" not in os.environ and local_size > 1:
         _share_cores(local_size)
 
 

@@ -10,7 +10,7 @@ import safetensors.torch
 import torch
 
 from pipeline.spec import Training
-from pipeline.training import Event, StepRecord, TrainResult, World, open_world, train
+from pipeline.training import Event, StepRecord, TrainResult, World, train
 from pipeline.training.finite import NonFiniteError
 from tests.training.fakes import TinyDetector, TinyStream, tiny_loss
 
@@ -25,12 +25,6 @@ SPEC = Training(
     precision="fp32",
     ema_decay=0.9,
 )
-
-
-@pytest.fixture(scope="module")
-def world() -> Any:
-    with open_world() as world:
-        yield world
 
 
 def run(world: World, folder: Path, spec: Training = SPEC, **options: Any) -> tuple[TrainResult, list[StepRecord]]:
