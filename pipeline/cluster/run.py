@@ -18,7 +18,7 @@ import yaml
 from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.spec import JobSpec
-from pipeline.spec_files import dump_spec
+from pipeline.spec_files import dump_spec, parse_spec
 
 logger = logging.getLogger(__name__)
 
@@ -123,6 +123,8 @@ class Run:
         except yaml.YAMLError:
             logger.warning("%s cannot be read and is written again", path)
             return
+        with contextlib.suppress(UserError):  # written by an older release: keys that came since have their defaults
+            before = parse_spec(before, source=path).model_dump(mode="json")
         difference = spec_difference(before, self.spec.model_dump(mode="json"))
         if difference:
             raise UserError(

@@ -15,6 +15,7 @@ logger = logging.getLogger(__name__)
 
 NAMESPACE = "refinedet"
 _KNOCK_TIMEOUT_S = 5.0
+_LOCAL_STARTS = 3
 
 # What Ray, DeepSpeed and Ray Train read from the environment of a job, set in this one place. Logs go to files;
 # Ray's OpenTelemetry and usage threads are not wanted on a training node.
@@ -46,19 +47,10 @@ def ray_session(cluster: Cluster, address: str | None = None) -> Iterator[None]:
 
     if ray.is_initialized():
         raise AssertionError("one session at a time in a process")
-    start = {"num_cpus": os.cpu_count()} if address == "local" else {}
     if address not in ("local", "auto"):
         _check_reachable(address)
     try:
-        ray.init(
-            address=address,
-            namespace=NAMESPACE,
-            include_dashboard=False if address == "local" else None,
-            log_to_driver=False,
-            logging_level="ERROR",
-            configure_logging=False,
-            **start,
-        )
+        _connect(address)
     except (ConnectionError, TimeoutError, ValueError) as error:
         raise UserError(
             f"There is no Ray cluster to be reached at {address!r} ({_first_line(error)}); check the address with "
@@ -80,6 +72,24 @@ def ray_session(cluster: Cluster, address: str | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _connect(address: str) -> None:
+    import ray
+
+    quiet = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    if address != "local":
+        ray.init(address=address, **quiet)
+        return
+    for attempt in range(_LOCAL_STARTS):
+        try:
+            ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **quiet)
+            return
+        except Exception as error:  # Ray gives a local node 30 s, a busy machine needs more; it raises the base class
+            ray.shutdown()
+            if "timed out during startup" not in str(error) or attempt + 1 == _LOCAL_STARTS:
+                raise
+            logger.warning("the local Ray node did not start in time; trying again")
 
 
 def check_resources(cluster: Cluster, there: dict[str, float]) -> None:
