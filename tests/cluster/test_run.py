@@ -1,0 +1,121 @@
+"""A run's home: one spec, one job at a time, stages done once."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.cluster.run import Run, spec_difference
+from pipeline.errors import UserError
+from pipeline.spec import JobSpec
+
+
+def make_spec(tmp_path: Path, **changes) -> JobSpec:
+    values = {
+        "name": "r",
+        "runs": str(tmp_path),
+        "data": {"format": "shapes", "train": [{"count": 4}]},
+        "training": {"epochs": 3},
+    }
+    return JobSpec.model_validate(values | changes)
+
+
+def test_another_spec_under_the_same_name_is_refused_with_the_difference(tmp_path: Path) -> None:
+    with Run(make_spec(tmp_path)).open():
+        pass
+    before = (tmp_path / "r" / "spec.yaml").read_bytes()
+    with (
+        pytest.raises(UserError, match=r"training\.epochs was 3, now 4"),
+        Run(make_spec(tmp_path, training={"epochs": 4})).open(),
+    ):
+        pass
+    assert (tmp_path / "r" / "spec.yaml").read_bytes() == before
+
+
+def test_what_does_not_change_the_result_may_change(tmp_path: Path) -> None:
+    with Run(make_spec(tmp_path)).open():
+        pass
+    changed = make_spec(
+        tmp_path, cluster={"workers": 4}, evaluation={"batch_size": 2}, training={"epochs": 3, "keep_last": 5}
+    )
+    with Run(changed).open() as run:
+        assert run.spec.cluster.workers == 4
+
+
+def test_a_spec_of_an_older_release_lacks_keys_that_have_defaults(tmp_path: Path) -> None:
+    with Run(make_spec(tmp_path)).open():
+        pass
+    path = tmp_path / "r" / "spec.yaml"
+    path.write_text("\n".join(line for line in path.read_text().splitlines() if "ema_decay" not in line))
+    with Run(make_spec(tmp_path)).open():
+        pass
+
+
+def test_a_run_is_worked_on_by_one_process(tmp_path: Path) -> None:
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, stdin=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None
+    assert holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"process {holder.pid}"), Run(make_spec(tmp_path)).open():
+        pass
+    holder.kill()  # as hard as can be: the lock goes with the process
+    holder.wait()
+    with Run(make_spec(tmp_path)).open():
+        pass
+
+
+HOLD = """
+import sys
+from pipeline.cluster.run import Run
+from pipeline.spec import JobSpec
+spec = {"name": "r", "runs": sys.argv[1], "data": {"format": "shapes", "train": [{"count": 4}]},
+        "training": {"epochs": 3}}
+with Run(JobSpec.model_validate(spec)).open():
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_stage_is_done_once_for_its_inputs(tmp_path: Path) -> None:
+    run = Run(make_spec(tmp_path))
+    with run.open():
+        Path(run.file("out.txt")).write_text("result")
+        assert not run.stage_is_done("train", {"a": 1})
+        run.commit_stage("train", {"a": 1}, ["out.txt"])
+        assert run.stage_is_done("train", {"a": 1})
+        assert not run.stage_is_done("train", {"a": 2})
+        assert not run.stage_is_done("evaluate", {"a": 1})
+
+
+@pytest.mark.parametrize("damage", ["change", "shorten", "remove", "manifest"])
+def test_a_damaged_output_means_again(tmp_path: Path, damage: str) -> None:
+    run = Run(make_spec(tmp_path))
+    with run.open():
+        out = Path(run.file("out.txt"))
+        out.write_text("result")
+        run.commit_stage("train", {}, ["out.txt"])
+        if damage == "change":
+            out.write_text("resulT")
+        elif damage == "shorten":
+            out.write_text("resul")
+        elif damage == "remove":
+            out.unlink()
+        else:
+            Path(run.file("stages", "train.json")).write_text('{"inputs": ')
+        assert not run.stage_is_done("train", {})
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"), Run(make_spec(tmp_path, runs=f"{tmp_path}/file")).open():
+        pass
+
+
+def test_the_difference_names_keys_added_and_taken_away() -> None:
+    before = {"seed": 0, "data": {"format": "coco", "cache_dir": "a"}, "cluster": {"workers": 1}}
+    now = {"seed": 1, "data": {"format": "voc", "cache_dir": "b"}, "cluster": {"workers": 2}}
+    assert spec_difference(before, now) == ["data.format was 'coco', now 'voc'", "seed was 0, now 1"]
