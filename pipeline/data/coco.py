@@ -189,6 +189,7 @@ def _file_sizes(folder: str, names: list[str]) -> dict[str, int]:
                 continue
     else:
         fs, inner = storage.filesystem(folder)
-        for path, info in fs.find(inner, detail=True).items():
+        found: Any = fs.find(inner, detail=True)
+        for path, info in found.items():
             sizes[path[len(inner.rstrip("/")) + 1 :]] = int(info["size"])
     return sizes

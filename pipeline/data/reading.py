@@ -15,6 +15,7 @@ from webdataset.tariterators import group_by_keys, tar_file_expander
 
 from pipeline import storage
 from pipeline.data.augmentation import MEAN_RGB
+from pipeline.data.cache import ShardCache, read_range
 from pipeline.data.faults import FaultLog
 from pipeline.data.images import decode_image
 from pipeline.data.index import SampleEntry, ShardSet
@@ -26,10 +27,11 @@ _IMAGE_EXTENSIONS = ("jpg", "png")
 
 
 class SampleReader:
-    """Reads and decodes samples of a set of shards; safe for several threads."""
+    """Reads and decodes samples of a set of shards, through `cache` where they are remote; safe for several threads."""
 
-    def __init__(self, shards: ShardSet) -> None:
+    def __init__(self, shards: ShardSet, cache: ShardCache | None = None) -> None:
         self.shards = shards
+        self.cache = cache
         self._local = storage.is_local(shards.url)
 
     def read(self, position: int) -> Sample:
@@ -48,12 +50,13 @@ class SampleReader:
 
     def read_bytes(self, entry: SampleEntry) -> bytes:
         """A sample's part of its shard, checked: a tar of its own."""
-        path = self.shards.shard_url(entry.shard)
+        url = self.shards.shard_url(entry.shard)
         if self._local:
-            content = _read_range(path, entry.offset, entry.size)
+            content = _read_local(storage.filesystem(url)[1], entry.offset, entry.size)
+        elif self.cache:
+            content = self.cache.read(entry.shard, entry.offset, entry.size)
         else:
-            fs, inner = storage.filesystem(path)
-            content: Any = fs.cat_file(inner, start=entry.offset, end=entry.offset + entry.size)
+            content = read_range(url, entry.offset, entry.size)
         if len(content) != entry.size:
             raise ValueError(f"the shard ends early: {len(content)} of its {entry.size} bytes are there")
         if zlib.crc32(content) != entry.crc32:
@@ -61,7 +64,7 @@ class SampleReader:
         return content
 
 
-def _read_range(path: str, offset: int, size: int) -> bytes:
+def _read_local(path: str, offset: int, size: int) -> bytes:
     handle = os.open(path, os.O_RDONLY)
     try:
         return os.pread(handle, size, offset)

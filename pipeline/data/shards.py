@@ -28,13 +28,14 @@ from pipeline.data.index import FORMAT_VERSION, INDEX, ShardSet, contents_name, 
 from pipeline.data.records import Record, Source
 from pipeline.data.samples import BadSample
 from pipeline.data.shapes import read_shapes
+from pipeline.data.voc import list_path, read_voc
 from pipeline.errors import UserError
 from pipeline.spec import Data, Split
 
 logger = logging.getLogger(__name__)
 
 REQUEST = "request.json"
-_READERS = {"coco": read_coco, "shapes": read_shapes}
+_READERS = {"coco": read_coco, "voc": read_voc, "shapes": read_shapes}
 _OVERHEAD = 2048  # bytes of a sample beside its image: tar headers and objects, about
 
 
@@ -87,8 +88,11 @@ def prepare_shards(
 def _request(data: Data, part: str, splits: tuple[Split, ...]) -> str:
     """Digest of what was asked for; the same request finds its shards without reading the data set again."""
     lists = {}
-    for name in {name for split in splits for name in (split.annotations, split.image_info, split.ids) if name}:
-        path = storage.join(data.root or "", name)
+    root = data.root or ""
+    names = {name for split in splits for name in (split.annotations, split.image_info, split.ids) if name}
+    paths = {name: storage.join(root, name) for name in names}
+    paths |= {split.set: list_path(root, split) for split in splits if split.set}
+    for name, path in paths.items():
         if not storage.exists(path):
             raise UserError(f"{path} does not exist: check data.root and the files that data.{part} names")
         lists[name] = storage.digest_file(path).sha256

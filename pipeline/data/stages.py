@@ -17,6 +17,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from model.structures import Targets
 from pipeline.data.augmentation import augment
+from pipeline.data.cache import ShardCache, prefetch
 from pipeline.data.images import resize_image, stack_images
 from pipeline.data.index import ShardSet
 from pipeline.data.order import EpochOrder, share_of_rank
@@ -112,11 +113,17 @@ class Schedule(IterableDataset):
             yield Turn(int(position), order.epoch, index, part, at == plan.micro_batch - 1)
 
 
-def read_samples(turns: Iterable[Turn], shards: ShardSet) -> Iterator[tuple[Turn, Sample]]:
+def copy_ahead(turns: Iterable[Turn], cache: ShardCache, ahead: int) -> Iterator[Turn]:
+    """Pass turns on, and have the remote shards that the next `ahead` of them need copied to the node."""
+    first = cache.shards.first
+    return prefetch(turns, lambda turn: int(np.searchsorted(first, turn.position, side="right")) - 1, cache, ahead)
+
+
+def read_samples(turns: Iterable[Turn], shards: ShardSet, cache: ShardCache | None) -> Iterator[tuple[Turn, Sample]]:
     """Read and decode each turn's sample."""
     if get_worker_info():  # the workers are the parallelism; OpenCV's threads would only fight them
         cv2.setNumThreads(0)
-    reader = SampleReader(shards)
+    reader = SampleReader(shards, cache)
     for turn in turns:
         yield turn, reader.read(turn.position)
 

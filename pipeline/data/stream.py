@@ -12,10 +12,11 @@ from webdataset.compat import WebLoader
 from webdataset.filters import map as map_samples
 from webdataset.pipeline import DataPipeline
 
+from pipeline.data.cache import node_cache
 from pipeline.data.faults import FaultLog
 from pipeline.data.index import ShardSet
 from pipeline.data.samples import BadSample, Batch, Cursor
-from pipeline.data.stages import Augmenter, Plan, Schedule, collate, read_samples
+from pipeline.data.stages import Augmenter, Plan, Schedule, collate, copy_ahead, read_samples
 from pipeline.errors import UserError
 from pipeline.spec import Augmentation
 
@@ -30,6 +31,9 @@ class TrainingStream:
 
     Samples that cannot be decoded become grey images without objects, which add nothing to the loss, and are named;
     more than `max_bad_samples` of them on this rank raise `UserError`.
+
+    Local shards are read in place; remote ones through a cache of `cache_bytes` in `cache_dir`, which all processes of
+    a node share (`pipeline.data.cache`).
 
     workers  decoding processes; 0 decodes in this process. They are started by a fork server, a clean process without
              threads: Ray's actors and torch run threads whose locks a plain fork would copy in whatever state they
@@ -52,6 +56,8 @@ class TrainingStream:
         epochs: int | None = None,
         shuffle_window: int = 4096,
         canonical_streams: int = 16,
+        cache_dir: str | None = None,
+        cache_bytes: int = 32 * 2**30,
         max_bad_samples: int = 10,
         include_difficult: bool = True,
     ) -> None:
@@ -72,6 +78,7 @@ class TrainingStream:
         )
         self._augment = Augmenter(input_size, seed, augmentation, include_difficult)
         self._workers = workers
+        self._cache = node_cache(shards, cache_dir, cache_bytes)
         self._faults = FaultLog(max_bad_samples, f"shards {shards.url}")
         self._running: Iterator[Batch] | None = None
         self._cursor = self._normalised(Cursor(*start))
@@ -124,9 +131,11 @@ class TrainingStream:
 
     def _loader(self) -> WebLoader:
         plan = self._plan
+        ahead = plan.window // (plan.world_size * max(1, self._workers))
         pipeline = DataPipeline(
             Schedule(plan, self._cursor),
-            partial(read_samples, shards=plan.shards),
+            partial(copy_ahead, cache=self._cache, ahead=ahead) if self._cache else None,
+            partial(read_samples, shards=plan.shards, cache=self._cache),
             map_samples(self._augment),
             collate,
         )

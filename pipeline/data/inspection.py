@@ -1,0 +1,237 @@
+"""Looking at shards: a sheet of augmented samples with their boxes, and a check of every digest and box."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tarfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import cv2
+import numpy as np
+
+from pipeline import storage
+from pipeline.data.augmentation import augment
+from pipeline.data.cache import retry
+from pipeline.data.images import decode_image, resize_image
+from pipeline.data.index import INDEX, ShardSet, contents_name, open_shards
+from pipeline.data.order import EpochOrder
+from pipeline.data.randomness import keyed_generator
+from pipeline.data.reading import SampleReader
+from pipeline.data.records import fault_of_box
+from pipeline.data.samples import BadSample, Sample
+from pipeline.spec import Augmentation
+
+_CAPTION = 18  # pixels
+
+
+@dataclass(frozen=True)
+class CheckReport:
+    """What `check_shards` found; the shards are sound where there are no faults."""
+
+    num_shards: int
+    num_samples: int
+    num_objects: int
+    faults: tuple[BadSample, ...]
+
+
+def check_shards(
+    url: str,
+    *,
+    decode: bool = True,
+    threads: int = 2,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> CheckReport:
+    """Read every byte of the shards: digests, sizes, tar members, keys, objects, boxes and, with `decode`, images.
+
+    on_progress  called with (shards done, shards in all)
+    """
+    shards = open_shards(url)
+    faults: list[BadSample] = []
+    listed = {INDEX, "request.json", *shards.names, *(contents_name(name) for name in shards.names)}
+    faults += [BadSample(name, "-", "not in the index") for name in storage.list_folder(url) if name not in listed]
+    seen: dict[int, str] = {}
+    num_objects = 0
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        for shard, found in enumerate(pool.map(lambda at: _check_shard(shards, at, decode), range(len(shards)))):
+            faults += found.faults
+            num_objects += found.num_objects
+            for key, image_id in found.image_ids.items():
+                if image_id in seen:
+                    faults.append(
+                        BadSample(shards.names[shard], key, f"image id {image_id} is taken by {seen[image_id]}")
+                    )
+                seen[image_id] = key
+            if on_progress:
+                on_progress(shard + 1, len(shards))
+    return CheckReport(len(shards), shards.num_samples, num_objects, tuple(faults))
+
+
+@dataclass
+class _Found:
+    faults: list[BadSample]
+    image_ids: dict[str, int]
+    num_objects: int = 0
+
+
+def _check_shard(shards: ShardSet, shard: int, decode: bool) -> _Found:
+    name, found = shards.names[shard], _Found([], {})
+
+    def fault(key: str, reason: str) -> None:
+        found.faults.append(BadSample(name, key, reason))
+
+    url = shards.shard_url(shard)
+    try:
+        contents = shards.contents(shard)
+        fs, path = storage.filesystem(url)
+        with fs.open(path, "rb") as file:
+            counted = _HashedFile(file)
+            members = retry(lambda: list(_members(counted)), url)
+            counted.exhaust()
+    except (OSError, ValueError, tarfile.TarError) as error:
+        fault("-", f"cannot be read to its end ({error})")
+        return found
+    if counted.num_bytes != shards.num_bytes[shard]:
+        fault("-", f"has {counted.num_bytes} bytes, the index says {shards.num_bytes[shard]}")
+    elif counted.sha256.hexdigest() != shards.sha256[shard]:
+        fault("-", "does not match its digest")
+    samples: dict[str, dict[str, bytes]] = {}
+    for member, content in members:
+        if member.startswith("/") or ".." in member.split("/"):
+            fault(member, "this name of a tar member points out of its folder")
+            continue
+        key, _, extension = member.partition(".")
+        samples.setdefault(key, {})[extension] = content
+    for key in contents.keys:
+        if key not in samples:
+            fault(key, "is missing")
+    for key, sample in samples.items():
+        if key not in contents.keys:
+            fault(key, "not in the index")
+        else:
+            _check_sample(key, sample, shards, decode, found, fault)
+    return found
+
+
+def _members(file: Any) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fileobj=file, mode="r|") as tar:
+        for member in tar:
+            content = tar.extractfile(member)
+            yield member.name, content.read() if content else b""
+
+
+class _HashedFile:
+    """A file that is hashed as it is read."""
+
+    def __init__(self, file: Any) -> None:
+        self.file, self.sha256, self.num_bytes = file, hashlib.sha256(), 0
+
+    def read(self, size: int = -1) -> bytes:
+        content = self.file.read(size)
+        self.sha256.update(content)
+        self.num_bytes += len(content)
+        return content
+
+    def exhaust(self) -> None:
+        while self.read(2**20):
+            pass
+
+
+def _check_sample(
+    key: str,
+    sample: dict[str, bytes],
+    shards: ShardSet,
+    decode: bool,
+    found: _Found,
+    fault: Callable[[str, str], None],
+) -> None:
+    try:
+        facts = json.loads(sample["json"])
+        found.image_ids[key] = facts["image_id"]
+        size = (facts["width"], facts["height"])
+        known = {category.id for category in shards.categories}
+        for entry in facts["objects"]:
+            found.num_objects += 1
+            if reason := fault_of_box(tuple(entry["bbox"]), *size):
+                fault(key, f"annotation {entry['id']}: {reason}")
+            if entry["category_id"] not in known:
+                fault(key, f"annotation {entry['id']}: category {entry['category_id']} does not exist")
+    except (KeyError, ValueError, TypeError) as error:
+        fault(key, f"its objects cannot be read ({type(error).__name__}: {error})")
+        return
+    if decode:
+        image, reason = decode_image(sample.get("jpg") or sample.get("png") or b"")
+        if reason:
+            fault(key, f"{facts['file_name']}: {reason}")
+        elif image is not None and image.shape[1::-1] != size:
+            fault(
+                key, f"{facts['file_name']}: {image.shape[1]} x {image.shape[0]} pixels, recorded {size[0]} x {size[1]}"
+            )
+
+
+def show_samples(
+    shards: ShardSet,
+    output: str,
+    *,
+    count: int = 20,
+    columns: int = 5,
+    input_size: int = 256,
+    seed: int = 0,
+    epoch: int = 0,
+    augmentation: Augmentation | None = None,
+) -> None:
+    """Write a sheet (PNG) of samples as training would see them, with boxes, class names and keys.
+
+    The samples are the first of `epoch`; without `augmentation` they are the plain resized images.
+    """
+    count = min(count, shards.num_samples)
+    order = EpochOrder(shards.sizes, seed=seed, epoch=epoch, window=4096, streams=16)
+    reader = SampleReader(shards)
+    tiles = []
+    for position in order.positions(0, count):
+        sample = reader.read(int(position))
+        tiles.append(_draw(sample, shards, input_size, augmentation, seed, epoch))
+    blank = np.full_like(tiles[0], 255)
+    columns = min(columns, count)
+    rows = [tiles[at : at + columns] for at in range(0, count, columns)]
+    rows[-1] += [blank] * (columns - len(rows[-1]))
+    sheet = np.vstack([np.hstack(row) for row in rows])
+    storage.write_bytes(output, cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1].tobytes())
+
+
+def _draw(
+    sample: Sample, shards: ShardSet, size: int, augmentation: Augmentation | None, seed: int, epoch: int
+) -> np.ndarray:
+    sample = sample.keep(~sample.crowd)
+    if augmentation is None:
+        height, width, _ = sample.image.shape
+        image, labels = resize_image(sample.image, size), sample.labels
+        boxes = sample.boxes * np.array([size / width, size / height] * 2)
+    else:
+        rng = keyed_generator("augment", seed, epoch, sample.key)
+        image, boxes, labels = augment(
+            sample.image, sample.boxes, sample.labels, size=size, rng=rng, settings=augmentation
+        )
+    image = image.copy()
+    for box, label in zip(boxes, labels, strict=True):
+        colour = colour_of_label(int(label))
+        x1, y1, x2, y2 = (round(float(value)) for value in box)
+        cv2.rectangle(image, (x1, y1), (x2 - 1, y2 - 1), colour, 2)
+        name = shards.categories[int(label) - 1].name
+        cv2.putText(image, name, (x1 + 3, y1 + 13), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 3, cv2.LINE_AA)
+        cv2.putText(image, name, (x1 + 3, y1 + 13), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, 1, cv2.LINE_AA)
+    tile = np.full((size + _CAPTION + 4, size + 4, 3), 255, np.uint8)
+    tile[2 : size + 2, 2 : size + 2] = image
+    caption = f"{sample.key}  {sample.file_name}"
+    cv2.putText(tile, caption, (4, size + 15), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (60, 60, 60), 1, cv2.LINE_AA)
+    return tile
+
+
+def colour_of_label(label: int) -> tuple[int, int, int]:
+    """A bright RGB colour for each label, neighbours far apart."""
+    hue = np.array([[[label * 67 % 180, 190, 255]]], np.uint8)
+    red, green, blue = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0].tolist()
+    return red, green, blue
