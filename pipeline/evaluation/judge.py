@@ -13,16 +13,23 @@ import numpy as np
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 
 
-def judge_by_pycocotools(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """The twelve numbers by pycocotools; `rows` must not be empty. Inputs are copied: pycocotools writes into them."""
+def judge_by_pycocotools(
+    ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, keep: bool = True
+) -> dict[str, float]:
+    """The twelve numbers by pycocotools; `rows` must not be empty.
+
+    pycocotools writes into its inputs: they are copied first, unless `keep` is false.
+    """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     with contextlib.redirect_stdout(io.StringIO()):
+        if keep:
+            ground_truth, rows = copy.deepcopy((ground_truth, rows))
         truth = COCO()
-        truth.dataset = copy.deepcopy(dict(ground_truth))  # pyright: ignore[reportAttributeAccessIssue]
+        truth.dataset = dict(ground_truth)  # pyright: ignore[reportAttributeAccessIssue]
         truth.createIndex()
-        results = truth.loadRes(copy.deepcopy(list(rows)))  # pyright: ignore[reportArgumentType]
+        results = truth.loadRes(list(rows))  # pyright: ignore[reportArgumentType]
         evaluation = COCOeval(truth, results, "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
@@ -30,14 +37,18 @@ def judge_by_pycocotools(ground_truth: Mapping[str, Any], rows: Sequence[Mapping
     return _named(evaluation.stats)
 
 
-def judge_by_faster_coco_eval(ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+def judge_by_faster_coco_eval(
+    ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, keep: bool = True
+) -> dict[str, float]:
     """The twelve numbers by faster-coco-eval, from the same arguments."""
     from faster_coco_eval import COCO
     from faster_coco_eval.core.faster_eval_api import COCOeval_faster
 
     with contextlib.redirect_stdout(io.StringIO()):
-        truth = COCO(copy.deepcopy(dict(ground_truth)))
-        evaluation = COCOeval_faster(truth, truth.loadRes(copy.deepcopy(list(rows))), "bbox")
+        if keep:
+            ground_truth, rows = copy.deepcopy((ground_truth, rows))
+        truth = COCO(dict(ground_truth))
+        evaluation = COCOeval_faster(truth, truth.loadRes(list(rows)), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -1,0 +1,133 @@
+"""COCO evaluation beside pycocotools and faster-coco-eval, in one run, on random detections from a seed.
+
+    python tests/bench/bench_evaluation.py [--images 5000] [--repeats 3] [--json OUT]
+
+Every evaluator starts from the same Python objects (an instances dict and a list of rows) and ends with the twelve
+numbers. pycocotools runs once: it takes a minute. Workers are processes that hold their images' detections; what is
+timed for them is matching, sending the matches, and accumulating.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import pickle
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "evaluation")]
+
+from random_truth import random_truth  # noqa: E402
+
+from pipeline.evaluation.coco import accumulate, evaluate_coco  # noqa: E402
+from pipeline.evaluation.detections import DetectionTable  # noqa: E402
+from pipeline.evaluation.judge import judge_by_faster_coco_eval, judge_by_pycocotools  # noqa: E402
+from pipeline.evaluation.matching import match  # noqa: E402
+from pipeline.evaluation.truth import GroundTruth  # noqa: E402
+
+
+def measure(run: Callable[[], Any], repeats: int) -> tuple[list[float], Any]:
+    seconds, result = [], None
+    for _ in range(repeats):
+        start = time.perf_counter()
+        result = run()
+        seconds.append(time.perf_counter() - start)
+    return seconds, result
+
+
+def work(truth: GroundTruth, table: DetectionTable, images: np.ndarray, ready, go, results) -> None:
+    ready.release()
+    go.wait()
+    results.put(pickle.dumps(match(truth, table, images)))
+
+
+def evaluate_by_workers(truth: GroundTruth, table: DetectionTable, workers: int) -> tuple[float, dict[str, float]]:
+    context = multiprocessing.get_context("fork")
+    ready, go, results = context.Semaphore(0), context.Event(), context.Queue()
+    processes = []
+    for worker in range(workers):
+        images = truth.image_ids[worker::workers]
+        own = table.select(np.isin(table.image_id, images))
+        processes.append(context.Process(target=work, args=(truth, own, images, ready, go, results)))
+        processes[-1].start()
+    for _ in processes:
+        ready.acquire()
+    start = time.perf_counter()
+    go.set()
+    metrics = accumulate(truth, [pickle.loads(results.get()) for _ in processes])
+    seconds = time.perf_counter() - start
+    for process in processes:
+        process.join()
+    return seconds, metrics.values
+
+
+def hardware() -> dict[str, Any]:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    packages = ("numpy", "pycocotools", "faster-coco-eval")
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count(),
+        "python": platform.python_version(),
+        "versions": {name: version(name) for name in packages},
+        "commit": commit.stdout.strip(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--detections", type=int, default=100)
+    parser.add_argument("--categories", type=int, default=80)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--json", metavar="OUT")
+    args = parser.parse_args()
+    truth, rows = random_truth(
+        0, images=args.images, categories=args.categories, objects=7, detections=args.detections, ties=False
+    )
+    times: dict[str, list[float]] = {}
+    values: dict[str, dict[str, float]] = {}
+    runs: tuple[tuple[str, Callable[[], dict[str, float]], int], ...] = (
+        ("ours", lambda: evaluate_coco(truth, rows).values, args.repeats),
+        ("faster-coco-eval", lambda: judge_by_faster_coco_eval(truth, rows, keep=False), args.repeats),
+        ("pycocotools", lambda: judge_by_pycocotools(truth, rows, keep=False), 1),
+    )
+    for name, run, repeats in runs:
+        times[name], values[name] = measure(run, repeats)
+    base = statistics.median(times["pycocotools"])
+    report: dict[str, Any] = {"hardware": hardware(), "settings": vars(args), "evaluators": {}, "workers": {}}
+    sys.stdout.write(f"{args.images} images x {args.detections} detections, {args.categories} categories\n")
+    sys.stdout.write(f"{'evaluator':20}{'median s':>10}{'spread s':>10}{'/ pycocotools':>15}  twelve numbers\n")
+    for name, seconds in times.items():
+        median, spread = statistics.median(seconds), max(seconds) - min(seconds)
+        worst = max(abs(values[name][key] - values["pycocotools"][key]) for key in values[name])
+        same = "equal to the last digit" if worst == 0 else f"differ by {worst:.1e}"
+        sys.stdout.write(f"{name:20}{median:10.2f}{spread:10.2f}{median / base:15.3f}  {same}\n")
+        report["evaluators"][name] = {"seconds": seconds, "ratio": median / base, "largest_difference": worst}
+    known, table = GroundTruth.of(truth), DetectionTable.of(rows)
+    for workers in (1, 2, 3, 5):
+        seconds, result = zip(*(evaluate_by_workers(known, table, workers) for _ in range(args.repeats)), strict=True)
+        equal = all(one == values["pycocotools"] for one in result)
+        sys.stdout.write(f"{workers} worker{'s' * (workers > 1):18}{statistics.median(seconds):10.2f}")
+        sys.stdout.write(f"{max(seconds) - min(seconds):10.2f}{'':15}  {'equal' if equal else 'DIFFERENT'}\n")
+        report["workers"][workers] = {"seconds": seconds, "equal": equal}
+    sys.stdout.write(f"{report['hardware']}\n")
+    if args.json:
+        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
