@@ -9,7 +9,6 @@
 
 #include <cstdint>
 #include <limits>
-#include <utility>
 #include <vector>
 
 #include "align_conv_geometry.h"
@@ -22,13 +21,6 @@ struct AlignConvShape {
   int32_t height[kMaxLevels], width[kMaxLevels];
   int64_t level_begin[kMaxLevels + 1];  // first anchor of each level
   int64_t anchors;                      // of one image
-
-  // (level, aspect) of an anchor of an image.
-  std::pair<int, int> group_of(int64_t anchor) const {
-    int level = 0;
-    while (level + 1 < num_levels && anchor >= level_begin[level + 1]) ++level;
-    return {level, static_cast<int>((anchor - level_begin[level]) % aspects)};
-  }
 };
 
 inline void check_like(const torch::stable::Tensor& tensor, const torch::stable::Tensor& first, const char* name) {
@@ -113,12 +105,6 @@ inline void check_gradient(const torch::stable::Tensor& grad, const torch::stabl
   STD_TORCH_CHECK(grad.dim() == 2 && grad.size(0) == rows && grad.size(1) == outputs,
                   "align_conv: the gradient of the output must be [", rows, ", ", outputs, "].");
   check_like(grad, feature, "the gradient of the output");
-}
-
-// The feature itself where its channels are contiguous, which a slice of a channels-last tensor is too; else a copy.
-inline torch::stable::Tensor channels_last(const torch::stable::Tensor& feature) {
-  if (feature.stride(1) == 1 || feature.size(1) == 1) return feature;
-  return torch::stable::contiguous(feature, torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 }  // namespace refinedet

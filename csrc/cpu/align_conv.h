@@ -13,8 +13,10 @@ namespace refinedet {
 enum class Storage { kFloat, kDouble, kBFloat16, kHalf };
 
 struct AlignConvLevel {
-  const void* cells;  // channels of a cell are contiguous
-  int64_t image_step, row_step, column_step;  // elements
+  // The features; steps in elements. Where channel_step is not 1 the kernels copy them to `copy` and read that.
+  const void* cells;
+  int64_t image_step, channel_step, row_step, column_step;
+  void* copy;  // [B, H, W, F], contiguous; null where it is not needed
   int32_t height, width;
   double inverse_stride;
   const void* weight;  // [aspects, O, F, T], contiguous
@@ -36,7 +38,7 @@ struct AlignConvProblem {
   AlignConvLevel levels[kMaxLevels];
   const void* boxes;  // [N, 4], float or double
   bool boxes_double;
-  // Rows sorted by (level, aspect, image, y, x); group g holds rows[group_start[g] .. group_start[g + 1]).
+  // Rows sorted by (level, aspect, image, place); group g holds rows[group_start[g] .. group_start[g + 1]).
   const AlignConvRow* rows;
   const int64_t* group_start;  // [num_levels * aspects + 1]
   void* output;                // [N, O]
@@ -51,8 +53,8 @@ struct AlignConvProblem {
 
 // Each instruction set has one of these; the gradients asked for are those whose pointers are set.
 struct AlignConvKernels {
-  void (*forward)(const AlignConvProblem&, Storage);
-  void (*backward)(const AlignConvProblem&, Storage);
+  void (*forward)(AlignConvProblem&, Storage);
+  void (*backward)(AlignConvProblem&, Storage);
 };
 
 extern const AlignConvKernels kAlignConvBaseline;

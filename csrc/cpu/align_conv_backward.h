@@ -164,7 +164,7 @@ void feature_gradients(const AlignConvProblem& problem, const BackwardScratch<T>
 }
 
 template <typename T, typename S>
-void backward(const AlignConvProblem& problem) {
+void backward(AlignConvProblem& problem) {
   const int num_groups = problem.num_levels * problem.aspects;
   const int taps = problem.kernel * problem.kernel;
   const int64_t stride = row_stride<T>(minimum(kBlockDepth, problem.channels));
@@ -177,6 +177,7 @@ void backward(const AlignConvProblem& problem) {
                        allocate<T>(problem, problem.outputs * stride)};
   }
   if (problem.levels[0].weight_grad != nullptr) {
+    copy_cells<S>(problem);
     Counter counter;
     run_parallel(problem, [&](int worker) {
       for (int64_t task; (task = counter.next()) < num_groups * taps;) {

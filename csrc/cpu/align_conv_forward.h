@@ -4,6 +4,7 @@
 // channels) stay in the second-level cache, and its sums stay there over all taps.
 #pragma once
 
+#include "cpu/align_conv_layout.h"
 #include "cpu/align_conv_sampling.h"
 
 namespace refinedet {
@@ -14,31 +15,6 @@ constexpr int64_t kBlockRows = 96;
 constexpr int64_t kBlockDepth = REFINEDET_VECTOR_BYTES == 64 ? 128 : 256;
 // Packed filters of the groups that are worked on together.
 constexpr int64_t kPackedBytes = int64_t(16) << 20;
-
-// Hands out the numbers 0, 1, ... to the threads.
-class Counter {
- public:
-  int64_t next() { return __atomic_fetch_add(&value_, 1, __ATOMIC_RELAXED); }
-
- private:
-  int64_t value_ = 0;
-};
-
-// Calls body(worker) on every worker, each of which takes its work from a shared Counter.
-template <typename Body>
-void run_parallel(const AlignConvProblem& problem, const Body& body) {
-  problem.parallel(
-      problem.num_workers, [](int worker, void* context) { (*static_cast<const Body*>(context))(worker); },
-      const_cast<void*>(static_cast<const void*>(&body)));
-}
-
-template <typename T>
-T* allocate(const AlignConvProblem& problem, int64_t count) {
-  return static_cast<T*>(problem.allocate(problem.arena, count * static_cast<int64_t>(sizeof(T))));
-}
-
-inline int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
-inline int64_t maximum(int64_t a, int64_t b) { return a > b ? a : b; }
 
 struct Block {
   int group;
@@ -158,13 +134,14 @@ void forward_groups(const AlignConvProblem& problem, int first_group, int last_g
 }
 
 template <typename T, typename S>
-void forward(const AlignConvProblem& problem) {
+void forward(AlignConvProblem& problem) {
   const int64_t taps = int64_t(problem.kernel) * problem.kernel;
   const int64_t columns = round_up<T>(problem.outputs), group_size = taps * problem.channels * columns;
   const int num_groups = problem.num_levels * problem.aspects;
   int used = 0;
   for (int g = 0; g < num_groups; ++g) used += problem.group_start[g + 1] > problem.group_start[g];
   if (used == 0) return;
+  copy_cells<S>(problem);
   const int64_t together = maximum(1, minimum(used, kPackedBytes / (group_size * int64_t(sizeof(T)))));
   T* packed = allocate<T>(problem, together * group_size);
   S* zeros = allocate<S>(problem, problem.channels);

@@ -4,7 +4,7 @@
 namespace refinedet {
 namespace {
 
-void forward_any(const AlignConvProblem& problem, Storage storage) {
+void forward_any(AlignConvProblem& problem, Storage storage) {
   switch (storage) {
     case Storage::kFloat:
       return forward<float, float>(problem);
@@ -17,7 +17,7 @@ void forward_any(const AlignConvProblem& problem, Storage storage) {
   }
 }
 
-void backward_any(const AlignConvProblem& problem, Storage storage) {
+void backward_any(AlignConvProblem& problem, Storage storage) {
   switch (storage) {
     case Storage::kFloat:
       return backward<float, float>(problem);
