@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pipeline.errors import JobError, StoppedError, UserError
 from pipeline.spec_files import load_spec
+
+if TYPE_CHECKING:
+    from pipeline.cluster.jobs import JobsClient
 
 app = typer.Typer(
     help="RefineDet++ as a distributed training pipeline.",
@@ -25,6 +29,11 @@ app.add_typer(data_app, name="data")
 Job = Annotated[str, typer.Argument(metavar="JOB.yaml", help="job spec; see jobs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="training.epochs=3 and the like")]
 Address = Annotated[str | None, typer.Option(help="Ray cluster, HOST:PORT or ray://HOST:PORT; default: run here")]
+
+Dashboard = Annotated[
+    str | None, typer.Option("--address", help="the cluster's dashboard, http://HOST:8265; default: on this machine")
+]
+RunOrJob = Annotated[str, typer.Argument(metavar="NAME", help="a run's name (its last job), or a job's id")]
 
 
 @app.command()
@@ -41,6 +50,90 @@ def launch(
     spec = load_spec(job, overrides or ())
     with ProgressDisplay() as display:
         launch(spec, address=address, stages=stages.split(",") if stages else STAGES, display=display)
+
+
+@app.command()
+def submit(
+    job: Job,
+    overrides: Overrides = None,
+    address: Dashboard = None,
+    follow: Annotated[bool, typer.Option("--follow", help="print its logs until it ends")] = False,
+) -> None:
+    """Submit a job to a Ray cluster and print its id; a run that stopped goes on."""
+    from pipeline.cluster.jobs import JobsClient
+
+    spec = load_spec(job, overrides or ())
+    client = JobsClient(address)
+    job_id = client.submit(spec)
+    typer.echo(job_id)
+    if follow:
+        _follow(client, job_id)
+
+
+@app.command()
+def resume(name: RunOrJob, address: Dashboard = None) -> None:
+    """Submit a run's last job again; it goes on from its last checkpoint."""
+    from pipeline.cluster.jobs import JobsClient
+
+    typer.echo(JobsClient(address).resume(name))
+
+
+@app.command()
+def status(name: RunOrJob, address: Dashboard = None) -> None:
+    """How a submitted job is doing."""
+    from pipeline.cluster.jobs import JobsClient
+
+    client = JobsClient(address)
+    found = client.find(name)
+    typer.echo(f"{found.id}  {found.status.lower()}  run {found.run} at {found.home}")
+    lines = [line for chunk in client.logs(found.id) for line in chunk.splitlines() if line.strip()]
+    for line in lines[-5:]:
+        typer.echo(f"  {line}")
+
+
+@app.command(name="list")
+def list_jobs(address: Dashboard = None) -> None:
+    """The jobs that were submitted to a cluster."""
+    from pipeline.cluster.jobs import JobsClient
+    from pipeline.cluster.progress import describe_duration
+
+    for found in JobsClient(address).list():
+        took = describe_duration((found.ended or time.time()) - found.started) if found.started else "not started"
+        typer.echo(f"{found.id:<40} {found.status.lower():<10} {took}")
+
+
+@app.command()
+def logs(
+    name: RunOrJob,
+    address: Dashboard = None,
+    follow: Annotated[bool, typer.Option("--follow", help="until it ends")] = False,
+) -> None:
+    """What a submitted job has printed."""
+    from pipeline.cluster.jobs import JobsClient
+
+    client = JobsClient(address)
+    if follow:
+        _follow(client, name)
+    else:
+        for chunk in client.logs(name):
+            typer.echo(chunk, nl=False)
+
+
+def _follow(client: JobsClient, name: str) -> None:
+    for chunk in client.logs(name, follow=True):
+        typer.echo(chunk, nl=False)
+    found = client.wait(name)
+    if found.status != "SUCCEEDED":
+        raise JobError(f"job {found.id} {found.status.lower()}: {found.message}")
+
+
+@app.command()
+def stop(name: RunOrJob, address: Dashboard = None) -> None:
+    """Ask a submitted job to save and end, and wait until it has."""
+    from pipeline.cluster.jobs import JobsClient
+
+    found = JobsClient(address).stop(name)
+    typer.echo(f"{found.id}  {found.status.lower()}; `refinedet resume {found.run}` goes on")
 
 
 @app.command()

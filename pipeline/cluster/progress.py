@@ -66,7 +66,7 @@ class ProgressDisplay:
         if now - self._last_line < _PLAIN_INTERVAL_S and done < total:
             return
         elapsed = now - self._began
-        left = f"  {_duration(elapsed / done * (total - done))} left" if 0 < done < total else ""
+        left = f"  {describe_duration(elapsed / done * (total - done))} left" if 0 < done < total else ""
         line = f"{self._stage:<10} {done:.0f}/{total:.0f} {unit}  {text}{left}"
         if line != self._last_text:
             self.console.print(line.rstrip(), markup=False)
@@ -77,7 +77,8 @@ class ProgressDisplay:
         if self.console.is_terminal and self._task is not None:
             self._bar.remove_task(self._task)
             self._task = None
-        self.note(f"[green]✓[/] [bold]{self._stage:<10}[/] {text}  [dim]{_duration(time.monotonic() - self._began)}[/]")
+        took = describe_duration(time.monotonic() - self._began)
+        self.note(f"[green]✓[/] [bold]{self._stage:<10}[/] {text}  [dim]{took}[/]")
 
     def note(self, text: str) -> None:
         """A line that stays, above the bar."""
@@ -98,7 +99,8 @@ def summary_table(title: str, columns: Iterable[str], rows: Iterable[Mapping[str
     return table
 
 
-def _duration(seconds: float) -> str:
+def describe_duration(seconds: float) -> str:
+    """Seconds as a person says them: "2 min 05 s"."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"
