@@ -5,6 +5,9 @@ B images, F_l channels of level l, H_l W_l its cells: the input's sides over str
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from typing import Any
+
 import timm
 import torch.nn.functional as F
 from timm.models import FeatureListNet
@@ -15,10 +18,14 @@ from torch.utils.checkpoint import checkpoint
 
 from model.config import VGG16_REDUCED, RefineDetConfig
 from model.layers import Bottleneck, L2Norm, build_conv
+from model.norms import hold_statistics
 
 # Mean and standard deviation of RGB in 0..255, as torchvision's and timm's ImageNet weights expect them.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
 IMAGENET_STD = (58.395, 57.12, 57.375)
+
+# What the Caffe release takes from BGR in 0..255, here in RGB order.
+CAFFE_MEAN, CAFFE_STD = (123.0, 117.0, 104.0), (1.0, 1.0, 1.0)
 
 # The paper's depths that timm does not name. (layers of the four stages, cardinality, base width)
 RESNETS = {"resnext152_32x4d": ((3, 8, 36, 3), 32, 4)}
@@ -34,7 +41,8 @@ class TimmBackbone(nn.Module):
 
     def __init__(self, name: str, num_levels: int, checkpointing: bool = False) -> None:
         super().__init__()
-        self.body, self.mean, self.std = _create_body(name)
+        body, self.mean, self.std = _create_body(name)
+        self.body: Any = body  # timm declares no type for networks with `features_only`
         info = self.body.feature_info
         wanted = [list(info.reduction()).index(stride) for stride in (8, 16, 32)]
         self.wanted = tuple(wanted)
@@ -43,12 +51,14 @@ class TimmBackbone(nn.Module):
         while len(self.channels) < num_levels:
             self.extra.append(Bottleneck(self.channels[-1], EXTRA_WIDTH, EXTRA_CHANNELS, stride=2))
             self.channels.append(EXTRA_CHANNELS)
-        if checkpointing:
-            self.body.set_grad_checkpointing(True)
+        self.checkpointing = checkpointing
+        if checkpointing and not isinstance(self.body, FeatureListNet):
+            self.body.set_grad_checkpointing(True)  # timm's own, a stage at a time
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x [B, 3, H, W], normalised -> maps [B, F_l, H_l, W_l], fine to coarse."""
-        features = self.body(x)
+        recompute = self.checkpointing and self.training and isinstance(self.body, FeatureListNet)
+        features = self._run_by_blocks(x) if recompute else self.body(x)
         maps = []
         for stride, position in zip((8, 16, 32), self.wanted, strict=True):
             y, size = features[position], (x.shape[2] // stride, x.shape[3] // stride)
@@ -58,6 +68,19 @@ class TimmBackbone(nn.Module):
         for block in self.extra:
             maps.append(block(maps[-1]))
         return maps
+
+    def _run_by_blocks(self, x: Tensor) -> list[Tensor]:
+        """The body's forward, keeping of each residual block its input alone."""
+        features = []
+        for name, stage in self.body.items():
+            if isinstance(stage, nn.Sequential):
+                for block in stage:
+                    x = run_checkpointed(block, x)
+            else:
+                x = stage(x)
+            if name in self.body.return_layers:
+                features.append(x)
+        return features
 
 
 class ReducedVgg16(nn.Module):
@@ -92,10 +115,16 @@ class ReducedVgg16(nn.Module):
         """x [B, 3, H, W], normalised -> maps [B, F_l, H_l, W_l], fine to coarse."""
         maps = []
         for number, stage in enumerate(self.stages):
-            x = checkpoint(stage, x, use_reentrant=False) if self.checkpointing and self.training else stage(x)
+            x = run_checkpointed(stage, x) if self.checkpointing and self.training else stage(x)
             if number >= 3:
                 maps.append(x)
         return [self.norm4(maps[0]), self.norm5(maps[1]), *maps[2:]]
+
+
+def run_checkpointed(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, whose inside is computed again in the backward pass instead of kept."""
+    contexts = lambda: (nullcontext(), hold_statistics(module))  # noqa: E731
+    return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
 
 
 def build_backbone(config: RefineDetConfig) -> TimmBackbone | ReducedVgg16:
@@ -105,17 +134,18 @@ def build_backbone(config: RefineDetConfig) -> TimmBackbone | ReducedVgg16:
     return TimmBackbone(config.backbone, config.levels, config.activation_checkpointing)
 
 
-def _create_body(name: str) -> tuple[nn.Module, tuple[float, ...], tuple[float, ...]]:
+def _create_body(name: str) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     if name in RESNETS:
         layers, cardinality, base_width = RESNETS[name]
-        net = ResNet(TimmBottleneck, layers, num_classes=0, cardinality=cardinality, base_width=base_width)
+        block: Any = TimmBottleneck
+        net = ResNet(block, layers, num_classes=0, cardinality=cardinality, base_width=base_width)
         return FeatureListNet(net, out_indices=(0, 1, 2, 3, 4)), IMAGENET_MEAN, IMAGENET_STD
     if not timm.is_model(name):
         raise ValueError(
             f"backbone must be {VGG16_REDUCED}, {', '.join(RESNETS)} or a model that timm has, received {name!r}."
         )
     try:
-        body = timm.create_model(name, pretrained=False, features_only=True)
+        body: Any = timm.create_model(name, pretrained=False, features_only=True)
     except (RuntimeError, AttributeError, ValueError) as error:
         raise ValueError(f"backbone {name!r} gives no feature maps (timm's features_only): {error}") from error
     reductions = list(body.feature_info.reduction())

@@ -26,13 +26,17 @@ class RefineDetConfig:
     cascade                   False: the ADM starts from the tiled anchors (table II, column 4)
     tcb                       False: no transfer connection blocks and no ARM, like SSD (table II, column 5)
     tcb_channels              width of the TCBs and of the ADM's input
-    norm                      batch normalisation: per-worker "batch", "frozen", or "sync"
-    prediction_block          a bottleneck before every ARM and ADM predictor; None: on for all but VGG (C)
+    norm                      batch normalisation: per-worker "batch" (C), "sync" over the workers, or "frozen": the
+                              backbone keeps its imported statistics, new blocks are per worker
+    normalization             of the input: "backbone", what the torchvision or timm weights expect, or "caffe":
+                              BGR minus (104, 117, 123), for weights that came from Caffe (C)
+    prediction_block          a bottleneck, 256-256-1024, before every ARM and ADM predictor; P says nothing of it, C
+                              has it for ResNet; None: on for all but VGG
     tcb_norm                  BN in the TCBs; None: on for all but VGG (C)
     arm_iou, adm_iou          (negative below, positive from); P (0.5, 0.5), later advice for the ARM (0.3, 0.7)
     negatives_per_positive    hard negative mining ratio (IV-E)
     loss_normalization        "per_module": ARM and ADM by their own positives (equation 1); "arm": both by the ARM's
-    activation_checkpointing  recompute the backbone's stages in backward; for 1024 inputs
+    activation_checkpointing  recompute the backbone's blocks in backward; for 1024 inputs
     score_threshold           detections below are dropped
     pre_nms_top_k             most confident detections kept before NMS: 400 an image (P), 1000 a class (C)
     pre_nms_scope             whether that count is by "image" (P) or by "class" (C)
@@ -52,6 +56,7 @@ class RefineDetConfig:
     tcb: bool = True
     tcb_channels: int = 256
     norm: Literal["batch", "frozen", "sync"] = "batch"
+    normalization: Literal["backbone", "caffe"] = "backbone"
     prediction_block: bool | None = None
     tcb_norm: bool | None = None
     arm_iou: tuple[float, float] = (0.5, 0.5)

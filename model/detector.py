@@ -11,13 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from model.anchors import tile_anchors
-from model.backbones import build_backbone
+from model.backbones import CAFFE_MEAN, CAFFE_STD, TimmBackbone, build_backbone
 from model.boxes import decode_boxes
 from model.config import VGG16_REDUCED, RefineDetConfig
 from model.filtering import select_survivors, select_trained_rows
 from model.heads import AnchorRefinementHead, DetectionHead
 from model.inference import select_detections
 from model.matching import match_anchors
+from model.norms import freeze_norms, synchronize_norms
 from model.structures import Detections, Matches, Predictions, Targets
 from model.tcb import TransferConnection
 
@@ -27,6 +28,9 @@ class RefineDet(nn.Module):
 
     `forward` predicts, `loss.detection_loss` scores it against targets, `detect` gives boxes.
     """
+
+    mean: Tensor
+    std: Tensor
 
     def __init__(self, config: RefineDetConfig) -> None:
         super().__init__()
@@ -50,28 +54,41 @@ class RefineDet(nn.Module):
             block=block,
             strides=config.strides,
         )
-        self.register_buffer("mean", torch.tensor(self.backbone.mean)[:, None, None], persistent=False)
-        self.register_buffer("std", torch.tensor(self.backbone.std)[:, None, None], persistent=False)
+        caffe = config.normalization == "caffe"
+        mean, std = (CAFFE_MEAN, CAFFE_STD) if caffe else (self.backbone.mean, self.backbone.std)
+        self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
+        if config.norm == "sync":
+            synchronize_norms(self)
+        self.train()
         self._anchors: dict[tuple[int, int, torch.device], Tensor] = {}
 
-    def forward(self, images: Tensor, targets: Sequence[Targets] | None = None) -> Predictions:
+    def train(self, mode: bool = True) -> RefineDet:
+        super().train(mode)
+        if self.config.norm == "frozen":
+            freeze_norms(self.backbone.body if isinstance(self.backbone, TimmBackbone) else self.backbone)
+        return self
+
+    def forward(self, images: Tensor, targets: Sequence[Targets] | None = None, *, dense: bool = False) -> Predictions:
         """Predict for a batch.
 
         images   [B, 3, H, W]  RGB, 0..255, uint8 or float; normalised here
         targets  of each image, in training: the ADM then computes what its loss can use, positives included;
                  without them it computes the anchors that survive the negative filter
+        dense    compute every anchor in any case: all shapes are then known beforehand, as torch.compile and exports
+                 need; the loss and the detections are the same
         """
         anchors = self.anchors(images)
         features = self.backbone(self.normalize(images))
         arm_class = arm_box = None
-        refined = anchors.expand(len(images), -1, -1)
+        refined = anchors.expand(images.shape[0], -1, -1)
         transferred = features
         if self.arm is not None and self.tcb is not None:
             arm_box, arm_class = self.arm(features)
             transferred = self.tcb(features)
             if self.config.cascade:
                 refined = decode_boxes(arm_box.detach(), anchors)
-        index, matches = self._choose_rows(arm_class, refined, targets)
+        index, matches = (None, None) if dense else self._choose_rows(arm_class, refined, targets)
         adm_box, adm_class = self.adm(transferred, refined, index)
         return Predictions(anchors, refined, arm_class, arm_box, index, adm_class, adm_box, matches)
 
@@ -81,8 +98,9 @@ class RefineDet(nn.Module):
         return select_detections(self(images), self.config)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """RGB 0..255 -> what the backbone expects, in the model's memory format."""
-        return (images.to(self.mean.dtype) - self.mean) / self.std
+        """RGB 0..255 -> what the backbone expects."""
+        normal = (images.to(self.mean.dtype) - self.mean) / self.std
+        return normal.flip(1) if self.config.normalization == "caffe" else normal
 
     def anchors(self, images: Tensor) -> Tensor:
         """The tiled anchors [A, 4] of an input's size, on its device; made once for each."""
@@ -92,7 +110,8 @@ class RefineDet(nn.Module):
             raise ValueError(f"images must have sides that are multiples of {stride}, received {height}x{width}.")
         key = (int(height), int(width), images.device)
         if key not in self._anchors:
-            self._anchors[key] = tile_anchors(int(height), int(width), self.config.strides).to(images.device)
+            with torch.inference_mode(False):  # an inference tensor could not serve in training later
+                self._anchors[key] = tile_anchors(key[0], key[1], self.config.strides).to(images.device)
         return self._anchors[key]
 
     @torch.no_grad()
@@ -101,8 +120,9 @@ class RefineDet(nn.Module):
     ) -> tuple[Tensor | None, Matches | None]:
         """The anchors that the ADM computes (None: all), and the matches where they decided it."""
         config = self.config
-        filters = arm_class is not None and config.theta < 1.0
-        survivors = select_survivors(arm_class, config.theta) if filters else None
+        survivors = None
+        if arm_class is not None and config.theta < 1.0:
+            survivors = select_survivors(arm_class, config.theta)
         if targets is not None:
             matches = match_anchors(refined, targets, config.adm_iou)
             return _locate(select_trained_rows(survivors, matches)), matches

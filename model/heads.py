@@ -16,6 +16,7 @@ from torchvision.ops import deform_conv2d
 from model.anchors import ASPECTS
 from model.layers import Bottleneck, init_xavier_
 from model.ops.align_conv import align_conv
+from model.portable import align_conv_portable
 
 NUM_ASPECTS = len(ASPECTS)
 BLOCK_WIDTH, BLOCK_CHANNELS = 256, 1024  # the Caffe release's bottleneck before each ResNet predictor
@@ -79,6 +80,7 @@ class DetectionHead(Head):
     ) -> None:
         super().__init__(in_channels, num_classes, kernel_size, block)
         self.kind, self.strides = kind, tuple(strides)
+        self.portable = False  # AlignConv from standard operators, for exports; set by `export.export_program`
         self.offsets = nn.ModuleList()
         if kind == "deform":
             for width in self.widths:  # as in deformable convolution's paper: offsets start at zero
@@ -105,22 +107,23 @@ class DetectionHead(Head):
         return split_outputs(outputs)
 
     def _predict_aligned(self, features: Sequence[Tensor], refined: Tensor, index: Tensor | None) -> Tensor:
-        boxes = refined.flatten(0, 1)
-        if index is None:
-            index = torch.arange(len(boxes), device=boxes.device)
-        else:
-            boxes = boxes[index]
         size = self.kernel_size
         weights = [w.view(NUM_ASPECTS, self.num_outputs, w.shape[1], size, size) for w in self.weights]
         biases = [b.view(NUM_ASPECTS, self.num_outputs) for b in self.biases]
+        if self.portable and index is None:
+            return align_conv_portable(features, self.strides, refined, weights, biases).flatten(0, 1).float()
+        boxes = refined.flatten(0, 1)
+        if index is None:
+            index = torch.arange(boxes.shape[0], device=boxes.device)
+        else:
+            boxes = boxes[index]
         return align_conv(features, self.strides, boxes, index, weights, biases).float()
 
     def _predict_deformable(self, features: Sequence[Tensor]) -> Tensor:
         outputs = []
         for x, offset, weight, bias in zip(features, self.offsets, self.weights, self.biases, strict=True):
-            y = deform_conv2d(
-                x, offset(x).to(x.dtype), weight.to(x.dtype), bias.to(x.dtype), padding=self.kernel_size // 2
-            )
+            half = self.kernel_size // 2
+            y = deform_conv2d(x, offset(x), weight.to(x.dtype), bias.to(x.dtype), padding=(half, half))
             outputs.append(flatten_outputs(y, self.num_outputs))
         return torch.cat(outputs, dim=1)
 

@@ -27,12 +27,20 @@ def select_detections(predictions: Predictions, config: RefineDetConfig) -> list
     p = predictions
     num_images, num_anchors = p.refined.shape[:2]
     index = p.index if p.index is not None else torch.arange(num_images * num_anchors, device=p.refined.device)
-    scores = p.adm_class.softmax(dim=-1)[:, 1:]
-    if p.arm_class is not None and config.filter_negatives == "always":
-        scores = scores * select_survivors(p.arm_class, config.theta).flatten()[index, None]
+    scores = score_anchors(p, config)
     boxes = decode_boxes(p.adm_box, p.refined.flatten(0, 1)[index])
     ends = torch.searchsorted(index, torch.arange(num_images + 1, device=index.device) * num_anchors).tolist()
     return [suppress(boxes[start:end], scores[start:end], config) for start, end in pairwise(ends)]
+
+
+def score_anchors(predictions: Predictions, config: RefineDetConfig) -> Tensor:
+    """Confidence of every row in each foreground class, [N, C - 1]; zero for anchors that the ARM filters."""
+    p = predictions
+    scores = p.adm_class.softmax(dim=-1)[:, 1:]
+    if p.arm_class is None or config.filter_negatives == "training" or config.theta >= 1.0:
+        return scores
+    survivors = select_survivors(p.arm_class, config.theta).flatten()
+    return scores * (survivors if p.index is None else survivors[p.index])[:, None]
 
 
 def suppress(boxes: Tensor, scores: Tensor, config: RefineDetConfig) -> Detections:

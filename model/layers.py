@@ -1,4 +1,4 @@
-"""Convolutions and normalisations that the parts of the detector share, with their initialisation.
+"""Convolutions and blocks that the parts of the detector share, with their initialisation.
 
 B images, F channels, H W cells
 """
@@ -11,23 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.norms import BatchNorm
+
 NEW_BLOCK_STD = 0.01  # section IV-G: new blocks of ResNet and ResNeXt start from N(0, 0.01)
-
-
-class BatchNorm(nn.BatchNorm2d):
-    """Batch normalisation that survives one value a channel.
-
-    The coarsest level of a small input is one cell; with one image a batch there is no variance to take, where torch
-    raises. The running statistics stand in. Momentum is torch's 0.1: the Caffe release's moving average (0.001 a step)
-    needs thousands of steps before evaluation sees what training saw.
-    """
-
-    def forward(self, input: Tensor) -> Tensor:
-        if self.training and input.shape[0] * input.shape[2] * input.shape[3] == 1:
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
-        return super().forward(input)
 
 
 class L2Norm(nn.Module):

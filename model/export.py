@@ -1,0 +1,81 @@
+"""The detector as a graph of standard operators: `torch.export` and ONNX.
+
+B images, A anchors an image, C classes with background, H W pixels
+
+The graph takes images and gives a box and class scores for every anchor, the form in which ONNX's NonMaxSuppression
+and TensorRT's EfficientNMS take them; `finish_detections` is the rest of section IV-H.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model.boxes import decode_boxes
+from model.config import RefineDetConfig
+from model.detector import RefineDet
+from model.inference import score_anchors, suppress
+from model.structures import Detections
+
+OPSET = 18
+
+
+class DetectionGraph(nn.Module):
+    """Images to boxes and scores, with every shape but the batch fixed.
+
+    images   [B, 3, H, W]      RGB, 0..255, uint8
+    returns  boxes [B, A, 4]   xyxy pixels, not clipped; scores [B, A, C - 1], zero for anchors the ARM filtered
+    """
+
+    def __init__(self, model: RefineDet) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        p = self.model(images, dense=True)
+        batch = images.shape[0]
+        scores = score_anchors(p, self.model.config)
+        return decode_boxes(p.adm_box.view(batch, -1, 4), p.refined), scores.view(batch, -1, scores.shape[-1])
+
+
+def export_program(
+    model: RefineDet, height: int, width: int, *, dynamic_batch: bool = True
+) -> torch.export.ExportedProgram:
+    """The detector as an `ExportedProgram`, in evaluation mode, for images of one size and any number of them."""
+    graph = DetectionGraph(model).eval()
+    example = torch.zeros(2, 3, height, width, dtype=torch.uint8, device=model.mean.device)
+    model.anchors(example)  # tiled beforehand, so that they enter the graph as a constant
+    shapes = {"images": {0: torch.export.Dim("batch")}} if dynamic_batch else None
+    before, model.adm.portable = model.adm.portable, True
+    try:
+        with torch.no_grad():
+            return torch.export.export(graph, (example,), dynamic_shapes=shapes)
+    finally:
+        model.adm.portable = before
+
+
+def export_onnx(model: RefineDet, path: str | Path, height: int, width: int) -> None:
+    """Write the detector as ONNX: input `images`, outputs `boxes` and `scores`; needs onnx and onnxscript."""
+    program = export_program(model, height, width)
+    torch.onnx.export(
+        program,
+        (),
+        str(path),
+        input_names=["images"],
+        output_names=["boxes", "scores"],
+        opset_version=OPSET,
+        dynamo=True,
+        external_data=False,
+        verbose=False,
+    )
+
+
+def finish_detections(boxes: Tensor, scores: Tensor, config: RefineDetConfig) -> list[Detections]:
+    """Threshold, top k and NMS of a graph's outputs.
+
+    boxes   [B, A, 4]      xyxy pixels
+    scores  [B, A, C - 1]
+    """
+    return [suppress(box, score, config) for box, score in zip(boxes, scores, strict=True)]

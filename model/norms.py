@@ -1,0 +1,109 @@
+"""Batch normalisation: per worker, synchronised, or frozen.
+
+B images, F channels, H W cells, R ranks
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from timm.layers.norm_act import convert_sync_batchnorm
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+
+class BatchNorm(nn.BatchNorm2d):
+    """Batch normalisation that survives one value a channel.
+
+    The coarsest level of a small input is one cell; with one image a batch there is no variance to take, where torch
+    raises. The running statistics stand in. Momentum is torch's 0.1: the Caffe release's moving average (0.001 a step)
+    needs thousands of steps before evaluation sees what training saw.
+    """
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.training and input.shape[0] * input.shape[2] * input.shape[3] == 1:
+            return F.batch_norm(
+                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
+            )
+        return super().forward(input)
+
+
+class SyncBatchNorm(nn.SyncBatchNorm):
+    """Statistics over all ranks' batches; torch's own on a GPU, and the same in plain PyTorch where that has none."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return BatchNorm.forward(self, input)  # type: ignore[arg-type]
+        if input.device.type != "cpu":
+            return super().forward(input)
+        x = input.float()
+        count = x.new_full((1,), x.shape[0] * x.shape[2] * x.shape[3])
+        mean = x.mean(dim=(0, 2, 3))
+        squares = (x - mean[:, None, None]).square().sum(dim=(0, 2, 3))
+        # Each rank's (mean, sum of squared deviations, count), combined as if the batches were one.
+        parts = _GatherRows.apply(torch.cat([mean, squares, count]))
+        means, all_squares, counts = parts.split([len(mean), len(mean), 1], dim=1)
+        total = counts.sum()
+        mean = (means * counts).sum(0) / total
+        variance = (all_squares + counts * (means - mean).square()).sum(0) / total
+        with torch.no_grad():
+            momentum = self.momentum if self.momentum is not None else 0.1
+            self.running_mean.lerp_(mean, momentum)  # type: ignore[union-attr]
+            self.running_var.lerp_(variance * total / (total - 1), momentum)  # type: ignore[union-attr]
+            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+        scale = self.weight * (variance + self.eps).rsqrt()
+        y = (x - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
+        return y.to(input.dtype)
+
+
+class _GatherRows(torch.autograd.Function):
+    """[F] on every rank -> [R, F] on every rank, with the gradient summed over ranks."""
+
+    @staticmethod
+    def forward(ctx: Any, row: Tensor) -> Tensor:
+        rows = [torch.empty_like(row) for _ in range(dist.get_world_size())]
+        dist.all_gather(rows, row.contiguous())
+        return torch.stack(rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        gradient = gradients[0].contiguous()
+        dist.all_reduce(gradient)
+        return gradient[dist.get_rank()]
+
+
+def synchronize_norms(module: nn.Module) -> None:
+    """Replace every batch normalisation inside `module` by the synchronised one."""
+    for name, child in module.named_children():
+        converted = convert_sync_batchnorm(child) if isinstance(child, _BatchNorm) else None
+        if converted is None:
+            synchronize_norms(child)
+            continue
+        if type(converted) is nn.SyncBatchNorm:
+            converted.__class__ = SyncBatchNorm  # same fields; works on a CPU too
+        setattr(module, name, converted)
+
+
+def freeze_norms(module: nn.Module) -> None:
+    """Make every batch normalisation inside `module` a fixed affine map; again after each `train()`."""
+    for child in module.modules():
+        if isinstance(child, _BatchNorm):
+            child.eval().requires_grad_(False)
+
+
+@contextmanager
+def hold_statistics(module: nn.Module) -> Iterator[None]:
+    """Leave running statistics alone: activation checkpointing runs forward twice, which must count once."""
+    norms = [(child, child.momentum) for child in module.modules() if isinstance(child, _BatchNorm)]
+    for child, _ in norms:
+        child.momentum = 0.0
+    try:
+        yield
+    finally:
+        for child, momentum in norms:
+            child.momentum = momentum
