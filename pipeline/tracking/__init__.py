@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pipeline.tracking.redaction import redact, redact_text
     from pipeline.tracking.report import build_report
     from pipeline.tracking.runs import RunTracker
+    from pipeline.tracking.summary import summary_rows
 
 _HOMES = {
     "Boxes": "pictures",
@@ -23,9 +24,19 @@ _HOMES = {
     "package_model": "packaging",
     "redact": "redaction",
     "redact_text": "redaction",
+    "summary_rows": "summary",
 }
 
-__all__ = ["Boxes", "RunTracker", "build_report", "draw_detections", "package_model", "redact", "redact_text"]
+__all__ = [
+    "Boxes",
+    "RunTracker",
+    "build_report",
+    "draw_detections",
+    "package_model",
+    "redact",
+    "redact_text",
+    "summary_rows",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -36,6 +36,7 @@ def line_chart(
     x_name: str = "epoch",
     y_max: float | None = None,
     y_format: str = "{:.3g}",
+    x_min: float | None = None,
     x_max: float | None = None,
     labels_at: float | None = None,
 ) -> str:
@@ -47,7 +48,7 @@ def line_chart(
     drawn = [_thinned(line) for line in series if len(line.x)]
     if not drawn:
         return ""
-    x_low = min(min(line.x) for line in drawn)
+    x_low = x_min if x_min is not None else min(min(line.x) for line in drawn)
     x_high = x_max if x_max is not None else max(max(line.x) for line in drawn)
     if x_high <= x_low:
         x_high = x_low + 1
@@ -193,17 +194,8 @@ def _path(line: Series, place: _Place, *, ends: bool) -> str:
 
 def _end_labels(lines: Sequence[Series], place: _Place, y_format: str) -> str:
     """Name and last value at the end of each line, pushed apart where they would overlap."""
-    height = 15.0
     order = sorted(lines, key=lambda line: place(line.x[-1], line.y[-1])[1])
-    positions: list[float] = [place(line.x[-1], line.y[-1])[1] for line in order]
-    for _ in range(40):
-        for first in range(len(positions) - 1):
-            gap = positions[first + 1] - positions[first]
-            if gap < height:
-                positions[first] -= (height - gap) / 2
-                positions[first + 1] += (height - gap) / 2
-        lowest, highest = HEIGHT - _BOTTOM - 2, _TOP - 8
-        positions = [min(max(position, highest), lowest) for position in positions]
+    positions = _spread([place(line.x[-1], line.y[-1])[1] for line in order], _TOP - 8, HEIGHT - _BOTTOM - 2)
     parts = []
     for line, y in zip(order, positions, strict=True):
         value = y_format.format(line.y[-1])
@@ -217,13 +209,29 @@ def _end_labels(lines: Sequence[Series], place: _Place, y_format: str) -> str:
 
 
 def _line_labels(lines: Sequence[Series], place: _Place, at: float) -> str:
-    """Names beside the lines, above them and to the right, where x is `at`."""
-    parts = []
+    """Names above the lines where x is `at`."""
+    points = []
     for line in lines:
         index = min(range(len(line.x)), key=lambda index: abs(line.x[index] - at))
-        x, y = place(line.x[index], line.y[index])
-        parts.append(
-            f'<text class="label" x="{x + 4:.1f}" y="{y - 7:.1f}" style="fill:var(--series-{line.colour})">'
-            f"{escape(line.name)}</text>"
-        )
-    return "".join(parts)
+        points.append((place(line.x[index], line.y[index]), line))
+    points.sort(key=lambda pair: pair[0][1])
+    heights = _spread([y - 7 for (_, y), _ in points], _TOP, HEIGHT - _BOTTOM - 7)
+    return "".join(
+        f'<text class="label" x="{x + 4:.1f}" y="{height:.1f}" style="fill:var(--series-{line.colour})">'
+        f"{escape(line.name)}</text>"
+        for ((x, _), line), height in zip(points, heights, strict=True)
+    )
+
+
+def _spread(positions: list[float], low: float, high: float) -> list[float]:
+    """Ascending positions pushed apart, within [low, high], until lines of text at them do not overlap."""
+    height = 15.0
+    positions = list(positions)
+    for _ in range(40):
+        for first in range(len(positions) - 1):
+            gap = positions[first + 1] - positions[first]
+            if gap < height:
+                positions[first] -= (height - gap) / 2
+                positions[first + 1] += (height - gap) / 2
+        positions = [min(max(position, low), high) for position in positions]
+    return positions

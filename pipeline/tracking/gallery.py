@@ -22,6 +22,8 @@ LoadImages = Callable[[Sequence[int]], Mapping[int, np.ndarray]]
 
 _MATCH_IOU = 0.5
 _THRESHOLD_IMAGES = 200
+_LOWEST_THRESHOLD = 0.1  # a detector that has learnt little would cover its pictures
+_MAX_DRAWN = 25
 
 
 @dataclass(frozen=True)
@@ -37,7 +39,7 @@ class Gallery:
     rows: list[list[Panel]]
     """one row an image: the truth, then every mode"""
     thresholds: dict[str, float]
-    """mode -> score from which detections are drawn: the best F1 at IoU 0.5"""
+    """mode -> score from which detections are drawn, as `best_threshold` finds it"""
     num_threshold_images: int
 
 
@@ -95,7 +97,7 @@ def match_boxes(truth: Boxes, found: Boxes) -> tuple[np.ndarray, np.ndarray]:
 
 
 def best_threshold(pairs: Sequence[tuple[Boxes, Boxes]]) -> float:
-    """Score at which F1 over `pairs` of truth and detections is best; 0.5 where there is nothing to go by."""
+    """Score, from 0.1 up, at which F1 over `pairs` of truth and detections is best; 0.5 without anything to go by."""
     scores, rights, num_objects = [], [], 0
     for truth, found in pairs:
         num_objects += len(truth.boxes) - (0 if truth.crowd is None else int(truth.crowd.sum()))
@@ -107,7 +109,7 @@ def best_threshold(pairs: Sequence[tuple[Boxes, Boxes]]) -> float:
     order = np.argsort(-score, kind="stable")
     num_right = np.cumsum(np.concatenate(rights)[order])
     f1 = 2 * num_right / (np.arange(1, len(order) + 1) + num_objects)
-    return float(np.floor(score[order][int(f1.argmax())] * 100) / 100)
+    return max(_LOWEST_THRESHOLD, float(np.floor(score[order][int(f1.argmax())] * 100) / 100))
 
 
 def _row(
@@ -126,10 +128,13 @@ def _row(
         kept = Boxes(boxes.boxes[keep], boxes.labels[keep], scores[keep])
         hit, right = match_boxes(truth, kept)
         num_found = int(hit.sum()) - (len(truth.boxes) - num_objects)
-        drawn = Boxes(kept.boxes, kept.labels, kept.scores, matched=right)
+        first = np.argsort(-scores[keep], kind="stable")[:_MAX_DRAWN]
+        drawn = Boxes(kept.boxes[first], kept.labels[first], scores[keep][first], matched=right[first])
         note = f"{num_found} of {num_objects} found"
         if not right.all():
             note += f", {_count(int((~right).sum()), 'false alarm')}"
+        if len(kept.boxes) > _MAX_DRAWN:
+            note += f" (the first {_MAX_DRAWN} are drawn)"
         panels.append(Panel(titles[mode], note, _data_uri(draw_detections(image, drawn, names))))
     return panels
 

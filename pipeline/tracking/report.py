@@ -52,12 +52,15 @@ _METRIC_MEANINGS = {
 }
 
 
-def build_report(run_dir: str, *, load_images: LoadImages | None = None) -> str:
+def build_report(run_dir: str, *, status: str | None = None, load_images: LoadImages | None = None) -> str:
     """Write `report.html` into the run's folder and return its path.
 
+    status       shown instead of the one in `tracking.json`, which is still RUNNING while the report is a stage
     load_images  where the pictures' images come from; default: the run's validation shards
     """
     run = read_run(run_dir)
+    if status:
+        run.tracking["status"] = status
     page = _environment().get_template("report.html.j2").render(**_content(run, load_images))
     path = storage.join(run_dir, REPORT_FILE)
     storage.write_bytes(path, page.encode())
@@ -74,7 +77,7 @@ def _environment() -> jinja2.Environment:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters["score"] = lambda value: "–" if value is None else f"{value:.3f}"
-    environment.filters["gain"] = lambda value: "" if value is None else f"{value:+.3f}".replace("-", "−")
+    environment.filters["gain"] = lambda value: "" if value is None else signed(value)
     return environment
 
 
@@ -107,6 +110,12 @@ def _content(run: RunFolder, load_images: LoadImages | None) -> dict[str, Any]:
 # --- the head of the page
 
 
+def signed(value: float) -> str:
+    """A difference with a proper sign: +0.021, −0.004, 0.000."""
+    text = f"{value:+.3f}"
+    return "0.000" if float(text) == 0 else text.replace("-", "−")
+
+
 def _subtitle(run: RunFolder) -> str:
     if not run.spec:
         return ""
@@ -127,7 +136,7 @@ def _tiles(run: RunFolder) -> list[dict[str, str]]:
         name = "AP" if "AP" in multi.values else "mAP"
         value, before = multi.values.get(name), single.values.get(name) if single else None
         if value is not None:
-            note = "multi-scale" if before is None else f"multi-scale, {value - before:+.3f}".replace("-0", "−0")
+            note = "multi-scale" if before is None else f"multi-scale, {signed(value - before)}"
             tiles.append({"value": f"{value:.3f}", "name": name, "note": note})
     rates = sorted(row["images_per_s"] for row in run.steps if "images_per_s" in row)
     if rates:
@@ -260,7 +269,7 @@ def _gallery(run: RunFolder, load_images: LoadImages | None) -> Gallery | None:
         return None
     count = int(get(run.spec, "tracking.report_images", 12))
     try:
-        load = load_images or ShardImages(run)
+        load = load_images or ShardImages(run.shards, [image["id"] for image in truth["images"]])
         return build_gallery(truth, detections, load, count=count, titles=MODE_TITLES)
     except Exception as error:  # pictures are worth less than the page
         logger.warning("The report has no pictures: %s", error)
@@ -271,16 +280,19 @@ def _gallery(run: RunFolder, load_images: LoadImages | None) -> Gallery | None:
 
 
 def _environment_groups(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
+    """`environment.json` as groups of (name, value): its nested mappings, and one of what is not nested."""
     groups: list[tuple[str, list[tuple[str, str]]]] = []
     loose = []
     for name, value in run.environment.items():
         if isinstance(value, Mapping):
             groups.append((name.replace("_", " "), [(key, str(item)) for key, item in flatten(value).items()]))
+        elif isinstance(value, list):
+            loose.append((name.replace("_", " "), ", ".join(map(str, value)) or "none"))
+        elif name.endswith("_bytes") and isinstance(value, int | float):
+            loose.append((name.removesuffix("_bytes").replace("_", " "), f"{value / 2**30:.1f} GiB"))
         else:
-            loose.append(
-                (name.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, list) else str(value))
-            )
-    return ([("run", loose)] if loose else []) + groups
+            loose.append((name.replace("_", " "), str(value)))
+    return ([("machine", loose)] if loose else []) + groups
 
 
 def _files(run: RunFolder) -> list[str]:

@@ -56,6 +56,8 @@ class RunFolder:
     environment: dict[str, Any]
     missing: list[str]
     """files that are not there or cannot be read"""
+    shards: str
+    """folder of the validation shards"""
 
     @property
     def status(self) -> str:
@@ -65,15 +67,17 @@ class RunFolder:
 def read_run(path: str) -> RunFolder:
     """Read all but the pictures' files."""
     missing: list[str] = []
-    spec = redact(_read(path, "spec.yaml", missing, dict))
+    spec = _read(path, "spec.yaml", missing, dict)
     metrics = _read(path, "metrics.json", missing, dict)
     steps, validations = _read_records(path, missing)
     evaluations = {mode: _evaluation(metrics[mode]) for mode in MODES if isinstance(metrics.get(mode), Mapping)}
     rules = metrics.get("merge_rules")
+    data = spec.get("data")
+    shards = data.get("shards") if isinstance(data, Mapping) else None
     return RunFolder(
         path=path,
         name=str(spec.get("name") or path.rstrip("/").rsplit("/", 1)[-1]),
-        spec=spec,
+        spec=redact(spec),
         tracking=redact(_read(path, "tracking.json", missing, dict)),
         steps=steps,
         validations=validations,
@@ -82,6 +86,7 @@ def read_run(path: str) -> RunFolder:
         ledger=_read(path, "ledger.json", missing, dict),
         environment=redact(_read(path, "environment.json", missing, dict)),
         missing=missing,
+        shards=storage.join(storage.absolute(str(shards)) if shards else storage.join(path, "shards"), "val"),
     )
 
 
@@ -170,11 +175,12 @@ def _measured(values: Mapping[str, Any]) -> dict[str, float | None]:
 
 
 def _mean_curves(curves: Any) -> dict[str, list[float]]:
-    """Mean over classes of {IoU: {class: [precision at recall]}}, or of {IoU: [precision]} as it is."""
+    """Mean over classes of {"precision50": {class: [precision at each recall]}}, by IoU: {"0.50": [...]}."""
     means: dict[str, list[float]] = {}
-    for threshold, by_class in curves.items() if isinstance(curves, Mapping) else ():
-        rows = list(by_class.values()) if isinstance(by_class, Mapping) else [by_class]
-        rows = [row for row in rows if isinstance(row, list) and row and min(row) >= 0]
+    for name, by_class in curves.items() if isinstance(curves, Mapping) else ():
+        if not (str(name).startswith("precision") and isinstance(by_class, Mapping)):
+            continue
+        rows = [row for row in by_class.values() if isinstance(row, list) and row and min(row) >= 0]
         if rows and len({len(row) for row in rows}) == 1:
-            means[str(threshold)] = [sum(column) / len(column) for column in zip(*rows, strict=True)]
+            means[f"0.{str(name).removeprefix('precision')}"] = [sum(col) / len(col) for col in zip(*rows, strict=True)]
     return means

@@ -6,14 +6,22 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.tracking.run_folder import RunFolder
-
 
 class ShardImages:
-    """Loads images of the run's validation shards by image id."""
+    """Loads images by their id.
 
-    def __init__(self, run: RunFolder) -> None:
-        self._run = run
+    url        folder or URI of the shards
+    image_ids  of all samples, in the order of the shards, as `ground_truth.json` lists them
+    """
+
+    def __init__(self, url: str, image_ids: Sequence[int]) -> None:
+        self._url = url
+        self._positions = {image_id: position for position, image_id in enumerate(image_ids)}
 
     def __call__(self, image_ids: Sequence[int]) -> dict[int, np.ndarray]:
-        raise NotImplementedError
+        """uint8 [H, W, 3] RGB of each id; those that cannot be decoded are left out."""
+        from pipeline.data import EvaluationSamples, open_shards
+
+        positions = [self._positions[image_id] for image_id in image_ids if image_id in self._positions]
+        samples = EvaluationSamples(open_shards(self._url), positions, max_bad_samples=len(positions))
+        return {sample.image_id: sample.image for sample in samples if sample.fault is None}

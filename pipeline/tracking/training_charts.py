@@ -38,22 +38,23 @@ def curves(run: RunFolder) -> list[str]:
 
 def _epochs(run: RunFolder, rows: Sequence[Mapping[str, float]]) -> list[float]:
     """Position of each row in epochs, a fraction within an epoch."""
-    last = run.steps[-1] if run.steps else {}
-    steps_per_epoch = _steps_per_epoch(run) or last.get("step", 1.0) / (last.get("epoch", 0.0) + 1)
-    return [row["step"] / max(steps_per_epoch, 1e-9) for row in rows]
+    steps_per_epoch = max(_steps_per_epoch(run), 1e-9)
+    return [row["step"] / steps_per_epoch for row in rows]
 
 
 def _steps_per_epoch(run: RunFolder) -> float:
-    """Read off the records: the first step of the last epoch seen, divided by that epoch."""
+    """From the whole number of steps where it is known; else read off the records of the epochs that are over."""
+    last = run.steps[-1] if run.steps else {}
+    epochs = get(run.spec, "training.epochs")
+    if isinstance(epochs, int) and (last.get("total_steps") or last.get("epoch") == epochs - 1):
+        return last.get("total_steps", last["step"]) / epochs
     firsts: dict[float, float] = {}
     for row in run.steps:
         if "epoch" in row:
             firsts.setdefault(row["epoch"], row["step"])
-    if not firsts or max(firsts) <= 0:
-        return 0.0
-    last = max(firsts)
-    base = firsts.get(min(firsts), 1.0)
-    return (firsts[last] - base) / (last - min(firsts)) if last > min(firsts) else 0.0
+    if len(firsts) > 1:
+        return (firsts[max(firsts)] - firsts[min(firsts)]) / (max(firsts) - min(firsts))
+    return last.get("step", 1.0) / (last.get("epoch", 0.0) + 1)
 
 
 def _line(run: RunFolder, key: str) -> tuple[list[float], list[float]]:
@@ -74,7 +75,9 @@ def _loss_chart(run: RunFolder) -> str:
         x, y = _line(run, key)
         if y:
             series.append(Series(name, x, charts.smoothed(y, window), colour))
-    return charts.line_chart("Loss", series, note="its parts, smoothed", y_max=top or None, y_format="{:.2f}")
+    return charts.line_chart(
+        "Loss", series, note="its parts, smoothed", y_max=top or None, y_format="{:.2f}", x_min=0.0
+    )
 
 
 def _ap_chart(run: RunFolder) -> str:
@@ -84,7 +87,7 @@ def _ap_chart(run: RunFolder) -> str:
         if rows:
             series.append(Series(name, _epochs(run, rows), [row[name] for row in rows], colour, dots=True))
     where = "training images" if get(run.spec, "training.validate_on") == "train" else "validation images"
-    return charts.line_chart("Average precision", series, note=where, y_format="{:.3f}")
+    return charts.line_chart("Average precision", series, note=where, y_format="{:.3f}", x_min=0.0)
 
 
 def _rate_chart(run: RunFolder) -> str:
@@ -93,12 +96,12 @@ def _rate_chart(run: RunFolder) -> str:
         return ""
     window = max(5, len(y) // 30)
     series = [Series("", x, y, 1, faint=True), Series("images/s", x, charts.smoothed(y, window), 1)]
-    return charts.line_chart("Throughput", series, note="images a second, all workers", y_format="{:.3g}")
+    return charts.line_chart("Throughput", series, note="images a second, all workers", x_min=0.0)
 
 
 def _learning_rate_chart(run: RunFolder) -> str:
     x, y = _line(run, "learning_rate")
-    return charts.line_chart("Learning rate", [Series("", x, y, 1)], y_format="{:.2g}") if y else ""
+    return charts.line_chart("Learning rate", [Series("", x, y, 1)], y_format="{:.2g}", x_min=0.0) if y else ""
 
 
 def step_bar(run: RunFolder) -> str:

@@ -98,8 +98,8 @@ def _write_metrics(folder: Path, rng: np.random.Generator, num_steps: int) -> No
                 for name, ap in zip(CLASSES, aps, strict=True)
             },
             "curves": {
-                "0.50": {name: (curve**0.15).tolist() for name in CLASSES},
-                "0.75": {name: (curve**0.6).tolist() for name in CLASSES},
+                "precision50": {name: (curve**0.15).tolist() for name in CLASSES},
+                "precision75": {name: (curve**0.6).tolist() for name in CLASSES},
             },
         }
     metrics["multiscale"]["coco"]["APl"] = -1
@@ -182,7 +182,10 @@ def _write_rest(folder: Path) -> None:
     environment = {
         "commit": "3f0c2a9",
         "versions": {"python": "3.11.7", "torch": "2.15.0", "ray": "2.60.0", "deepspeed": "0.19.8", "mlflow": "3.17.2"},
-        "hardware": {"cpu": "AMD EPYC 7763", "cores": 2, "memory": "24 GB", "gpu": "none"},
+        "processor": "AMD EPYC 7763",
+        "cores": 2,
+        "memory_bytes": 25_000_000_000,
+        "devices": [],
     }
     (folder / "environment.json").write_text(json.dumps(environment))
 

@@ -164,3 +164,13 @@ def test_durations_are_written_as_people_do(seconds, words):
 def test_images_come_as_arrays(run):
     (picture,) = images(run)([3]).values()
     assert picture.dtype == np.uint8
+
+
+def test_the_summary_has_a_row_an_evaluation(run, tmp_path):
+    from pipeline.tracking import summary_rows
+
+    rows = summary_rows(str(run))
+    assert [row[""] for row in rows] == ["Single scale", "Multi-scale"]
+    assert rows[1]["AP"] == "0.524"
+    assert rows[1]["APl"] == "–"
+    assert summary_rows(str(tmp_path / "nowhere")) == []
