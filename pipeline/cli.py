@@ -137,11 +137,17 @@ def stop(name: RunOrJob, address: Dashboard = None) -> None:
 
 
 @app.command()
-def plan(job: Job, overrides: Overrides = None) -> None:
+def plan(
+    job: Job,
+    overrides: Overrides = None,
+    device: Annotated[str | None, typer.Option(help="CPU, T4, A100, H100 or H200")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="instead of cluster.workers")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
     """Resolve and check a job, and estimate batch, memory, time and storage; needs no cluster and no GPU."""
     from pipeline.cluster.plan import print_plan
 
-    print_plan(load_spec(job, overrides or ()))
+    print_plan(load_spec(job, overrides or ()), device=device, nodes=nodes, gpus_per_node=gpus_per_node)
 
 
 @app.command()

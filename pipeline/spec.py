@@ -36,7 +36,7 @@ class Split(Section):
     set: str | None = None
     """voc: year and list under data.root, as in VOC2007/trainval"""
     count: PositiveInt | None = None
-    """shapes: number of images to draw"""
+    """shapes: number of images to draw; elsewhere only what `refinedet plan` reckons with, as it reads no data"""
 
 
 class Augmentation(Section):
