@@ -1,0 +1,127 @@
+"""What a detector costs, without memory or a device: parameters, FLOPs, anchors, activations.
+
+B images, A anchors an image. Everything is counted on torch's meta device, where tensors have shapes and no content.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.anchors import count_anchors
+from model.config import RefineDetConfig
+from model.detector import RefineDet
+
+MODULES = ("backbone", "arm", "tcb", "adm")
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    """The cost of one detector at one input size.
+
+    parameters         of each module
+    gflops             of each module for one image, forward, a multiply-add as two; the ADM for every anchor
+    anchors            of each level
+    activation_bytes   kept for the backward pass, an image more in the batch, fp32 with every anchor in the ADM;
+                       nearly half of it under bf16 autocast
+    """
+
+    parameters: dict[str, int]
+    gflops: dict[str, float]
+    anchors: tuple[int, ...]
+    activation_bytes: int
+
+    @property
+    def total_parameters(self) -> int:
+        return sum(self.parameters.values())
+
+    @property
+    def total_gflops(self) -> float:
+        return sum(self.gflops.values())
+
+    @property
+    def num_anchors(self) -> int:
+        return sum(self.anchors)
+
+
+def count_cost(config: RefineDetConfig, input_size: int | None = None) -> ModelCost:
+    """Count a config's cost at its input size, or at another.
+
+    FLOPs are those of convolutions and matrix products. AlignConv's sampling, some 5 % of its product at 256 channels,
+    is not among them; neither is what the negative filter saves: the predictor works on the anchors that survive.
+    """
+    size = input_size or config.input_size
+    with torch.device("meta"):
+        model = RefineDet(config)
+    model.adm.portable = True  # of products alone, which the counter knows
+    parameters = {
+        name: sum(parameter.numel() for parameter in module.parameters())
+        for name in MODULES
+        if (module := getattr(model, name)) is not None
+    }
+    return ModelCost(
+        parameters, _count_gflops(model, size), count_anchors(size, size, config.strides), _count_activations(model, size)
+    )
+
+
+def _count_gflops(model: RefineDet, size: int) -> dict[str, float]:
+    counter = FlopCounterMode(display=False)
+    with counter, torch.no_grad():
+        model.eval()(_blank(1, size), dense=True)
+    counts = counter.get_flop_counts()
+    return {
+        name: sum(counts.get(f"RefineDet.{name}", {}).values()) / 1e9
+        for name in MODULES
+        if getattr(model, name) is not None
+    }
+
+
+def _count_activations(model: RefineDet, size: int) -> int:
+    """Bytes kept for the backward of three images less those of two: what an image adds."""
+    model.train()
+    kept = []
+    for batch in (2, 3):
+        with _count_saved(model) as storages:
+            predictions = model(_blank(batch, size), dense=True)
+        kept.append(sum(storages.values()))
+        del predictions
+    return kept[1] - kept[0]
+
+
+@contextmanager
+def _count_saved(model: RefineDet) -> Iterator[dict[int, int]]:
+    """Collect the distinct storages that autograd saves, other than the model's own; id -> bytes."""
+    storages: dict[int, int] = {}
+    held: list[Tensor] = []  # so that no storage is freed and its address used again
+    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            storages[storage._cdata] = storage.nbytes()
+            held.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield storages
+
+
+def _blank(batch: int, size: int) -> Tensor:
+    return torch.empty(batch, 3, size, size, dtype=torch.uint8, device="meta")
+
+
+def format_cost(cost: ModelCost) -> str:
+    """The table that `refinedet plan` prints."""
+    lines = [f"{'module':<10}{'parameters':>12}{'GFLOPs':>10}"]
+    for name, count in cost.parameters.items():
+        lines.append(f"{name:<10}{count / 1e6:>10.2f} M{cost.gflops[name]:>10.2f}")
+    lines.append(f"{'total':<10}{cost.total_parameters / 1e6:>10.2f} M{cost.total_gflops:>10.2f}")
+    lines.append(f"anchors: {cost.num_anchors} ({' + '.join(map(str, cost.anchors))})")
+    lines.append(f"activations kept for the backward pass: {cost.activation_bytes / 2**20:.0f} MiB an image in fp32")
+    return "\n".join(lines)
