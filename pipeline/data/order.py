@@ -17,7 +17,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pipeline.data.randomness import keyed_generator, keyed_permutation
+from pipeline.data.randomness import keyed_integer, keyed_permutation
 
 _KEPT_BLOCKS = 256
 
@@ -44,7 +44,7 @@ class EpochOrder:
         self._first = np.concatenate([[0], np.cumsum(sizes)])  # position in the data set, by shard
         self._laid = np.concatenate([[0], np.cumsum(sizes[self._shards])])  # place end to end, by shuffled shard
         # The cuts move from epoch to epoch, so that no sample belongs to the same part for ever.
-        self._shift = int(keyed_generator("shift", *self._key).random() * self.num_samples)
+        self._shift = keyed_integer(self.num_samples, "shift", *self._key)
         self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 
     def positions(self, start: int, stop: int) -> np.ndarray:

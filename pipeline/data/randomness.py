@@ -21,6 +21,11 @@ def keyed_permutation(size: int, *key: int | str) -> np.ndarray:
     return np.argsort(np.atleast_1d(raw), kind="stable")
 
 
+def keyed_integer(stop: int, *key: int | str) -> int:
+    """A whole number 0 .. stop - 1 that depends on `key` alone."""
+    return _digest(key) % stop
+
+
 def _digest(key: tuple[int | str, ...]) -> int:
     text = "\x1f".join(str(part) for part in key)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=16).digest(), "big")

@@ -1,0 +1,243 @@
+"""Pixels and boxes stay together through every transform; what is drawn is what section 4 of the release says."""
+
+from __future__ import annotations
+
+import cv2
+import numpy as np
+import pytest
+
+from pipeline.data.augmentation import (
+    INTERPOLATIONS,
+    MEAN_RGB,
+    MIN_IOUS,
+    NUM_TRIALS,
+    Window,
+    augment,
+    crop_window,
+    distort,
+    expand_window,
+    mirror_boxes,
+    project_boxes,
+)
+from pipeline.data.randomness import keyed_generator
+from pipeline.spec import Augmentation
+
+HEIGHT, WIDTH, SIZE = 150, 210, 256
+PLAIN = Augmentation(distort=False, expand=False, crop=False, mirror=False, random_interpolation=False)
+
+
+def marked_image(box: tuple[int, int, int, int]) -> np.ndarray:
+    """Black, with one white rectangle exactly as large as its box."""
+    image = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
+    x1, y1, x2, y2 = box
+    image[y1:y2, x1:x2] = 255
+    return image
+
+
+def edges_of_marker(image: np.ndarray, box: np.ndarray) -> np.ndarray:
+    """Where the marker's four edges are, to a fraction of a pixel: its profile from the middle out, at half height."""
+    bright = image[..., 0].astype(np.float64)
+    bright[(image != image[..., :1]).any(-1)] = 0  # the mean border is not grey
+    x1, y1, x2, y2 = box
+    column, row = int((x1 + x2) / 2), int((y1 + y2) / 2)
+    right, bottom = bright[row, column:], bright[row:, column]
+    left, top = bright[row, : column + 1][::-1], bright[: row + 1, column][::-1]
+    return np.array([column + 1 - reach(left), row + 1 - reach(top), column + reach(right), row + reach(bottom)])
+
+
+def reach(profile: np.ndarray) -> float:
+    """Pixels from the outer side of the first one to where the profile falls below half of white."""
+    below = np.nonzero(profile < 127.5)[0]
+    if not len(below):
+        return float(len(profile))
+    last = below[0] - 1
+    high, low = profile[last], profile[last + 1]
+    return last + 0.5 + (high - 127.5) / (high - low)  # pixel centres lie at halves
+
+
+def check_alignment(settings: Augmentation, seed: int) -> bool:
+    rng = keyed_generator("marker", seed)
+    side = rng.integers(20, 80, 2)
+    corner = rng.integers(12, (WIDTH, HEIGHT) - side - 12)  # clear of the mean border
+    box = (*corner.tolist(), *(corner + side).tolist())
+    boxes = np.array([box], np.float32)
+    image, moved, labels = augment(
+        marked_image(box), boxes, np.array([3]), size=SIZE, rng=keyed_generator(seed), settings=settings
+    )
+    assert image.shape == (SIZE, SIZE, 3)
+    assert len(moved) == len(labels)
+    if not len(moved):
+        return False
+    x1, y1, x2, y2 = moved[0]
+    assert 0 <= x1 < x2 <= SIZE
+    assert 0 <= y1 < y2 <= SIZE
+    if min(x2 - x1, y2 - y1) < 8:
+        return False
+    inside = (moved[0] > 1) & (moved[0] < SIZE - 1)  # an edge at the border may be one that the crop made
+    error = np.abs(edges_of_marker(image, moved[0]) - moved[0])
+    assert (error[inside] <= 0.5 + 1e-3).all(), (seed, moved[0], error)
+    return True
+
+
+@pytest.mark.parametrize("part", ["expand", "crop", "mirror", "random_interpolation"])
+def test_boxes_follow_pixels_through_each_transform(part: str) -> None:
+    settings = PLAIN.model_copy(update={part: True})
+    assert sum(check_alignment(settings, seed) for seed in range(150)) > 75
+
+
+def test_boxes_follow_pixels_through_all_transforms() -> None:
+    settings = Augmentation(distort=False)
+    assert sum(check_alignment(settings, seed) for seed in range(400)) > 200
+
+
+@pytest.mark.parametrize("interpolation", INTERPOLATIONS)
+@pytest.mark.parametrize("side", [60, 97, 300, 640])
+def test_interpolations_do_not_shift(interpolation: int, side: int) -> None:
+    box = (40, 30, 120, 100)
+    resized = cv2.resize(marked_image(box), (side, side), interpolation=interpolation)
+    expected = np.array(box) * np.array([side / WIDTH, side / HEIGHT] * 2)
+    assert np.abs(edges_of_marker(resized, expected) - expected).max() <= 0.5
+
+
+def test_the_same_sample_and_epoch_give_the_same_view() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+    boxes, labels = np.array([[5, 5, 30, 30]], np.float32), np.array([1])
+
+    def view(*key: int | str) -> np.ndarray:
+        rng = keyed_generator("augment", *key)
+        return augment(image, boxes, labels, size=32, rng=rng, settings=Augmentation())[0]
+
+    np.testing.assert_array_equal(view(0, 1, "a"), view(0, 1, "a"))
+    assert any((view(0, 1, "a") != view(0, 1, other)).any() for other in "bcd")
+
+
+def test_arguments_are_left_as_they_are() -> None:
+    image = np.full((40, 60, 3), 77, np.uint8)
+    boxes = np.array([[5, 5, 30, 30]], np.float32)
+    for seed in range(30):
+        augment(image, boxes, np.array([1]), size=32, rng=keyed_generator(seed), settings=Augmentation())
+    assert (image == 77).all()
+    assert boxes.tolist() == [[5, 5, 30, 30]]
+
+
+def test_cropping_first_gives_the_same_pixels_as_the_written_order() -> None:
+    """expand, crop, resize, mirror one after the other on whole images, as the reference has it."""
+    image = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    boxes = np.array([[20, 20, 120, 110], [130, 60, 200, 140]], np.float32)
+    for seed in range(60):
+        draws = keyed_generator(seed).random(16)
+        settings = Augmentation(distort=False)
+        fast, *_ = augment(image, boxes, np.array([1, 2]), size=96, rng=keyed_generator(seed), settings=settings)
+        rng = keyed_generator(seed)
+        rng.random(16)
+        trials = rng.random((len(MIN_IOUS), NUM_TRIALS, 4))
+        slow = image
+        canvas = Window(0, 0, WIDTH, HEIGHT)
+        if draws[0] < 0.5:
+            canvas = expand_window(canvas, 1 + 3 * draws[1], draws[2], draws[3])
+            whole = np.empty((canvas.height, canvas.width, 3), np.uint8)
+            whole[:] = MEAN_RGB
+            whole[-canvas.top : HEIGHT - canvas.top, -canvas.left : WIDTH - canvas.left] = slow
+            slow = whole
+        crop = crop_window(canvas, boxes, draws[4], trials)
+        left, top = crop.left - canvas.left, crop.top - canvas.top
+        slow = slow[top : top + crop.height, left : left + crop.width]
+        slow = cv2.resize(slow, (96, 96), interpolation=INTERPOLATIONS[int(draws[14] * 5)])
+        slow = slow[:, ::-1] if draws[15] < 0.5 else slow
+        np.testing.assert_array_equal(fast, slow)
+
+
+def test_distortion_may_come_after_the_crop() -> None:
+    image = np.random.default_rng(2).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    for seed in range(30):
+        draws = keyed_generator(seed).random(9)
+        first = distort(image, draws)[20:90, 31:150].astype(int)
+        after = distort(image[20:90, 31:150], draws)
+        # OpenCV rounds HSV otherwise in the last pixels of a row, and cropping changes which those are.
+        assert np.abs(first - after).max() <= 2
+
+
+def test_crops_meet_their_sampler() -> None:
+    boxes = np.array([[30, 40, 90, 120], [100, 20, 200, 70]], np.float32)
+    canvas = Window(0, 0, WIDTH, HEIGHT)
+    counts = {"whole": 0, "crop": 0}
+    for seed in range(500):
+        rng = keyed_generator("crop", seed)
+        window = crop_window(canvas, boxes, rng.random(), rng.random((len(MIN_IOUS), NUM_TRIALS, 4)))
+        counts["whole" if window == canvas else "crop"] += 1
+        assert 0 <= window.left <= window.left + window.width <= WIDTH
+        assert 0 <= window.top <= window.top + window.height <= HEIGHT
+        # Sides relative to the image: scale 0.3..1, aspect 0.5..2 (to a whole pixel).
+        w, h = (window.width + 1) / WIDTH, (window.height + 1) / HEIGHT
+        assert np.sqrt(w * h) * 1.02 >= 0.3
+        assert 0.47 <= w / h <= 2.1
+    # Seven candidates where all samplers succeed, one of them the whole image.
+    assert 500 / 9 < counts["whole"] < 500 / 2
+
+
+def test_crop_iou_is_against_any_box() -> None:
+    boxes = np.array([[30, 40, 90, 120]], np.float32)
+    canvas = Window(0, 0, WIDTH, HEIGHT)
+    trials = keyed_generator("iou").random((len(MIN_IOUS), NUM_TRIALS, 4))
+    choices = [crop_window(canvas, boxes, choice, trials) for choice in np.linspace(0, 0.999, 200)]
+    ious = []
+    for window in dict.fromkeys(choices):
+        x1, y1 = max(window.left, 30), max(window.top, 40)
+        x2, y2 = min(window.left + window.width, 90), min(window.top + window.height, 120)
+        inside = max(x2 - x1, 0) * max(y2 - y1, 0)
+        ious.append(inside / (window.width * window.height + 60 * 80 - inside))
+    assert all(iou >= bound for iou, bound in zip(sorted(ious[:-2]), sorted(MIN_IOUS), strict=False))
+
+
+def test_without_boxes_there_is_no_crop() -> None:
+    canvas = Window(-3, -4, 300, 400)
+    trials = np.full((len(MIN_IOUS), NUM_TRIALS, 4), 0.5)
+    assert crop_window(canvas, np.zeros((0, 4), np.float32), 0.1, trials) == canvas
+
+
+def test_boxes_whose_centre_is_outside_are_dropped_and_others_clipped() -> None:
+    boxes = np.array([[0, 0, 40, 40], [30, 30, 70, 90], [0, 0, 100, 20]], np.float32)
+    moved, labels = project_boxes(boxes, np.array([1, 2, 3]), Window(25, 25, 50, 50), 100)
+    assert labels.tolist() == [2]
+    np.testing.assert_allclose(moved, [[10, 10, 90, 100]])
+
+
+def test_mirroring_twice_is_identity() -> None:
+    boxes = np.array([[1, 2, 30, 40], [5.5, 0, 99, 100]], np.float32)
+    np.testing.assert_allclose(mirror_boxes(mirror_boxes(boxes, 100), 100), boxes)
+    np.testing.assert_allclose(mirror_boxes(boxes, 100)[0], [70, 2, 99, 40])
+
+
+def test_expansion_covers_one_to_four_times_with_the_image_anywhere_in_it() -> None:
+    image = Window(0, 0, 64, 48)
+    assert expand_window(image, 1, 0.7, 0.7) == image
+    assert expand_window(image, 4, 0, 0) == Window(0, 0, 256, 192)
+    assert expand_window(image, 4, 0.9999, 0.9999) == Window(-192, -144, 256, 192)
+
+
+def test_distortion_does_what_its_numbers_say() -> None:
+    grey = np.full((4, 4, 3), 100, np.uint8)
+    off = [1.0] * 9
+    np.testing.assert_array_equal(distort(grey, np.array(off)), grey)
+    brighter = distort(grey, np.array([0.0, 1.0, *off[2:]]))
+    assert (brighter == 132).all()
+    lower_contrast = distort(grey, np.array([1.0, 1.0, 0.0, 0.0, *off[4:]]))
+    assert (lower_contrast == 50).all()
+    # Brightness and contrast in either order of the other two: 100 + 32, then halved.
+    for coin in (0.0, 1.0):
+        both = distort(grey, np.array([0.0, 1.0, 0.0, 0.0, 1.0, 1.0, 1.0, 1.0, coin]))
+        assert (both == 66).all()
+
+
+def test_hue_wraps_around_and_saturation_scales() -> None:
+    red = np.full((2, 2, 3), (200, 0, 0), np.uint8)
+    off = [1.0] * 9
+    turned = [distort(red, np.array([*off[:6], 0.0, u, 1.0]))[0, 0] for u in (0.0, 0.9999)]
+    for colour in turned:  # 36 degrees to either side of red: towards magenta and towards yellow
+        assert colour[0] == 200
+    assert turned[0][2] > 100
+    assert turned[0][1] == 0
+    assert turned[1][1] > 100
+    assert turned[1][2] == 0
+    paler = distort(red, np.array([*off[:4], 0.0, 0.0, *off[6:]]))[0, 0]
+    assert abs(int(paler[1]) - 100) <= 2

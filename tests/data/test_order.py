@@ -1,0 +1,150 @@
+"""The order contract, over random seeds, sizes, shard sizes, world sizes and workers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.data import Cursor, stages
+from pipeline.data.order import EpochOrder, share_of_rank
+from pipeline.data.stages import Plan, Schedule, Turn
+from tests.data.conftest import make_index
+
+shard_sizes = st.lists(st.integers(1, 60), min_size=1, max_size=30)
+WORLD_SIZES = (1, 2, 3, 4, 8)
+BATCH = 24  # what all those world sizes divide
+
+
+class _Worker:
+    def __init__(self, number: int, workers: int) -> None:
+        self.id, self.num_workers = number, workers
+
+
+def turns_of_rank(plan: Plan, start: Cursor, workers: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Turn]]:
+    """A rank's micro-batches as its loader delivers them: of each worker in turn."""
+
+    def of_worker(number: int) -> Iterator[Turn]:
+        iterator = iter(Schedule(plan, start))
+        while True:
+            monkeypatch.setattr(stages, "get_worker_info", lambda: _Worker(number, workers) if workers else None)
+            turn = next(iterator, None)
+            if turn is None:
+                return
+            yield turn
+
+    sources = [of_worker(number) for number in range(max(1, workers))]
+    while True:
+        for source in sources:
+            micro_batch = list(islice(source, plan.micro_batch))
+            if not micro_batch:
+                return
+            assert [turn.last for turn in micro_batch] == [False] * (plan.micro_batch - 1) + [True]
+            yield micro_batch
+
+
+def global_batches(
+    sizes: list[int], seed: int, start: Cursor, world_size: int, workers: int, micro_batch: int, window: int
+) -> list[tuple[Cursor, tuple[int, ...]]]:
+    """(cursor, sorted positions) of every global batch of two epochs, gathered from all ranks."""
+    index = make_index(sizes)
+    gathered: dict[Cursor, list[int]] = {}
+    with pytest.MonkeyPatch.context() as patch:
+        for rank in range(world_size):
+            plan = Plan(index, seed, BATCH, micro_batch, rank, world_size, 2, window, 16)
+            last = Cursor(*start)
+            for micro in turns_of_rank(plan, start, workers, patch):
+                cursor = Cursor(micro[0].epoch, micro[0].index)
+                assert cursor >= last
+                last = cursor
+                gathered.setdefault(cursor, []).extend(turn.position for turn in micro)
+    return [(cursor, tuple(sorted(positions))) for cursor, positions in sorted(gathered.items())]
+
+
+@settings(max_examples=40, deadline=None)
+@given(sizes=shard_sizes, seed=st.integers(0, 2**31), window=st.integers(1, 400), streams=st.integers(1, 20))
+def test_an_epoch_is_a_permutation(sizes: list[int], seed: int, window: int, streams: int) -> None:
+    order = EpochOrder(sizes, seed=seed, epoch=3, window=window, streams=streams)
+    whole = order.positions(0, sum(sizes))
+    assert sorted(whole) == list(range(sum(sizes)))
+    middle = sum(sizes) // 2
+    again = EpochOrder(sizes, seed=seed, epoch=3, window=window, streams=streams)
+    np.testing.assert_array_equal(again.positions(middle, sum(sizes)), whole[middle:])
+
+
+def test_order_differs_by_seed_and_epoch() -> None:
+    sizes = [50] * 20
+    first, *others = (
+        tuple(EpochOrder(sizes, seed=seed, epoch=epoch, window=100, streams=16).positions(0, 1000))
+        for seed, epoch in ((0, 0), (0, 1), (1, 0))
+    )
+    assert all(first != other for other in others)
+
+
+def test_order_is_the_same_for_ever() -> None:
+    # Written down once: an order that changes between releases breaks every resumed run.
+    windowed = EpochOrder([5, 7, 3, 9], seed=1, epoch=2, window=8, streams=4).positions(0, 8)
+    whole = EpochOrder([5, 7], seed=1, epoch=2, window=100, streams=4).positions(0, 8)
+    assert (windowed.tolist(), whole.tolist()) == ([5, 12, 17, 0, 6, 11, 18, 23], [3, 7, 5, 6, 4, 11, 10, 9])
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    sizes=st.lists(st.integers(1, 40), min_size=3, max_size=12).filter(lambda sizes: sum(sizes) >= BATCH),
+    seed=st.integers(0, 2**31),
+    window=st.integers(1, 200),
+    data=st.data(),
+)
+def test_stopped_and_resumed_anywhere_gives_exactly_the_rest(
+    sizes: list[int], seed: int, window: int, data: st.DataObject
+) -> None:
+    def draw_how() -> tuple[int, int, int]:
+        world_size = data.draw(st.sampled_from(WORLD_SIZES))
+        workers = data.draw(st.sampled_from((0, 2, 5)))
+        shares = [size for size in range(1, BATCH // world_size + 1) if BATCH // world_size % size == 0]
+        return world_size, workers, data.draw(st.sampled_from(shares))
+
+    world_size, workers, micro_batch = draw_how()
+    whole = global_batches(sizes, seed, Cursor(0, 0), world_size, workers, micro_batch, window)
+    assert len(whole) == 2 * (sum(sizes) // BATCH)
+    for epoch in (0, 1):
+        seen = [position for cursor, positions in whole if cursor.epoch == epoch for position in positions]
+        assert len(set(seen)) == len(seen) == sum(sizes) // BATCH * BATCH
+
+    stopped = data.draw(st.integers(0, len(whole) - 1))
+    world_size, workers, micro_batch = draw_how()
+    rest = global_batches(sizes, seed, whole[stopped][0], world_size, workers, micro_batch, window)
+    assert rest == whole[stopped:]
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4, 8, 16])
+def test_a_node_reads_its_share_of_the_shards(nodes: int) -> None:
+    sizes = [100] * 160
+    order = EpochOrder(sizes, seed=0, epoch=0, window=512, streams=16)
+    read: list[set[int]] = [set() for _ in range(nodes)]
+    for start in range(0, sum(sizes), 32):
+        positions = order.positions(start, start + 32)
+        for node in range(nodes):
+            share = positions[share_of_rank(start, start + 32, order.streams, node, nodes)]
+            read[node].update((share // 100).tolist())
+    # A shard that a cut divides is read on both sides of it.
+    assert max(len(shards) for shards in read) <= 160 / nodes + 2 * 16 / nodes
+
+
+@pytest.mark.parametrize("world_size", WORLD_SIZES)
+def test_ranks_partition_a_global_batch(world_size: int) -> None:
+    shares = [share_of_rank(48, 48 + BATCH, 16, rank, world_size) for rank in range(world_size)]
+    assert {len(share) for share in shares} == {BATCH // world_size}
+    assert sorted(np.concatenate(shares)) == list(range(BATCH))
+
+
+def test_ten_million_samples_are_within_reach() -> None:
+    order = EpochOrder([1000] * 10_000, seed=0, epoch=7, window=4096, streams=16)
+    positions = order.positions(9_876_512, 9_876_544)
+    assert len(set(positions.tolist())) == 32
+    assert positions.min() >= 0
+    assert positions.max() < 10_000_000

@@ -1,0 +1,167 @@
+"""The stream with its real worker processes: exact, resumable, and gone when it is closed."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.data import Batch, Cursor, ShardSet, TrainingStream, open_shards
+from pipeline.errors import UserError
+from pipeline.spec import Augmentation
+from tests.data.conftest import NUM_SHAPES
+
+BATCH = 24
+PER_EPOCH = NUM_SHAPES // BATCH
+
+
+def make_stream(shards: ShardSet, **changes: Any) -> TrainingStream:
+    options: dict[str, Any] = {"input_size": 64, "augmentation": Augmentation(), "seed": 5, "global_batch": BATCH}
+    return TrainingStream(shards, **{**options, "epochs": 2, "shuffle_window": 64, **changes})
+
+
+def contents(batches: Iterator[Batch]) -> dict[Cursor, dict[str, str]]:
+    """By global batch: a digest of every view's pixels, boxes and labels, by sample key."""
+    found: dict[Cursor, dict[str, str]] = {}
+    for batch in batches:
+        views = found.setdefault(Cursor(batch.epoch, batch.index), {})
+        for key, image, targets in zip(batch.keys, batch.images, batch.targets, strict=True):
+            parts = (image, targets.boxes, targets.labels)
+            assert key not in views
+            views[key] = hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in parts)).hexdigest()
+    return found
+
+
+def merged(shards: ShardSet, world_size: int, **changes: Any) -> dict[Cursor, dict[str, str]]:
+    whole: dict[Cursor, dict[str, str]] = {}
+    for rank in range(world_size):
+        stream = make_stream(shards, rank=rank, world_size=world_size, **changes)
+        for cursor, views in contents(iter(stream)).items():
+            assert not whole.get(cursor, {}).keys() & views.keys()
+            whole.setdefault(cursor, {}).update(views)
+    return whole
+
+
+@pytest.fixture(scope="module")
+def expected(shapes_shards: ShardSet) -> dict[Cursor, dict[str, str]]:
+    whole = contents(iter(make_stream(shapes_shards)))
+    assert [*whole] == [(epoch, index) for epoch in range(2) for index in range(PER_EPOCH)]
+    assert {len(views) for views in whole.values()} == {BATCH}
+    return whole
+
+
+# Every pair of these sizes is in test_order.py, without the processes.
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (1, 5), (2, 2), (3, 2), (4, 0), (8, 1)])
+def test_same_global_batches_at_any_world_size_and_workers(
+    shapes_shards: ShardSet, expected: dict[Cursor, dict[str, str]], world_size: int, workers: int
+) -> None:
+    micro_batch = {1: 6, 2: 4, 3: 4, 4: 3, 8: 3}[world_size]
+    start = Cursor(0, PER_EPOCH - 2)  # across the end of an epoch
+    whole = merged(shapes_shards, world_size, workers=workers, start=start, micro_batch=micro_batch)
+    assert whole == {cursor: views for cursor, views in expected.items() if cursor >= start}
+
+
+def test_views_differ_between_epochs(expected: dict[Cursor, dict[str, str]]) -> None:
+    by_epoch = [
+        {key: view for cursor, views in expected.items() if cursor.epoch == epoch for key, view in views.items()}
+        for epoch in (0, 1)
+    ]
+    assert all(by_epoch[0][key] != by_epoch[1][key] for key in by_epoch[0].keys() & by_epoch[1].keys())
+
+
+def test_iterating_again_goes_on_at_the_cursor(shapes_shards: ShardSet, expected: dict[Cursor, dict[str, str]]) -> None:
+    stream = make_stream(shapes_shards, micro_batch=12, workers=2)
+    batches = iter(stream)
+    for _ in range(3):
+        next(batches)
+    assert stream.cursor == (0, 1)  # the second global batch was delivered by half
+    rest = contents(iter(stream))
+    assert rest == {cursor: views for cursor, views in expected.items() if cursor >= (0, 1)}
+    assert stream.cursor == (2, 0)
+    assert list(stream) == []
+
+
+def test_batches_are_what_the_model_takes(shapes_shards: ShardSet) -> None:
+    stream = make_stream(shapes_shards, micro_batch=6, world_size=2, rank=1)
+    assert (stream.accumulation, stream.batches_per_epoch) == (2, PER_EPOCH)
+    for batch in stream:
+        assert batch.images.shape == (6, 3, 64, 64)
+        assert batch.images.dtype == torch.uint8
+        assert batch.images.is_contiguous(memory_format=torch.channels_last)
+        for targets in batch.targets:
+            assert targets.boxes.dtype == torch.float32
+            assert targets.labels.dtype == torch.int64
+            assert len(targets.boxes) == len(targets.labels)
+            assert ((targets.boxes >= 0) & (targets.boxes <= 64)).all()
+            assert (targets.boxes[:, 2:] > targets.boxes[:, :2]).all()
+            assert ((targets.labels >= 1) & (targets.labels <= shapes_shards.num_classes)).all()
+
+
+def test_workers_end_with_the_stream(shapes_shards: ShardSet) -> None:
+    stream = make_stream(shapes_shards, workers=2, epochs=None)
+    next(iter(stream))
+    assert len(multiprocessing.active_children()) == 2
+    stream.close()
+    assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_missing_shard_is_an_error_that_names_it(shapes_shards: ShardSet, tmp_path: Path, workers: int) -> None:
+    copy = shutil.copytree(shapes_shards.url, tmp_path / "copy")
+    (copy / shapes_shards.names[2]).unlink()
+    with pytest.raises(UserError, match=shapes_shards.names[2]):
+        list(make_stream(open_shards(str(copy)), workers=workers))
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_damaged_samples_are_grey_and_named_up_to_the_limit(
+    shapes_shards: ShardSet, tmp_path: Path, workers: int
+) -> None:
+    copy = shutil.copytree(shapes_shards.url, tmp_path / "copy")
+    shards = open_shards(str(copy))
+    damaged = [shards.entry(position) for position in (3, 60, 110)]
+    for entry in damaged:
+        path = copy / shards.names[entry.shard]
+        content = bytearray(path.read_bytes())
+        content[entry.offset + 700] ^= 4
+        path.write_bytes(content)
+
+    stream = make_stream(shards, workers=workers, max_bad_samples=3)
+    faults = {}
+    for batch in stream:
+        for fault in batch.faults:
+            faults[fault.key] = fault
+            at = batch.keys.index(fault.key)
+            assert batch.images[at].flatten(1).unique(dim=1).shape[1] < 30  # nothing but grey, however augmented
+            assert len(batch.targets[at].labels) == 0
+    assert set(faults) == {entry.key for entry in damaged}
+    assert len(stream.bad_samples) == 3  # the second epoch met them again
+
+    with pytest.raises(UserError, match=r"more than 2 faults.*shard-\d+\.tar, 0000.*checksum"):
+        list(make_stream(shards, workers=workers, max_bad_samples=2))
+
+
+def test_a_truncated_shard_names_what_it_lost(shapes_shards: ShardSet, tmp_path: Path) -> None:
+    copy = shutil.copytree(shapes_shards.url, tmp_path / "copy")
+    shards = open_shards(str(copy))
+    path = copy / shards.names[1]
+    path.write_bytes(path.read_bytes()[: shards.entry(int(shards.first[2]) - 1).offset + 100])
+    stream = make_stream(shards, max_bad_samples=1)
+    list(stream)
+    assert [(fault.shard, "ends early" in fault.reason) for fault in stream.bad_samples] == [(shards.names[1], True)]
+
+
+def test_wrong_sizes_are_said_at_once(shapes_shards: ShardSet) -> None:
+    with pytest.raises(UserError, match="global batch 24 is not micro batch 5"):
+        make_stream(shapes_shards, micro_batch=5)
+    with pytest.raises(UserError, match="global batch 32 is not"):
+        make_stream(shapes_shards, global_batch=32, world_size=3)
+    with pytest.raises(UserError, match="fewer than one global batch of 256"):
+        make_stream(shapes_shards, global_batch=256)
