@@ -1,0 +1,236 @@
+from __future__ import annotations
+
+import re
+
+import jsonschema
+import pytest
+import yaml
+
+from pipeline.cluster.render import KubeRay, render_kuberay, resource_name, workers_per_pod
+from pipeline.errors import UserError
+from pipeline.spec import JobSpec
+from pipeline.spec_files import load_spec, parse_spec
+
+REMOTE = ("runs=s3://bucket/runs", "data.root=s3://bucket/coco", "data.shards=s3://bucket/shards")
+
+
+def _spec(**cluster) -> JobSpec:
+    return JobSpec.model_validate(
+        {
+            "name": "Coco_1024.ablation",
+            "runs": "s3://bucket/runs",
+            "data": {
+                "format": "coco",
+                "root": "s3://bucket/coco",
+                "train": [{"images": "train2017", "annotations": "annotations/instances_train2017.json"}],
+            },
+            "cluster": {"workers": 16, "gpus_per_worker": 1, "cpus_per_worker": 8, **cluster},
+        }
+    )
+
+
+def _documents(spec: JobSpec, **options) -> dict[str, dict]:
+    text = render_kuberay(spec, KubeRay(image="registry.example/refinedet:1", **options))
+    return {document["kind"]: document for document in yaml.safe_load_all(text)}
+
+
+def _groups(document: dict) -> dict[str, dict]:
+    cluster = document["spec"].get("rayClusterSpec", document["spec"])
+    return {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+
+
+def _strict(schema):
+    """A CRD's OpenAPI schema as JSON schema, in which a field that is not there is an error, not dropped in silence."""
+    if isinstance(schema, list):
+        return [_strict(item) for item in schema]
+    if not isinstance(schema, dict):
+        return schema
+    if schema.get("x-kubernetes-int-or-string"):
+        return {"type": ["integer", "string"]}
+    result = {key: value for key, value in schema.items() if not key.startswith("x-") and key != "format"}
+    for key in ("properties", "patternProperties"):
+        if isinstance(result.get(key), dict):
+            result[key] = {name: _strict(value) for name, value in result[key].items()}
+    for key in ("items", "additionalProperties", "anyOf", "allOf", "oneOf", "not"):
+        if key in result:
+            result[key] = _strict(result[key])
+    open_ended = schema.get("x-kubernetes-preserve-unknown-fields") or schema.get("x-kubernetes-embedded-resource")
+    if "properties" in result and "additionalProperties" not in result and not open_ended:
+        result["additionalProperties"] = False
+    return result
+
+
+@pytest.fixture(scope="session")
+def schemas(shared_dir) -> dict[str, jsonschema.Draft7Validator]:
+    folder = shared_dir / "schemas" / "kuberay"
+    if not folder.is_dir():
+        pytest.skip("needs KubeRay's resource definitions in ../shared/schemas/kuberay")
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+    found = {}
+    for file, kind in (("ray.io_rayjobs.yaml", "RayJob"), ("ray.io_rayclusters.yaml", "RayCluster")):
+        definition = yaml.load((folder / file).read_text(), Loader=loader)
+        version = next(entry for entry in definition["spec"]["versions"] if entry["name"] == "v1")
+        schema = _strict(version["schema"]["openAPIV3Schema"])
+        schema["properties"]["metadata"] = {"type": "object"}
+        found[kind] = jsonschema.Draft7Validator(schema)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["job", "cluster"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"queue": "team-a", "spot": "gke", "namespace": "vision", "service_account": "trainer"},
+        {"volume_claim": "runs", "spot": "karpenter", "secrets": ("only",)},
+    ],
+)
+@pytest.mark.parametrize(
+    "cluster", [{}, {"gpus_per_worker": 0}, {"workers": {"min": 4, "max": 24}, "labels": {"a": "b"}}]
+)
+def test_manifests_are_what_the_definitions_allow(schemas, kind, options, cluster):
+    for name, document in _documents(_spec(**cluster), kind=kind, **options).items():
+        if name in schemas:
+            schemas[name].validate(document)
+
+
+def test_the_schema_check_would_see_a_misspelt_field(schemas):
+    document = _documents(_spec())["RayJob"]
+    document["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["imge"] = "x"
+    with pytest.raises(jsonschema.ValidationError, match="imge"):
+        schemas["RayJob"].validate(document)
+
+
+def test_every_job_of_the_repository_can_be_rendered(schemas, request):
+    jobs = sorted((request.config.rootpath / "jobs").glob("*.yaml"))
+    assert jobs
+    for job in jobs:
+        overrides = [entry for entry in REMOTE if "data.root" not in entry or "quickstart" not in job.name]
+        spec = load_spec(str(job), overrides)
+        schemas["RayJob"].validate(_documents(spec)["RayJob"])
+
+
+def test_a_retry_finds_the_same_run(schemas):
+    first, second = (_documents(_spec()) for _ in range(2))
+    assert first == second
+    job = first["RayJob"]["spec"]
+    assert job["backoffLimit"] == 3
+    mounted = parse_spec(yaml.safe_load(first["ConfigMap"]["data"]["job.yaml"]), source="ConfigMap")
+    assert (mounted.name, mounted.runs) == ("Coco_1024.ablation", "s3://bucket/runs")
+    assert "/etc/refinedet/job.yaml" in job["entrypoint"]
+
+
+def test_the_grace_of_a_stop_reaches_ray_and_the_pods():
+    job = _documents(_spec(stop_grace_s=240))["RayJob"]
+    environment = yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]
+    assert environment["RAY_JOB_STOP_WAIT_TIME_S"] == "270"
+    for group in _groups(job).values():
+        assert group["template"]["spec"]["terminationGracePeriodSeconds"] == 270
+
+
+def test_a_pod_fills_a_node_and_has_shared_memory():
+    job = _documents(_spec())["RayJob"]
+    training = _groups(job)["training"]
+    (container,) = training["template"]["spec"]["containers"]
+    assert container["resources"]["limits"]["nvidia.com/gpu"] == "8"
+    assert container["resources"]["requests"]["cpu"] == "65"
+    assert "cpu" not in container["resources"]["limits"]
+    assert training["maxReplicas"] == 2
+    volumes = {volume["name"]: volume for volume in training["template"]["spec"]["volumes"]}
+    assert volumes["shared-memory"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "64Gi"}
+    assert {"name": "shared-memory", "mountPath": "/dev/shm"} in container["volumeMounts"]
+
+
+@pytest.mark.parametrize(
+    ("cluster", "each"),
+    [
+        ({"workers": 16}, 8),
+        ({"workers": 12}, 6),
+        ({"workers": 3}, 3),
+        ({"workers": 9, "gpus_per_worker": 2}, 3),
+        ({"workers": 16, "placement": "STRICT_SPREAD"}, 1),
+        ({"workers": 4, "placement": "STRICT_PACK"}, 4),
+        ({"workers": 4, "gpus_per_worker": 0}, 1),
+        ({"workers": {"min": 2, "max": 16}}, 8),
+    ],
+)
+def test_workers_are_spread_evenly_over_pods(cluster, each):
+    assert workers_per_pod(_spec(**cluster), KubeRay(image="x")) == each
+
+
+def test_with_a_queue_the_size_is_fixed_and_labelled_for_kueue():
+    job = _documents(_spec(workers={"min": 8, "max": 16}), queue="team-a")["RayJob"]
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team-a"
+    assert job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is False
+    training = _groups(job)["training"]
+    assert training["replicas"] == training["minReplicas"] == training["maxReplicas"] == 1
+
+
+def test_without_a_queue_gpus_come_when_training_begins():
+    job = _documents(_spec(workers={"min": 8, "max": 16}))["RayJob"]
+    assert job["spec"]["rayClusterSpec"]["enableInTreeAutoscaling"] is True
+    training = _groups(job)["training"]
+    assert (training["minReplicas"], training["maxReplicas"]) == (0, 2)
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]
+    assert "refinedet_autoscaling" in head["rayStartParams"]["resources"]
+
+
+def test_workers_may_be_on_spot_nodes_and_the_head_is_not():
+    job = _documents(_spec(), spot="gke")["RayJob"]
+    head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
+    assert "nodeSelector" not in head
+    for group in _groups(job).values():
+        assert group["template"]["spec"]["nodeSelector"] == {"cloud.google.com/gke-spot": "true"}
+        assert any(entry["key"] == "cloud.google.com/gke-spot" for entry in group["template"]["spec"]["tolerations"])
+
+
+def test_no_pod_runs_as_root_or_holds_a_secret():
+    text = render_kuberay(_spec(), KubeRay(image="x"))
+    for document in yaml.safe_load_all(text):
+        if document["kind"] == "RayJob":
+            cluster = document["spec"]["rayClusterSpec"]
+            for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+                pod = group["template"]["spec"]
+                assert pod["securityContext"]["runAsNonRoot"]
+                (container,) = pod["containers"]
+                assert [source["secretRef"]["name"] for source in container["envFrom"]] == [
+                    "refinedet-storage",
+                    "refinedet-mlflow",
+                ]
+    assert not re.search(r"password|access_key|token: ", text, re.IGNORECASE)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"tracking": {"uri": "http://user:hunter2@mlflow:5000"}}, "looks like a secret"),
+        ({"runs": "runs"}, "runs is 'runs', a folder that the next cluster would not find"),
+        ({"runs": "/shared/runs"}, "claim a volume"),
+    ],
+)
+def test_what_could_not_work_is_refused_in_a_sentence(change, said):
+    spec = JobSpec.model_validate({**_spec().model_dump(mode="json"), **change})
+    with pytest.raises(UserError, match=said) as refused:
+        render_kuberay(spec, KubeRay(image="x"))
+    assert "hunter2" not in str(refused.value)
+
+
+def test_too_many_gpus_for_a_node_are_refused():
+    with pytest.raises(UserError, match="a pod would need 16 GPUs, a node has 8"):
+        render_kuberay(_spec(placement="STRICT_PACK"), KubeRay(image="x"))
+
+
+def test_runs_on_a_claimed_volume_are_found_again():
+    spec = JobSpec.model_validate({**_spec().model_dump(mode="json"), "runs": "/shared/runs"})
+    text = render_kuberay(spec, KubeRay(image="x", volume_claim="runs"))
+    assert text.count("mountPath: /shared") == 3
+
+
+@pytest.mark.parametrize("run", ["quickstart", "Coco_1024.ablation", "a" * 100, "1024", "x-", "A.b", "a.b", "a_b"])
+def test_names_are_legal_and_distinct(run):
+    name = resource_name(run)
+    assert re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", name)
+    assert len(name) <= 47
+    assert resource_name("quickstart") == "quickstart"
+    others = {"a.b", "a_b", "A.b", "a-b"} - {run}
+    assert name not in {resource_name(other) for other in others}
