@@ -77,7 +77,7 @@ def remove(path: str) -> None:
 def read_bytes(path: str) -> bytes:
     fs, name = filesystem(path)
     with fs.open(name, "rb") as file:
-        return file.read()
+        return bytes(file.read())  # type: ignore[arg-type] - fsspec types its files as text or bytes
 
 
 def write_bytes(path: str, content: bytes) -> None:
@@ -98,7 +98,7 @@ def write_bytes(path: str, content: bytes) -> None:
             raise
     else:  # an object store shows an object only once its upload is complete
         with fs.open(name, "wb") as file:
-            file.write(content)
+            file.write(content)  # type: ignore[arg-type]
 
 
 def read_json(path: str) -> Any:
@@ -124,7 +124,7 @@ def digest_file(path: str, name: str | None = None) -> FileDigest:
     size = 0
     with fs.open(inner, "rb") as file:
         while chunk := file.read(_CHUNK):
-            sha.update(chunk)
+            sha.update(chunk)  # type: ignore[arg-type]
             size += len(chunk)
     return FileDigest(name or posixpath.basename(inner), size, sha.hexdigest())
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 
 from pipeline import storage
 from pipeline.cluster.logs import log_folder, log_to_file
@@ -114,7 +115,7 @@ def _work_through(
                 number, worker, piece = held.pop(ref)
                 try:
                     answer = ray.get(ref)
-                except ray.exceptions.RayActorError as error:
+                except RayActorError as error:
                     failures += 1
                     if failures > cluster.max_failures:
                         raise JobError(
@@ -124,7 +125,7 @@ def _work_through(
                     waiting.appendleft(piece)
                     idle.append((number, start_worker(number)))
                     continue
-                except ray.exceptions.RayTaskError as error:
+                except RayTaskError as error:
                     cause = error.cause if isinstance(error.cause, UserError) else None
                     raise UserError(str(cause)) if cause else JobError(f"{piece.name}: {error.cause}") from error
                 idle.append((number, worker))

@@ -11,6 +11,7 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
+from ray.exceptions import RayError
 
 from pipeline.cluster.session import NAMESPACE
 
@@ -61,7 +62,7 @@ class Monitor:
         ray.get(self._actor.request_stop.remote())
 
     def close(self) -> None:
-        ray.kill(self._actor)
+        ray.kill(self._actor)  # type: ignore[arg-type] - a proxy is a handle
 
 
 class MonitorClient:
@@ -84,6 +85,6 @@ class MonitorClient:
         ready, self._answers = ray.wait(self._answers, num_returns=len(self._answers), timeout=timeout_s)
         try:
             self.stop_requested |= any(ray.get(ready))
-        except ray.exceptions.RayError as error:
+        except RayError as error:
             logger.warning("The driver's monitor is gone (%s); records are no longer sent", type(error).__name__)
             self._actor, self._answers = None, []

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayTaskError
 
 from pipeline import storage
 from pipeline.cluster.monitor import Monitor, MonitorClient
@@ -32,7 +33,7 @@ def run_preparation(
                     on_progress(done, total)
             try:
                 found[part] = ray.get(task)
-            except ray.exceptions.RayTaskError as error:
+            except RayTaskError as error:
                 if isinstance(error.cause, UserError):
                     raise UserError(str(error.cause)) from None
                 raise

@@ -65,7 +65,7 @@ class TrainingRecorder:
         self._display, self._tracker = display, tracker
         self._log = MetricsLog(run)
         self._every = run.spec.tracking.log_every_steps
-        self.best_validation: dict[str, float] = {}
+        self._validated_on = {"val": "validation", "train": "training"}[run.spec.training.validate_on]
 
     def __call__(self, rank: int, kind: str, content: dict[str, Any]) -> None:
         if kind == "step":
@@ -121,8 +121,9 @@ class TrainingRecorder:
             self._tracker.log_metrics(
                 event["step"], {f"validation/{name}": value for name, value in values.items() if name != "epoch"}
             )
+            shown = "  ".join(f"{name} {values[name]:.3f}" for name in ("AP", "AP50") if name in values)
+            self._display.note(f"  {event['message']}: {shown} on the {self._validated_on} images")
+        elif kind in ("resumed", "preflight"):
             self._display.note(f"  {event['message']}")
-        elif kind in ("resumed", "straggler"):
-            self._display.note(f"  {event['message']}")
-        elif kind in ("passed_over", "skipped", "save_failed"):
+        elif kind in ("passed_over", "skipped", "save_failed", "straggler", "stalled"):
             self._display.warn(event["message"])

@@ -6,7 +6,7 @@ import contextlib
 import logging
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from pipeline.errors import UserError
 from pipeline.spec import Cluster, Workers
@@ -92,7 +92,7 @@ def _connect(address: str) -> None:
             logger.warning("the local Ray node did not start in time; trying again")
 
 
-def check_resources(cluster: Cluster, there: dict[str, float]) -> None:
+def check_resources(cluster: Cluster, there: Mapping[str, float]) -> None:
     """Refuse a job that the cluster cannot hold, naming the resource; Ray would wait for ever.
 
     A cluster that scales itself up (`ray up`, KubeRay) may grow: there, the wait is bounded by

@@ -20,6 +20,7 @@ class StepTimes:
     """checks, update, gathering of updated weights"""
     checkpoint: float = 0.0
     """what saving held up; the writing itself goes on beside training"""
+    validation: float = 0.0
     total: float = 0.0
 
 
@@ -48,7 +49,7 @@ class StepRecord:
     images: int
     """of all ranks"""
     images_per_s: float
-    """of all ranks"""
+    """of all ranks, validation apart"""
     memory_bytes: int
     """device memory in use at its highest, or resident memory on a CPU; of this rank"""
     times: StepTimes
@@ -60,7 +61,9 @@ class StepRecord:
 class Event:
     """Something worth telling beside the steps. `facts` are JSON values."""
 
-    kind: Literal["resumed", "started", "saved", "save_failed", "passed_over", "skipped", "validated", "straggler"]
+    kind: Literal[
+        "preflight", "resumed", "started", "saved", "save_failed", "passed_over", "skipped", "validated", "straggler"
+    ]
     step: int
     message: str
     facts: dict[str, Any] = field(default_factory=dict)
