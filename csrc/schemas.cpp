@@ -14,11 +14,35 @@ STABLE_TORCH_LIBRARY(refinedet, m) {
   m.def(
       "align_conv_backward(Tensor grad, Tensor[] features, int[] strides, Tensor boxes, Tensor index, Tensor[] weight, "
       "bool features_grad, bool filters_grad, bool deterministic) -> Tensor[]");
+  // Parts of the backward on a GPU, put together by model/ops/align_conv_cuda.py. `grad` is that of the cells of all
+  // levels, [pixels, F] fp32; columns are [N, T * F].
+  m.def(
+      "align_conv_columns(Tensor[] features, int[] strides, Tensor boxes, Tensor index, int aspects, int kernel) "
+      "-> Tensor");
+  m.def(
+      "align_conv_scatter(Tensor(a!) grad, Tensor columns, Tensor[] features, int[] strides, Tensor boxes, "
+      "Tensor index, int aspects, int kernel) -> ()");
+  m.def(
+      "align_conv_targets(Tensor[] features, int[] strides, Tensor boxes, Tensor index, int aspects, int kernel) "
+      "-> (Tensor, Tensor)");
+  m.def(
+      "align_conv_scatter_sorted(Tensor(a!) grad, Tensor columns, Tensor pixels, Tensor order, Tensor weights) "
+      "-> ()");
 
   // model/ops/merge.py
+  m.def("nms(Tensor boxes, Tensor scores, Tensor groups, float iou, bool plus_one) -> Tensor");
+  m.def(
+      "soft_nms(Tensor boxes, Tensor scores, Tensor groups, float iou, float sigma, float score_threshold, "
+      "bool gaussian, bool plus_one) -> (Tensor, Tensor)");
+  m.def(
+      "box_vote(Tensor boxes, Tensor scores, Tensor groups, float iou, float score_threshold, bool soft, "
+      "bool plus_one) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "weighted_box_fusion(Tensor boxes, Tensor scores, Tensor groups, int num_looks, float iou, "
+      "float score_threshold, bool plus_one) -> (Tensor, Tensor, Tensor)");
 }
 
-// "CUDA compiler;architectures" (empty without CUDA), the C++ compiler, and the oldest torch it loads on.
+// "CUDA compiler:architectures" (empty without CUDA), the C++ compiler, and the oldest torch it loads on.
 extern "C" __attribute__((visibility("default"))) const char* refinedet_build_info() {
   return REFINEDET_BUILT_CUDA "|" REFINEDET_COMPILER "|2.11";
 }

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
-from model.ops import library
+from model.ops import align_conv_cuda, library
 from model.ops.align_conv_reference import align_conv_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -49,8 +50,10 @@ def align_conv(
     """
     features, weight, bias = _autocast(features), _autocast(weight), _autocast(bias)
     _check(features, strides, boxes, index, weight, bias)
-    if not _is_ready() or (features[0].is_cuda and not library.describe().cuda):
+    if not _is_ready(features[0].device.type, features[0].dtype):
         return align_conv_reference(features, strides, boxes, index, weight, bias)
+    if features[0].is_cuda:
+        features, weight = _pad_channels(features), _pad_channels(weight)
     return torch.ops.refinedet.align_conv(
         list(features), list(strides), boxes.detach(), index, list(weight), list(bias)
     )
@@ -126,9 +129,18 @@ def _check(
         raise ValueError(f"boxes must be on {first.device} as the features are, received {boxes.device}.")
 
 
+def _pad_channels(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Zero channels up to 16 bytes: the GPU reads that many at a time. Of [B, F, H, W] or [aspects, O, F, K, K]."""
+    missing = -tensors[0].shape[-3] % (16 // tensors[0].element_size())
+    return [functional.pad(tensor, (0, 0, 0, 0, 0, missing)) for tensor in tensors] if missing else tensors
+
+
 @torch.compiler.assume_constant_result
-def _is_ready() -> bool:
-    return _register()
+def _is_ready(device: str, dtype: torch.dtype) -> bool:
+    if not _register():
+        return False
+    # fp64 is for checking, which the reference does as well.
+    return device == "cpu" or (device == "cuda" and library.describe().cuda and dtype != torch.float64)
 
 
 @functools.cache
@@ -139,6 +151,8 @@ def _register() -> bool:
     torch.library.register_fake("refinedet::align_conv", _fake)
     torch.library.register_fake("refinedet::align_conv_backward", _fake_backward)
     torch.library.register_autograd("refinedet::align_conv", _backward, setup_context=_setup_context)
+    if library.describe().cuda:
+        torch.library.impl("refinedet::align_conv_backward", "CUDA", align_conv_cuda.align_conv_backward)
     return True
 
 

@@ -57,7 +57,7 @@ def describe() -> LibraryStatus:
     except (OSError, AttributeError, ValueError, RuntimeError) as error:
         reason = f"The operators at {path} cannot be loaded on torch {torch.__version__} ({error}); "
         return LibraryStatus(loaded=False, path=path, reason=f"{reason}rebuild them with `{BUILD_COMMAND}`.")
-    nvcc, _, architectures = cuda.partition(";")
+    nvcc, _, architectures = cuda.partition(":")
     reason = "The operators are built for the CPU"
     if nvcc:
         reason += f" and, with CUDA {nvcc}, for {architectures}"
