@@ -1,21 +1,74 @@
-"""Training: the loop, the DeepSpeed engine, checkpoints. It never asks Ray or MLflow; it takes a `World`."""
+"""Training: the loop, the DeepSpeed engine, checkpoints. It never asks Ray or MLflow; it takes a `World`.
 
-from pipeline.training.batches import BatchPlan, plan_batches
-from pipeline.training.loop import train
-from pipeline.training.records import Event, StepRecord, StepTimes, TrainResult
-from pipeline.training.schedule import Schedule, make_schedule
-from pipeline.training.world import World, open_world
+The names are imported when they are first asked for: planning a job needs the arithmetic of batches, and should not
+wait for torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeline.training.batches import BatchPlan, plan_batches
+    from pipeline.training.checkpoint import Checkpoint, Rejected, find_checkpoint
+    from pipeline.training.engine import resolve_precision
+    from pipeline.training.finite import NonFiniteError
+    from pipeline.training.goodput import Goodput, read_goodput
+    from pipeline.training.loop import train
+    from pipeline.training.records import Event, StepRecord, StepTimes, TrainResult
+    from pipeline.training.schedule import Schedule, make_schedule
+    from pipeline.training.stop import StopSignals
+    from pipeline.training.stragglers import Straggler, find_stragglers
+    from pipeline.training.watchdog import StallReport, StallVerdict, exit_process, judge_stall
+    from pipeline.training.world import World, open_world
 
 __all__ = [
     "BatchPlan",
+    "Checkpoint",
     "Event",
+    "Goodput",
+    "NonFiniteError",
+    "Rejected",
     "Schedule",
+    "StallReport",
+    "StallVerdict",
     "StepRecord",
     "StepTimes",
+    "StopSignals",
+    "Straggler",
     "TrainResult",
     "World",
+    "exit_process",
+    "find_checkpoint",
+    "find_stragglers",
+    "judge_stall",
     "make_schedule",
     "open_world",
     "plan_batches",
+    "read_goodput",
+    "resolve_precision",
     "train",
 ]
+
+_HOMES = {
+    "batches": ("BatchPlan", "plan_batches"),
+    "checkpoint": ("Checkpoint", "Rejected", "find_checkpoint"),
+    "engine": ("resolve_precision",),
+    "finite": ("NonFiniteError",),
+    "goodput": ("Goodput", "read_goodput"),
+    "loop": ("train",),
+    "records": ("Event", "StepRecord", "StepTimes", "TrainResult"),
+    "schedule": ("Schedule", "make_schedule"),
+    "stop": ("StopSignals",),
+    "stragglers": ("Straggler", "find_stragglers"),
+    "watchdog": ("StallReport", "StallVerdict", "exit_process", "judge_stall"),
+    "world": ("World", "open_world"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

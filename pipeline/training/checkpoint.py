@@ -164,8 +164,12 @@ class CheckpointWriter:
             return SaveState.WRITING
         return SaveState.FAILED if self._part.exception() else SaveState.WRITTEN
 
-    def advance(self, states: list[SaveState]) -> None:
-        """Commit, or give up, once every rank's `state` says that its part is written or has failed."""
+    def advance(self, states: list[SaveState], committed_step: int) -> None:
+        """Commit, or give up, once every rank's `state` says that its part is written or has failed.
+
+        committed_step  what rank 0 says is committed
+        """
+        self.note(committed_step)
         if self._part is None or SaveState.WRITING in states or SaveState.IDLE in states:
             return
         self._resolve()

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from pipeline.training.state import assign_owners, mean_buffers
+from pipeline.training.state import assign_owners, mean_buffers, persistent_buffers
 from pipeline.training.world import World
 
 
@@ -72,7 +72,7 @@ class AveragedWeights:
 
     def _tensors(self) -> Iterator[tuple[str, Tensor]]:
         yield from self.detector.named_parameters()
-        yield from self.detector.named_buffers()
+        yield from persistent_buffers(self.detector)
 
     @torch.no_grad()
     def _assign(self, values: Mapping[str, Tensor]) -> None:

@@ -25,6 +25,8 @@ class Exchanged:
     """of the averaged gradient, over all ranks"""
     stop: bool
     """one rank at least was asked to stop"""
+    failed: bool
+    """one rank at least could not do its part"""
     save_states: list[SaveState]
     committed_step: int
     """newest committed checkpoint that rank 0 knows of; -1: none"""
@@ -50,6 +52,7 @@ def exchange(
     squared_norm: Tensor,
     *,
     stop: bool,
+    failed: bool,
     save_state: SaveState,
     committed_step: int,
     times: StepTimes,
@@ -59,8 +62,9 @@ def exchange(
     losses        [P] of this rank
     squared_norm  scalar, this rank's share
     """
-    told = torch.tensor([float(stop), float(save_state), float(committed_step), *astuple(times)], dtype=torch.float64)
-    values = torch.cat([losses.double(), squared_norm.double().reshape(1), told.to(losses.device)])
+    told = [float(stop), float(failed), float(save_state), float(committed_step), *astuple(times)]
+    numbers = torch.tensor(told, dtype=torch.float64, device=losses.device)
+    values = torch.cat([losses.double(), squared_norm.double().reshape(1), numbers])
     rows = world.all_gather(values).tolist()
     parts = losses.numel()
     rest = [row[parts + 1 :] for row in rows]
@@ -68,7 +72,8 @@ def exchange(
         losses=[row[:parts] for row in rows],
         gradient_norm=math.sqrt(total) if (total := sum(row[parts] for row in rows)) >= 0 else math.nan,
         stop=any(row[0] for row in rest),
-        save_states=[SaveState(int(row[1])) for row in rest],
-        committed_step=int(rest[0][2]),
-        times=tuple(StepTimes(*row[3 : 3 + _NUM_TIMES]) for row in rest),
+        failed=any(row[1] for row in rest),
+        save_states=[SaveState(int(row[2])) for row in rest],
+        committed_step=int(rest[0][3]),
+        times=tuple(StepTimes(*row[4 : 4 + _NUM_TIMES]) for row in rest),
     )

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import logging
 import resource
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
@@ -18,21 +16,23 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.spec import Training
 from pipeline.training.batches import BatchPlan, plan_batches
-from pipeline.training.checkpoint import Checkpoint, CheckpointWriter, best_checkpoint, find_checkpoint
+from pipeline.training.checkpoint import CheckpointWriter, best_checkpoint
 from pipeline.training.clock import StepClock
 from pipeline.training.ema import AveragedWeights
 from pipeline.training.engine import Engine
 from pipeline.training.exchange import exchange
 from pipeline.training.finite import MicroBatch, NonFiniteError, explain_non_finite
+from pipeline.training.goodput import Ledger
 from pipeline.training.records import Event, StepRecord, StepTimes, TrainResult
+from pipeline.training.resume import check_same_data, choose_checkpoint, manifest_facts, start_cursor
 from pipeline.training.schedule import Schedule, make_schedule
 from pipeline.training.state import StateReader, capture_state, seed_everything
+from pipeline.training.stragglers import StragglerWatch
+from pipeline.training.watchdog import StallVerdict, Watchdog, exit_process
 from pipeline.training.world import World
 
 if TYPE_CHECKING:
-    from pipeline.data import Cursor, TrainingStream
-
-logger = logging.getLogger(__name__)
+    from pipeline.data import Batch, Cursor, TrainingStream
 
 WEIGHTS = "weights.safetensors"
 
@@ -50,6 +50,7 @@ def train(
     on_event: Callable[[Event], None] = lambda event: None,
     validate: Callable[[nn.Module, int], Mapping[str, float]] | None = None,
     stop_requested: Callable[[], bool] = lambda: False,
+    on_stall: Callable[[StallVerdict], None] = exit_process,
     facts: Mapping[str, Any] | None = None,
 ) -> TrainResult:
     """Train `detector` from the newest good checkpoint under `run_dir`, or from its own weights, to the end.
@@ -59,17 +60,21 @@ def train(
     detector        on the CPU, initialised alike on every rank (rank 0's weights win)
     loss            (predictions, targets) -> Losses, as `model.detection_loss` with its config bound
     make_stream     (where to start, how batches divide) -> this rank's micro-batches
-    run_dir         folder or URI; checkpoints/ and weights.safetensors come to lie in it
+    run_dir         folder or URI; checkpoints/, goodput/, stalls/ and weights.safetensors come to lie in it
     observer        called on every rank after every step
     on_event        called on every rank: resumed, saved, passed over, skipped, validated, ...
     validate        (detector in eval mode, epochs done) -> metrics, on every rank; rank 0's count, `AP` the score
     stop_requested  asked every step; True on any rank saves and ends training on all
-    facts           JSON values that go into every checkpoint's manifest: the resolved spec, the shards' digest
+    on_stall        called from a thread, on every rank that can, when a step takes longer than `stall_timeout_s`
+    facts           JSON values that go into every manifest and into the weights: the spec, the shards' digest
+
+    Raises, on all ranks alike: NonFiniteError; what the stream raised on one of them; OSError where the last
+    checkpoint could not be written.
     """
     plan = plan_batches(spec, world.size)
-    seed_everything(seed, world.rank)
     torch.use_deterministic_algorithms(spec.deterministic)
-    checkpoint = _choose_checkpoint(run_dir, world, on_event)
+    seed_everything(seed, world.rank)
+    checkpoint = choose_checkpoint(run_dir, world, on_event)
     saved = StateReader(checkpoint) if checkpoint else None
     if saved:
         saved.load_detector(detector, world.rank, world.size)
@@ -82,8 +87,7 @@ def train(
         average = AveragedWeights(detector, spec.ema_decay, world)
         writer = CheckpointWriter(run_dir, world, spec.keep_last, spec.keep_best)
         stack.callback(writer.close)
-        step = skipped = 0
-        metrics: dict[str, float] = {}
+        step, skipped, metrics = 0, 0, {}
         if saved:
             known = saved.checkpoint.manifest
             step, skipped, metrics = known["step"], known["skipped_steps"], known["metrics"]
@@ -95,32 +99,34 @@ def train(
             writer.resume(saved.checkpoint)
             on_event(Event("resumed", step, f"resumed from step {step}", {"checkpoint": saved.checkpoint.path}))
 
-        stream = make_stream(_cursor(saved.checkpoint.manifest if saved else {}), plan)
-        stack.enter_context(closing(stream))
-        batches = iter(stream)
+        stream = stack.enter_context(closing(make_stream(start_cursor(checkpoint), plan)))
         schedule = make_schedule(spec, stream.batches_per_epoch)
         if saved:
-            _check_same_data(saved.checkpoint, schedule, plan)
+            check_same_data(saved.checkpoint, schedule, plan)
+
         clock = StepClock(world.device)
-        times = StepTimes()
-        stopped = False
+        stragglers = StragglerWatch(spec.zero_stage)
+        ledger = Ledger(run_dir, step, world.is_main)
+        stack.callback(ledger.close)
+        watchdog = Watchdog(run_dir, world, clock, spec.stall_timeout_s, on_stall)
+        stack.callback(watchdog.close)
 
-        def save(tensors_step: int) -> None:
-            writer.start(
-                tensors_step,
-                capture_state(engine, average.own),
-                _manifest_facts(tensors_step, schedule, plan, spec, skipped, metrics, engine, facts or {}),
-            )
+        def save() -> None:
+            facts_now = manifest_facts(step, schedule, plan, engine, skipped, metrics, facts or {})
+            writer.start(step, capture_state(engine, average.own), facts_now)
 
+        batches, batch = iter(stream), None
+        times, first_step, stopped = StepTimes(), step, False
+        ledger.begin()
         while step < schedule.total_steps and not stopped:
             epoch, index = divmod(step, schedule.steps_per_epoch)
             learning_rate = schedule.learning_rate(step)
 
             seen: list[tuple[tuple[str, ...], torch.Tensor]] = []
+            fault: Exception | None = None
             for part in range(plan.accumulation):
                 with clock.measure("data"):
-                    batch = next(batches)
-                    assert (batch.epoch, batch.index) == (epoch, index), f"expected {epoch, index}, received {batch}"
+                    batch, fault = _next_batch(batches, batch, (epoch, index), fault)
                     images = batch.images.to(world.device, non_blocking=True)
                     targets = [target.to(world.device) for target in batch.targets]
                 with clock.measure("forward"):
@@ -137,43 +143,55 @@ def train(
                     torch.stack([losses for _, losses in seen]).mean(0),
                     engine.squared_norm(),
                     stop=stop_requested(),
+                    failed=fault is not None,
                     save_state=writer.state,
                     committed_step=writer.committed_step,
                     times=times,
                 )
-                applied = told.finite
-                if applied:
+                if told.failed:
+                    writer.settle()
+                    _raise_together(world, fault, step + 1)
+                if told.finite:
                     engine.update(learning_rate)
                     average.update(step)
                 else:
-                    # fp16 gradients overflow now and then; loss scaling expects that, a loss that is not finite is not
-                    expected = told.losses_finite and engine.scale.enabled
-                    if not expected:
+                    if not (engine.scale.enabled and told.losses_finite):  # fp16 gradients overflow now and then
                         skipped += 1
                         reason = explain_non_finite(engine, world, step + 1, _remember(seen, engine.objective.names))
                         if spec.non_finite == "stop" or skipped > spec.max_skipped_steps:
+                            writer.settle()
                             raise NonFiniteError(reason)
                         on_event(Event("skipped", step + 1, reason, {"skipped_steps": skipped}))
                     engine.discard()
             step += 1
+            watchdog.finished(step)
 
+            stopped = told.stop
+            ends_epoch = step % schedule.steps_per_epoch == 0
+            if validate and ends_epoch and _due(spec.validate_every_epochs, step, schedule):
+                with clock.measure("validation"), average.applied() as averaged:
+                    watchdog.pause()
+                    metrics = world.broadcast_object(dict(validate(averaged, step // schedule.steps_per_epoch)))
+                    watchdog.finished(step)
+                on_event(Event("validated", step, f"validated after step {step}", dict(metrics)))
             with clock.measure("checkpoint"):
-                writer.advance(told.save_states)
-                writer.note(told.committed_step)
-                for event in writer.news(step):
-                    on_event(event)
-                stopped = told.stop
-                ends_epoch = step % schedule.steps_per_epoch == 0
-                if validate and ends_epoch and _due(spec.validate_every_epochs, step, schedule):
-                    metrics = _validate(validate, average, world, step // schedule.steps_per_epoch)
-                    on_event(Event("validated", step, f"validated after step {step}", dict(metrics)))
-                if step < schedule.total_steps and (
+                writer.advance(told.save_states, told.committed_step)
+                due = (
                     stopped
+                    or step == schedule.total_steps
                     or (ends_epoch and _due(spec.checkpoint_every_epochs, step, schedule))
                     or (spec.checkpoint_every_steps and step % spec.checkpoint_every_steps == 0)
-                ):
-                    save(step)
-            previous, times = told.times, clock.finish_step()
+                )
+                if due:
+                    save()
+            for event in writer.news(step):
+                on_event(event)
+
+            times = clock.finish_step()
+            ledger.add(step, times, saved=bool(due))
+            previous = told.times if step > first_step + 1 else ()
+            for straggler in stragglers.add(previous) if previous else ():
+                on_event(Event("straggler", step, f"{straggler}, on {watchdog.hosts[straggler.rank]}", vars(straggler)))
             observer(
                 StepRecord(
                     step=step,
@@ -184,24 +202,24 @@ def train(
                     losses=dict(zip(engine.objective.names, told.mean_losses, strict=True)),
                     gradient_norm=told.gradient_norm,
                     loss_scale=engine.scale.value,
-                    applied=applied,
+                    applied=told.finite,
                     skipped_steps=skipped,
                     images=plan.global_batch,
-                    images_per_s=plan.global_batch / times.total,
+                    images_per_s=plan.global_batch / (times.total - times.validation),
                     memory_bytes=_memory_bytes(world.device),
                     times=times,
-                    previous=previous if step > 1 else (),
+                    previous=previous,
                 )
             )
 
-        if not stopped and writer.committed_step != step:
-            save(step)
+        watchdog.pause()
         writer.settle()
         if writer.committed_step != step:
             raise OSError(writer.failure or f"the checkpoint of step {step} was not written")
         for event in writer.news(step):
             on_event(event)
         weights = None if stopped else _export(average, world, run_dir, step, facts or {})
+        ledger.ended = "stopped" if stopped else "finished"
         return TrainResult(
             status="stopped" if stopped else "finished",
             step=step,
@@ -213,73 +231,40 @@ def train(
         )
 
 
-def _choose_checkpoint(run_dir: str, world: World, on_event: Callable[[Event], None]) -> Checkpoint | None:
-    """Rank 0 looks, and all ranks take what it found."""
-    found, rejected = world.broadcast_object(find_checkpoint(run_dir) if world.is_main else (None, []))
-    for bad in rejected:
-        on_event(Event("passed_over", bad.step, str(bad), {"checkpoint": bad.path, "faults": list(bad.faults)}))
-    return found
+def _next_batch(
+    batches: Iterator[Batch], last: Batch | None, expected: tuple[int, int], fault: Exception | None
+) -> tuple[Batch, Exception | None]:
+    """The next micro-batch, and the first fault of this step.
+
+    A rank whose stream fails goes through the step with the batch before, so that all ranks learn of it and stop
+    together; without one there is nothing but to fail alone.
+    """
+    if fault is None or last is None:
+        try:
+            batch = next(batches)
+            assert (batch.epoch, batch.index) == expected, f"expected {expected}, received {batch.epoch, batch.index}"
+            return batch, None
+        except Exception as error:
+            if last is None:
+                raise
+            fault = error
+    return last, fault
 
 
-def _cursor(manifest: Mapping[str, Any]) -> Cursor:
-    from pipeline.data import Cursor
-
-    return Cursor(manifest.get("epoch", 0), manifest.get("batch", 0))
-
-
-def _check_same_data(checkpoint: Checkpoint, schedule: Schedule, plan: BatchPlan) -> None:
-    """A cursor and a schedule mean something else with another data set or global batch."""
-    for name, now in (("steps_per_epoch", schedule.steps_per_epoch), ("global_batch", plan.global_batch)):
-        then = checkpoint.manifest[name]
-        if then != now:
-            raise UserError(
-                f"the run's checkpoint {checkpoint.path} was written with {name} {then}, and now it is {now}; go on "
-                "with the data and the global batch of before, or start a run of another name"
-            )
-
-
-def _manifest_facts(
-    step: int,
-    schedule: Schedule,
-    plan: BatchPlan,
-    spec: Training,
-    skipped: int,
-    metrics: Mapping[str, float],
-    engine: Engine,
-    facts: Mapping[str, Any],
-) -> dict[str, Any]:
-    epoch, batch = divmod(step, schedule.steps_per_epoch)
-    return {
-        "epoch": epoch,
-        "batch": batch,
-        "steps_per_epoch": schedule.steps_per_epoch,
-        "global_batch": plan.global_batch,
-        "world_size": plan.world_size,
-        "zero_stage": spec.zero_stage,
-        "precision": engine.precision,
-        "loss_scale": [engine.scale.value, engine.scale.good_steps],
-        "skipped_steps": skipped,
-        "metrics": dict(metrics),
-        "score": _score(metrics),
-        "saved_at": time.time(),
-        "facts": dict(facts),
-    }
-
-
-def _score(metrics: Mapping[str, float]) -> float | None:
-    return metrics["AP"] if "AP" in metrics else next(iter(metrics.values()), None)
+def _raise_together(world: World, fault: Exception | None, step: int) -> None:
+    """All ranks raise the same: a user's mistake as such, anything else as what happened on which rank."""
+    kinds = world.all_gather_object(None if fault is None else (isinstance(fault, UserError), repr(fault), str(fault)))
+    said = [(rank, *kind) for rank, kind in enumerate(kinds) if kind]
+    if all(user for _, user, _, _ in said):
+        raise UserError("; ".join(dict.fromkeys(text for *_, text in said))) from fault
+    raise RuntimeError(
+        f"step {step}: no batch on " + "; ".join(f"rank {rank}: {name}" for rank, _, name, _ in said)
+    ) from fault
 
 
 def _due(every_epochs: int | None, step: int, schedule: Schedule) -> bool:
     """At the end of an epoch: whether something that comes every so many epochs comes now."""
     return bool(every_epochs) and (step // schedule.steps_per_epoch) % every_epochs == 0
-
-
-def _validate(
-    validate: Callable[[nn.Module, int], Mapping[str, float]], average: AveragedWeights, world: World, epochs: int
-) -> dict[str, float]:
-    with average.applied() as detector:
-        return world.broadcast_object(dict(validate(detector, epochs)))
 
 
 def _remember(seen: Sequence[tuple[tuple[str, ...], torch.Tensor]], names: Sequence[str]) -> list[MicroBatch]:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from pipeline import storage
 from pipeline.training.checkpoint import Checkpoint
 from pipeline.training.engine import Engine
+from pipeline.training.world import World
 
 
 def assign_owners(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:
@@ -48,7 +49,7 @@ def capture_state(engine: Engine, ema: Mapping[str, Tensor]) -> dict[str, Tensor
             tensors[f"momentum/{name}@{start}"] = _copy(momentum)
     for name, average in ema.items():
         tensors[f"ema/{name}"] = _copy(average)
-    for name, buffer in engine.detector.named_buffers():
+    for name, buffer in persistent_buffers(engine.detector):
         tensors[f"buffer/{name}"] = _copy(buffer)
     for kind, state in capture_rng(engine.world.device).items():
         tensors[f"rng/{kind}"] = state
@@ -69,7 +70,7 @@ class StateReader:
         with torch.no_grad():
             for name, parameter in detector.named_parameters():
                 parameter.copy_(self._get(f"weight/{name}", parameter.shape))
-            for name, buffer in detector.named_buffers():
+            for name, buffer in persistent_buffers(detector):
                 key = f"buffer/{name}"
                 if world_size == self.world_size:
                     buffer.copy_(self._parts[rank].get_tensor(key))
@@ -148,11 +149,17 @@ def seed_everything(*numbers: int) -> None:
     random.seed(int(words[2]))
 
 
-def mean_buffers(detector: nn.Module, world: Any) -> dict[str, Tensor]:
+def mean_buffers(detector: nn.Module, world: World) -> dict[str, Tensor]:
     """Buffers averaged over the ranks (running statistics of batch norm differ), without changing them. Collective."""
-    buffers = {name: buffer.detach().clone() for name, buffer in detector.named_buffers()}
+    buffers = {name: buffer.detach().clone() for name, buffer in persistent_buffers(detector)}
     world.mean_([buffer for buffer in buffers.values() if buffer.is_floating_point()])
     return buffers
+
+
+def persistent_buffers(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Buffers that are part of the state; the others are constants."""
+    kept = module.state_dict().keys()
+    return ((name, buffer) for name, buffer in module.named_buffers() if name in kept)
 
 
 def _mean(tensors: list[Tensor]) -> Tensor:

@@ -74,7 +74,7 @@ class World:
         """Replace tensors of one dtype by their mean over the ranks."""
         if self.size == 1 or not tensors:
             return
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).double()  # the mean of equals is equal
         dist.all_reduce(flat)
         _scatter_flat(flat / self.size, tensors)
 

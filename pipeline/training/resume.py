@@ -1,0 +1,71 @@
+"""Going on where a run stopped, and what a checkpoint's manifest says for that."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pipeline.errors import UserError
+from pipeline.training.batches import BatchPlan
+from pipeline.training.checkpoint import Checkpoint, find_checkpoint
+from pipeline.training.engine import Engine
+from pipeline.training.records import Event
+from pipeline.training.schedule import Schedule
+from pipeline.training.world import World
+
+if TYPE_CHECKING:
+    from pipeline.data import Cursor
+
+
+def choose_checkpoint(run_dir: str, world: World, on_event: Callable[[Event], None]) -> Checkpoint | None:
+    """Rank 0 looks, and all ranks take what it found. Collective."""
+    found, rejected = world.broadcast_object(find_checkpoint(run_dir) if world.is_main else (None, []))
+    for bad in rejected:
+        on_event(Event("passed_over", bad.step, str(bad), {"checkpoint": bad.path, "faults": list(bad.faults)}))
+    return found
+
+
+def start_cursor(checkpoint: Checkpoint | None) -> Cursor:
+    from pipeline.data import Cursor
+
+    return Cursor(checkpoint.manifest["epoch"], checkpoint.manifest["batch"]) if checkpoint else Cursor()
+
+
+def check_same_data(checkpoint: Checkpoint, schedule: Schedule, plan: BatchPlan) -> None:
+    """A cursor and a schedule mean something else with another data set or global batch."""
+    for name, now in (("steps_per_epoch", schedule.steps_per_epoch), ("global_batch", plan.global_batch)):
+        then = checkpoint.manifest[name]
+        if then != now:
+            raise UserError(
+                f"the run's checkpoint {checkpoint.path} was written with {name} {then}, and now it is {now}; go on "
+                "with the data and the global batch of before, or start a run of another name"
+            )
+
+
+def manifest_facts(
+    step: int,
+    schedule: Schedule,
+    plan: BatchPlan,
+    engine: Engine,
+    skipped_steps: int,
+    metrics: Mapping[str, float],
+    facts: Mapping[str, Any],
+) -> dict[str, Any]:
+    """What the manifest of a checkpoint says beside its files."""
+    epoch, batch = divmod(step, schedule.steps_per_epoch)
+    return {
+        "epoch": epoch,
+        "batch": batch,
+        "steps_per_epoch": schedule.steps_per_epoch,
+        "global_batch": plan.global_batch,
+        "world_size": plan.world_size,
+        "zero_stage": engine.zero_stage,
+        "precision": engine.precision,
+        "loss_scale": [engine.scale.value, engine.scale.good_steps],
+        "skipped_steps": skipped_steps,
+        "metrics": dict(metrics),
+        "score": metrics["AP"] if "AP" in metrics else next(iter(metrics.values()), None),
+        "saved_at": time.time(),
+        "facts": dict(facts),
+    }

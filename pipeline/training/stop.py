@@ -1,0 +1,44 @@
+"""Signals that ask training to stop: it saves, and ends as if it had been told to."""
+
+from __future__ import annotations
+
+import logging
+import signal
+import threading
+from types import FrameType, TracebackType
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+
+class StopSignals:
+    """While it is entered, SIGTERM and SIGINT make it true; pass it to `train` as `stop_requested`.
+
+    A second SIGINT interrupts as usual. Outside the main thread, where Python cannot handle signals, it stays false.
+    """
+
+    def __init__(self, signals: tuple[signal.Signals, ...] = (signal.SIGTERM, signal.SIGINT)) -> None:
+        self.received: signal.Signals | None = None
+        self._signals = signals
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __call__(self) -> bool:
+        return self.received is not None
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._receive) for number in self._signals}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        again = self.received is not None
+        self.received = signal.Signals(number)
+        if again and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        logger.warning("%s received: saving, then stopping", self.received.name)

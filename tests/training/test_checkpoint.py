@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import storage
+from pipeline.training import World, find_checkpoint
+from pipeline.training import checkpoint as checkpoints
+from pipeline.training.checkpoint import CheckpointWriter, best_checkpoint
+from pipeline.training.state import assign_owners, capture_rng, restore_rng
+
+
+@pytest.fixture
+def writer(world: World, tmp_path: Path) -> Any:
+    writer = CheckpointWriter(str(tmp_path), world, keep_last=2, keep_best=1)
+    yield writer
+    writer.close()
+
+
+def save(writer: CheckpointWriter, step: int, score: float | None = None) -> None:
+    writer.start(step, {"weight/w": torch.full((4,), float(step))}, {"score": score})
+    writer.settle()
+
+
+def steps(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
+def test_the_last_and_the_best_are_kept(writer: CheckpointWriter, tmp_path: Path) -> None:
+    for step, score in ((1, 0.5), (2, 0.9), (3, 0.1), (4, None), (5, 0.2)):
+        save(writer, step, score)
+    assert steps(tmp_path) == ["step-2", "step-4", "step-5"]
+    assert best_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoints" / "step-2")
+
+
+def test_what_has_no_manifest_does_not_exist_and_is_cleared_away(writer: CheckpointWriter, tmp_path: Path) -> None:
+    save(writer, 1)
+    storage.write_bytes(str(tmp_path / "checkpoints" / "step-2" / "part-00000-of-00001.safetensors"), b"half")
+    found, rejected = find_checkpoint(str(tmp_path))
+    assert (found.step if found else None, rejected) == (1, [])
+    save(writer, 3)
+    assert steps(tmp_path) == ["step-1", "step-3"]
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over_by_name(writer: CheckpointWriter, tmp_path: Path, damage: str) -> None:
+    save(writer, 1)
+    save(writer, 2)
+    folder = tmp_path / "checkpoints" / "step-2"
+    part = folder / "part-00000-of-00001.safetensors"
+    content = bytearray(part.read_bytes())
+    if damage == "flip":
+        content[-1] ^= 1
+        part.write_bytes(content)
+    elif damage == "cut":
+        part.write_bytes(content[:-1])
+    elif damage == "remove":
+        part.unlink()
+    else:
+        (folder / "manifest.json").write_text('{"step": 2,')
+    found, (rejected,) = find_checkpoint(str(tmp_path))
+    assert found is not None
+    assert found.step == 1
+    assert (rejected.step, "step-2" in str(rejected)) == (2, True)
+    assert {
+        "flip": "does not match its digest",
+        "cut": f"has {len(content) - 1} bytes",
+        "remove": "is missing",
+        "manifest": "manifest.json cannot be read",
+    }[damage] in str(rejected)
+
+
+def test_a_short_outage_is_waited_out(
+    writer: CheckpointWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failures = _fail_writes(monkeypatch, times=2)
+    save(writer, 1)
+    assert failures == []
+    assert writer.committed_step == 1
+    assert [event.kind for event in writer.news(1)] == ["saved"]
+
+
+def test_a_long_outage_is_told_and_the_next_checkpoint_is_written(
+    writer: CheckpointWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(writer, 1)
+    writer.news(1)
+    _fail_writes(monkeypatch, times=4)
+    save(writer, 2)
+    (event,) = writer.news(2)
+    assert event.kind == "save_failed"
+    assert "checkpoint of step 2 was not written (rank 0: the storage is away)" in event.message
+    assert find_checkpoint(str(tmp_path))[0].step == 1  # type: ignore[union-attr]
+    save(writer, 3)
+    assert [event.kind for event in writer.news(3)] == ["saved"]
+
+
+def _fail_writes(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
+    left = list(range(times))
+    write = storage.write_bytes
+
+    def fail(path: str, content: bytes) -> None:
+        if left:
+            left.pop()
+            raise OSError("the storage is away")
+        write(path, content)
+
+    monkeypatch.setattr(storage, "write_bytes", fail)
+    monkeypatch.setattr(checkpoints, "_FIRST_PAUSE_S", 0.0)
+    return left
+
+
+def test_owners_share_evenly() -> None:
+    sizes = {f"p{number}": 100 + number for number in range(40)}
+    owners = assign_owners(sizes, 4)
+    loads = [sum(sizes[name] for name in sizes if owners[name] == rank) for rank in range(4)]
+    assert max(loads) - min(loads) <= max(sizes.values())
+    assert owners == assign_owners(dict(reversed(sizes.items())), 4)
+
+
+def test_generators_continue_where_they_were() -> None:
+    import random
+
+    import numpy as np
+
+    def draw() -> list[float]:
+        return [torch.rand(1).item(), float(np.random.rand()), random.random(), random.gauss(0, 1)]
+
+    draw()
+    states = capture_rng(torch.device("cpu"))
+    expected = draw()
+    restore_rng(states, torch.device("cpu"))
+    assert draw() == expected

@@ -1,0 +1,110 @@
+"""Verdicts on slow and on stuck ranks, and the ledger of a run's time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.training import StallReport, StepTimes, find_stragglers, judge_stall, read_goodput
+
+
+def times(**parts: float) -> StepTimes:
+    return StepTimes(**{"data": 0.01, "forward": 0.1, "backward": 0.2, **parts}, total=0.5)
+
+
+def test_equal_ranks_have_no_straggler() -> None:
+    assert find_stragglers([[times(), times(forward=0.11)]] * 20) == []
+
+
+@pytest.mark.parametrize("part", ["data", "forward", "backward", "checkpoint"])
+def test_the_slow_rank_and_its_slow_part_are_named(part: str) -> None:
+    slow = times(**{part: 0.6})
+    (found,) = find_stragglers([[times(reduce=0.4), times(reduce=0.4), slow]] * 20)
+    assert (found.rank, found.part) == (2, part)
+
+
+def test_of_two_ranks_the_slower_is_named() -> None:
+    (found,) = find_stragglers([[times(forward=0.5), times(reduce=0.4)]] * 20)
+    assert (found.rank, found.part) == (0, "forward")
+
+
+def test_one_slow_step_is_no_straggler() -> None:
+    assert find_stragglers([[times(), times(data=3.0)]] + [[times(), times()]] * 19) == []
+
+
+def report(rank: int, **changes: Any) -> StallReport:
+    return StallReport(
+        **{
+            "rank": rank,
+            "host": f"node-{rank}",
+            "pid": 7,
+            "step": 12,
+            "phase": "reduce",
+            "seconds": 600.0,
+            "waiting": True,
+            "stack": "in all_reduce",
+            **changes,
+        }
+    )
+
+
+HOSTS = ["node-0", "node-1", "node-2"]
+
+
+def test_a_rank_outside_the_collective_holds_up_the_rest() -> None:
+    busy = report(1, waiting=False, phase="data", stack="in read")
+    verdict = judge_stall([report(0), busy, report(2)], HOSTS)
+    assert (verdict.ranks, verdict.hosts) == ((1,), ("node-1",))
+    assert "in data for 600 s" in str(verdict)
+    assert "in read" in str(verdict)
+
+
+def test_a_rank_without_a_report_is_frozen_or_dead() -> None:
+    verdict = judge_stall([report(0), report(2, waiting=False)], HOSTS)
+    assert verdict.ranks == (1,)
+    assert "no sign of life" in str(verdict)
+
+
+def test_where_all_wait_nobody_is_blamed() -> None:
+    verdict = judge_stall([report(rank) for rank in range(3)], HOSTS)
+    assert verdict.ranks == ()
+    assert "network" in str(verdict)
+
+
+def test_goodput_adds_up_what_was_useful_lost_and_waited_for(tmp_path: Path) -> None:
+    crashed = {
+        "started_at": 100.0,
+        "first_step_at": 110.0,
+        "updated_at": 160.0,
+        "resumed_step": 0,
+        "step": 50,
+        "useful_s": 40.0,
+        "waiting_s": 10.0,
+        "saves": [[20, 16.0, 4.0], [40, 32.0, 8.0]],
+        "ended": None,
+    }
+    finished = {
+        "started_at": 170.0,
+        "first_step_at": 175.0,
+        "updated_at": 225.0,
+        "resumed_step": 40,
+        "step": 90,
+        "useful_s": 45.0,
+        "waiting_s": 5.0,
+        "saves": [[90, 45.0, 5.0]],
+        "ended": "finished",
+    }
+    folder = tmp_path / "goodput"
+    folder.mkdir()
+    for number, page in enumerate((crashed, finished)):
+        (folder / f"attempt-{number:04d}.json").write_text(json.dumps(page))
+    goodput = read_goodput(str(tmp_path))
+    assert goodput.useful_s == pytest.approx(32 + 45)
+    assert goodput.lost_s == pytest.approx(10)
+    assert goodput.waiting_s == pytest.approx(8 + 5)
+    assert goodput.restart_s == pytest.approx(10 + 15)
+    assert goodput.total_s == pytest.approx(225 - 100)
+    assert goodput.attempts == 2

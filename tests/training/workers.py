@@ -1,0 +1,172 @@
+"""Real worker processes for tests: each is one rank that trains the tiny detector, and may be killed.
+
+A fork server imports torch and DeepSpeed once; workers are forked from it in milliseconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import tempfile
+import time
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.distributed as dist
+
+from pipeline.spec import Training
+from pipeline.training import Event, StepRecord, StopSignals, TrainResult, World, open_world, train
+from pipeline.training.engine import _import_deepspeed
+from tests.training.fakes import TinyDetector, TinyStream, tiny_loss
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+_import_deepspeed()
+
+TINY = Training(
+    global_batch=8,
+    reference_batch=8,
+    micro_batch=2,
+    epochs=3,
+    learning_rate=0.05,
+    warmup_learning_rate=0.01,
+    decay_epochs=(2,),
+    precision="fp32",
+    deterministic=True,
+    checkpoint_every_steps=2,
+    ema_decay=0.9,
+)
+STEPS = 15
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What goes wrong in one rank, before the step number `step` (from 1) or right after it."""
+
+    rank: int
+    step: int
+    kind: str
+    """kill, freeze, sleep, slow, poison, raise, stop"""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a rank left behind."""
+
+    exit_code: int | None
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    events: list[dict[str, Any]] = field(default_factory=list)
+    result: dict[str, Any] | None = None
+    error: str = ""
+
+
+def run_workers(folder: Path, size: int, spec: Training = TINY, fault: Fault | None = None) -> list[Outcome]:
+    """Run `size` ranks to their end in `folder`, and tell what each did. Frozen ones are killed at the end."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.workers"])
+    told = Path(tempfile.mkdtemp(dir=folder.parent))
+    arguments = (str(folder), str(told), size, spec, fault)
+    processes = [context.Process(target=_work, args=(rank, *arguments), daemon=True) for rank in range(size)]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + 120
+    for rank, process in enumerate(processes):
+        frozen = fault is not None and fault.kind == "freeze" and fault.rank == rank
+        if not frozen:
+            process.join(max(1.0, deadline - time.monotonic()))
+    for process in processes:
+        if process.exitcode is None:
+            process.kill()
+            process.join()
+    return [_outcome(told, rank, process.exitcode) for rank, process in enumerate(processes)]
+
+
+def read_weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "weights.safetensors")
+
+
+def _outcome(told: Path, rank: int, exit_code: int | None) -> Outcome:
+    lines = [json.loads(line) for line in (told / f"rank-{rank}.jsonl").read_text().splitlines()]
+    kinds: dict[str, list[Any]] = {"step": [], "event": [], "result": [], "error": []}
+    for kind, value in lines:
+        kinds[kind].append(value)
+    return Outcome(exit_code, kinds["step"], kinds["event"], (kinds["result"] or [None])[0], "".join(kinds["error"]))
+
+
+def _work(rank: int, folder: str, told: str, size: int, spec: Training, fault: Fault | None) -> None:
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    os.environ |= {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    dist.init_process_group(
+        "gloo", init_method=f"file://{told}/group", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+    hurt = fault if fault and fault.rank == rank else None
+    with (Path(told) / f"rank-{rank}.jsonl").open("a", buffering=1) as file:
+
+        def tell(kind: str, value: Any) -> None:
+            file.write(json.dumps([kind, value]) + "\n")
+
+        def observe(record: StepRecord) -> None:
+            tell("step", {"step": record.step, "losses": record.losses, "norm": record.gradient_norm})
+            if hurt and hurt.kind == "kill" and record.step == hurt.step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if hurt and hurt.kind == "stop" and record.step == hurt.step:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        try:
+            with open_world("cpu") as world, StopSignals() as stop:
+                result = _train(spec, world, folder, hurt, observe, lambda event: tell("event", vars(event)), stop)
+            tell("result", vars(result))
+        except Exception as error:
+            tell("error", f"{type(error).__name__}: {error}")
+            raise SystemExit(1) from None
+    os._exit(0)  # a group whose other ranks were killed may not end
+
+
+def _train(
+    spec: Training, world: World, folder: str, hurt: Fault | None, observe: Any, on_event: Any, stop: StopSignals
+) -> TrainResult:
+    return train(
+        spec,
+        seed=3,
+        world=world,
+        detector=TinyDetector(),
+        loss=tiny_loss,
+        make_stream=lambda start, plan: HurtStream(start, plan, world.rank, hurt),  # type: ignore[arg-type]
+        run_dir=folder,
+        observer=observe,
+        on_event=on_event,
+        stop_requested=stop,
+    )
+
+
+class HurtStream(TinyStream):
+    """A stream in which the fault happens."""
+
+    def __init__(self, start: Any, plan: Any, rank: int, fault: Fault | None) -> None:
+        poison = (fault.step - 1, rank) if fault and fault.kind == "poison" else None
+        super().__init__(start, plan, rank, poison=poison)
+        self.fault = fault
+
+    def __iter__(self) -> Any:
+        for batch in super().__iter__():
+            step = batch.epoch * self.batches_per_epoch + batch.index + 1
+            if self.fault and self.fault.kind == "slow":
+                time.sleep(0.05)
+            elif self.fault and batch.part == 0 and step == self.fault.step:
+                if self.fault.kind == "freeze":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                elif self.fault.kind == "sleep":
+                    time.sleep(60)
+                elif self.fault.kind == "raise":
+                    raise RuntimeError("the disk is gone")
+            yield batch
+
+
+__all__ = ["STEPS", "TINY", "Event", "Fault", "Outcome", "read_weights", "run_workers"]
