@@ -9,12 +9,14 @@ the compiled library where it is built, else by `merge_reference`; results retur
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from model.ops import library
 from model.ops import merge_reference as reference
 
 
@@ -24,6 +26,8 @@ def nms(boxes: Tensor, scores: Tensor, groups: Tensor | None = None, *, iou: flo
     boxes [N, 4], scores [N], groups [N] integers.
     """
     boxes, scores, groups = _checked(boxes, scores, groups)
+    if _is_ready():
+        return torch.ops.refinedet.nms(*_for_library(boxes, scores, groups), iou, plus_one).to(boxes.device)
 
     def run(group_boxes: np.ndarray, group_scores: np.ndarray) -> tuple[np.ndarray, ...]:
         return (reference.nms(group_boxes, group_scores, iou, plus_one),)
@@ -48,6 +52,11 @@ def soft_nms(
     returns  indices [M] and their scores [M]; what fell below `score_threshold` is gone
     """
     boxes, scores, groups = _checked(boxes, scores, groups)
+    if _is_ready():
+        index, lowered = torch.ops.refinedet.soft_nms(
+            *_for_library(boxes, scores, groups), iou, sigma, score_threshold, gaussian, plus_one
+        )
+        return index.to(boxes.device), lowered.to(boxes.device)
 
     def run(group_boxes: np.ndarray, group_scores: np.ndarray) -> tuple[np.ndarray, ...]:
         return reference.soft_nms(group_boxes, group_scores, iou, sigma, score_threshold, gaussian, plus_one)
@@ -73,6 +82,11 @@ def vote(
     where that reaches `score_threshold`.
     """
     boxes, scores, groups = _checked(boxes, scores, groups)
+    if _is_ready():
+        results = torch.ops.refinedet.box_vote(
+            *_for_library(boxes, scores, groups), iou, score_threshold, soft, plus_one
+        )
+        return _returned(results, boxes, groups)
 
     def run(group_boxes: np.ndarray, group_scores: np.ndarray) -> tuple[np.ndarray, ...]:
         return reference.vote(group_boxes, group_scores, iou, score_threshold, soft, plus_one)
@@ -99,6 +113,11 @@ def weighted_box_fusion(
     if num_looks < 1:
         raise ValueError(f"num_looks must be at least 1, received {num_looks}.")
     boxes, scores, groups = _checked(boxes, scores, groups)
+    if _is_ready():
+        results = torch.ops.refinedet.weighted_box_fusion(
+            *_for_library(boxes, scores, groups), num_looks, iou, score_threshold, plus_one
+        )
+        return _returned(results, boxes, groups)
 
     def run(group_boxes: np.ndarray, group_scores: np.ndarray) -> tuple[np.ndarray, ...]:
         return reference.weighted_box_fusion(group_boxes, group_scores, iou, score_threshold, num_looks, plus_one)
@@ -119,6 +138,20 @@ def _checked(boxes: Tensor, scores: Tensor, groups: Tensor | None) -> tuple[Tens
     if not (torch.isfinite(boxes).all() and torch.isfinite(scores).all()):
         raise ValueError("boxes and scores must be finite, received NaN or infinity.")
     return boxes.detach(), scores.detach(), groups
+
+
+@functools.cache
+def _is_ready() -> bool:
+    return library.is_loaded() and hasattr(torch.ops.refinedet, "box_vote")
+
+
+def _for_library(boxes: Tensor, scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return boxes.cpu().float(), scores.cpu().float(), groups.cpu().long()
+
+
+def _returned(results: tuple[Tensor, Tensor, Tensor], boxes: Tensor, groups: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    merged, scores, numbers = results
+    return merged.to(boxes.device), scores.to(boxes.device), numbers.to(boxes.device, groups.dtype)
 
 
 def _by_group(

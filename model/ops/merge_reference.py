@@ -107,21 +107,26 @@ def weighted_box_fusion(
     Best first, every box joins the cluster whose mean it overlaps most, above `iou`, or opens a new one. A cluster's
     box is the mean weighted by score; its score the mean score times min(boxes, num_looks) / num_looks.
     """
-    clusters: list[list[int]] = []
-    means = np.zeros((0, 4), boxes.dtype)
+    means, sums = np.zeros((0, 4), boxes.dtype), np.zeros((0, 4), boxes.dtype)
+    totals, members = np.zeros(0, scores.dtype), np.zeros(0, np.int64)
     for one in np.argsort(-scores, kind="stable"):
         if scores[one] < score_threshold:
             break
         overlap = iou_with_first(means, boxes[one], plus_one)
         best = int(np.argmax(overlap)) if len(overlap) else -1
         if best >= 0 and overlap[best] > iou:
-            clusters[best].append(int(one))
-            means[best] = _mean_box(boxes[clusters[best]], scores[clusters[best]])[0]
+            sums[best] += boxes[one] * scores[one]
+            totals[best] += scores[one]
+            members[best] += 1
+            if totals[best] > 0:
+                means[best] = sums[best] / totals[best]
         else:
-            clusters.append([int(one)])
             means = np.concatenate([means, boxes[one][None]])
-    trust = [scores[members].mean() * min(len(members), num_looks) / num_looks for members in clusters]
-    fused = np.array(trust, scores.dtype)
+            sums = np.concatenate([sums, (boxes[one] * scores[one])[None]])
+            totals, members = np.append(totals, scores[one]), np.append(members, 1)
+    members = members.astype(scores.dtype)
+    looks = scores.dtype.type(num_looks)
+    fused = totals / members * np.minimum(members, looks) / looks
     order = np.argsort(-fused, kind="stable")
     return means[order], fused[order]
 
