@@ -216,6 +216,34 @@ def evaluate(
 
 
 @app.command()
+def drill(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="default: all, or `list`")] = None,
+) -> None:
+    """Break small real jobs on purpose, and see them recover."""
+    from pipeline.cluster.drill_cases import DRILLS
+    from pipeline.cluster.drills import Check, run_drills
+    from pipeline.cluster.progress import describe_duration
+
+    if names == ["list"]:
+        for name, case in DRILLS.items():
+            typer.echo(f"{name:<22} {case.__doc__}")
+        return
+    for name in names or ():
+        if name not in DRILLS:
+            raise UserError(f"There is no drill {name!r}; there are {', '.join(DRILLS)}.")
+
+    def report(name: str, seconds: float, checks: list[Check]) -> None:
+        passed = all(check.passed for check in checks)
+        typer.echo(f"{'✓' if passed else '✗'} {name}  {describe_duration(seconds)}")
+        for check in checks:
+            mark = " " if check.passed else "✗"
+            typer.echo(f"  {mark} {check.what}: expected {check.expected}; seen {check.seen}")
+
+    if not run_drills(names or list(DRILLS), report):
+        raise JobError("a drill failed; its runs are kept in the temporary folder refinedet-drill-*")
+
+
+@app.command()
 def doctor() -> None:
     """What is installed and built, what is missing, and what to do about it."""
     from pipeline.cluster.doctor import examine

@@ -7,24 +7,27 @@ import logging
 import os
 import tempfile
 import time
+from dataclasses import asdict
 from typing import Any
 
 from pipeline import storage
 from pipeline.cluster.progress import ProgressDisplay
 from pipeline.cluster.run import Run
 from pipeline.tracking import RunTracker
+from pipeline.training import read_goodput
 
 logger = logging.getLogger(__name__)
 
 METRICS_LOG = "metrics.jsonl"
+EVENTS_LOG = "events.jsonl"
 _UPLOAD_INTERVAL_S = 60.0
 
 
-class MetricsLog:
+class LinesLog:
     """One JSON object a line, appended as training goes; where the run is behind a URI, uploaded now and then."""
 
-    def __init__(self, run: Run) -> None:
-        self._target = run.file(METRICS_LOG)
+    def __init__(self, target: str) -> None:
+        self._target = target
         self._local = storage.is_local(self._target)
         if self._local:
             path = self._target
@@ -63,7 +66,9 @@ class TrainingRecorder:
 
     def __init__(self, run: Run, display: ProgressDisplay, tracker: RunTracker) -> None:
         self._display, self._tracker = display, tracker
-        self._log = MetricsLog(run)
+        self._run = run
+        self._metrics = LinesLog(run.file(METRICS_LOG))
+        self._events = LinesLog(run.file(EVENTS_LOG))
         self._every = run.spec.tracking.log_every_steps
         self._validated_on = {"val": "validation", "train": "training"}[run.spec.training.validate_on]
 
@@ -74,7 +79,18 @@ class TrainingRecorder:
             self._event(content)
 
     def close(self) -> None:
-        self._log.close()
+        self._metrics.close()
+        self._events.close()
+        self._write_ledger()
+
+    def _write_ledger(self) -> None:
+        """Where the time went, for the report and MLflow; a run that never took a step has none."""
+        ledger = asdict(read_goodput(self._run.path))
+        if not ledger["attempts"]:
+            return
+        events = [json.loads(line) for line in storage.read_bytes(self._run.file(EVENTS_LOG)).splitlines()]
+        storage.write_json(self._run.file("ledger.json"), {**ledger, "events": events})
+        self._tracker.log_metrics(0, {f"goodput/{name}": float(value) for name, value in ledger.items()})
 
     def _step(self, record: dict[str, Any]) -> None:
         self._display.update(
@@ -101,7 +117,7 @@ class TrainingRecorder:
             "skipped_steps": record["skipped_steps"],
             "times": times,
         }
-        self._log.append(line)
+        self._metrics.append(line)
         self._tracker.log_metrics(
             record["step"],
             {
@@ -115,9 +131,10 @@ class TrainingRecorder:
     def _event(self, event: dict[str, Any]) -> None:
         kind, facts = event["kind"], event["facts"]
         logger.info("%s at step %s: %s", kind, event["step"], event["message"])
+        self._events.append({"time": time.time(), **event})
         if kind == "validated":
             values = {name: float(value) for name, value in facts.items() if isinstance(value, int | float)}
-            self._log.append({"step": event["step"], "epoch": facts.get("epoch"), "validation": values})
+            self._metrics.append({"step": event["step"], "epoch": facts.get("epoch"), "validation": values})
             self._tracker.log_metrics(
                 event["step"], {f"validation/{name}": value for name, value in values.items() if name != "epoch"}
             )

@@ -8,6 +8,7 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 
+from pipeline.cluster.logs import restore_loggers
 from pipeline.errors import UserError
 from pipeline.spec import Cluster, Workers
 
@@ -77,6 +78,7 @@ def ray_session(cluster: Cluster, address: str | None = None) -> Iterator[None]:
 def _connect(address: str) -> None:
     import ray
 
+    restore_loggers()  # Ray gives its logger a handler to the terminal when it is imported
     quiet = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     if address != "local":
         ray.init(address=address, **quiet)

@@ -58,7 +58,8 @@ class PreflightReport:
     seconds: float
 
     def __str__(self) -> str:
-        workers = f"{len(self.hosts)} workers on {len(set(self.hosts))} nodes" if len(self.hosts) > 1 else "1 worker"
+        nodes = len(set(self.hosts))
+        workers = f"{_counted(len(self.hosts), 'worker')} on {_counted(nodes, 'node')}"
         reduce = f", all-reduce {self.reduce_gb_s:.2f} GB/s" if self.reduce_gb_s else ""
         return f"{workers}, storage, shards, versions and clocks in order{reduce}"
 
@@ -87,6 +88,10 @@ def check_workers(
         raise UserError("The preflight found: " + "; ".join(faults) + ".")
     bandwidth = _reduce_bandwidth(world)
     return PreflightReport(tuple(facts.host for facts in everyone), difference, bandwidth, time.monotonic() - began)
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
 def _storage_fault(run_dir: str, rank: int) -> str | None:

@@ -1,0 +1,244 @@
+"""`refinedet drill NAME`: break a small real job on purpose, watch it recover, print expected beside seen.
+
+Every drill launches jobs as a user does, in processes of their own, on a local Ray, and compares what comes out with
+an undisturbed run of the same spec.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+
+from pipeline.cluster.faults import FAULT_VARIABLE
+
+_POLL_S = 0.2
+_TIMEOUT_S = 240.0
+SPEC: dict[str, Any] = {
+    "data": {"format": "shapes", "image_size": 96, "train": [{"count": 32}], "val": [], "loader_workers": 0},
+    "model": {
+        "num_classes": 10,
+        "input_size": 64,
+        "backbone": "resnet10t",
+        "tcb_channels": 16,
+        "prediction_block": False,
+    },
+    "training": {
+        "global_batch": 4,
+        "epochs": 5,
+        "learning_rate": 0.002,
+        "reference_batch": 4,
+        "warmup_epochs": 1,
+        "warmup_learning_rate": 0.0005,
+        "decay_epochs": [4],
+        "deterministic": True,
+        "precision": "fp32",
+        "zero_stage": 1,
+        "keep_last": 4,
+    },
+    "tracking": {"log_every_steps": 1},
+    "cluster": {"workers": 2, "stop_grace_s": 60},
+}
+STEPS_AN_EPOCH = 8
+STEPS = 40
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a drill's verdict."""
+
+    what: str
+    expected: str
+    seen: str
+    passed: bool
+
+
+@dataclass
+class Launched:
+    """A job that was launched, and how it ended."""
+
+    process: subprocess.Popen
+    output: Path
+
+    def workers(self) -> list[psutil.Process]:
+        """The training workers' processes, by rank."""
+        found = []
+        for child in psutil.Process(self.process.pid).children(recursive=True):
+            try:
+                if "RayTrainWorker" in " ".join(child.cmdline()):
+                    found.append(child)
+            except psutil.Error:
+                continue
+        return sorted(found, key=lambda process: process.create_time())
+
+    def wait(self) -> int:
+        """Exit status; a job that takes too long is killed, and counts as failed."""
+        try:
+            return self.process.wait(_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return -1
+
+    def kill(self) -> None:
+        """End the driver and all it started, as when a machine goes down."""
+        children = psutil.Process(self.process.pid).children(recursive=True)
+        self.process.kill()
+        self.process.wait()
+        _, alive = psutil.wait_procs(children, timeout=15)  # Ray's processes end with their driver
+        for child in alive:
+            child.kill()
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(encoding="utf-8", errors="replace")
+
+
+@dataclass
+class Bench:
+    """A folder in which drills run their jobs, and what they see there."""
+
+    folder: Path
+    checks: list[Check] = field(default_factory=list)
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def write_spec(self, name: str, **changes: dict[str, Any]) -> Path:
+        """A spec file of the drills' small job; `changes` by section."""
+        spec = {"name": name, "runs": str(self.folder / "runs")} | {
+            section: {**SPEC[section], **changes.get(section, {})} for section in SPEC
+        }
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(spec), encoding="utf-8")
+        return path
+
+    def launch(self, spec: Path, *, fault: str | None = None, address: str | None = None) -> Launched:
+        """Launch prepare and train of a spec in a process of its own."""
+        command = [sys.executable, "-m", "pipeline.cli", "launch", str(spec), "--stages", "prepare,train"]
+        if address:
+            command += ["--address", address]
+        environment = {**os.environ, **({FAULT_VARIABLE: fault} if fault else {})}
+        output = self.folder / f"{spec.stem}.{time.time_ns()}.out"
+        with open(output, "wb") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+        return Launched(process, output)
+
+    def finish(self, spec: Path) -> Launched:
+        """Launch and wait."""
+        job = self.launch(spec)
+        job.wait()
+        return job
+
+    def steps(self, name: str) -> list[int]:
+        """Steps that a run has logged, in the order in which it took them."""
+        return [line["step"] for line in self._lines(name, "metrics.jsonl")]
+
+    def events(self, name: str, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self._lines(name, "events.jsonl") if line["kind"] == kind]
+
+    def commits(self, name: str) -> list[int]:
+        """Steps of the committed checkpoints, oldest first."""
+        return sorted(
+            int(path.parent.name.split("-")[1]) for path in self.run(name).glob("checkpoints/*/manifest.json")
+        )
+
+    def wait_for(self, job: Launched, condition: Callable[[], Any]) -> bool:
+        """Wait until the condition holds; False where the job ended, or time ran out, before."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        while time.monotonic() < deadline:
+            if condition():
+                return True
+            if job.process.poll() is not None:
+                return bool(condition())
+            time.sleep(_POLL_S)
+        return False
+
+    def wait_for_step(self, job: Launched, name: str, step: int) -> bool:
+        return self.wait_for(job, lambda: (self.steps(name) or [0])[-1] >= step)
+
+    def weights(self, name: str) -> bytes:
+        path = self.run(name) / "weights.safetensors"
+        return path.read_bytes() if path.exists() else b""
+
+    def undisturbed(self) -> str:
+        """The name of a run of the drills' job that nothing happened to; made once."""
+        if not self.weights("undisturbed"):
+            self.finish(self.write_spec("undisturbed"))
+        return "undisturbed"
+
+    def check(self, what: str, expected: Any, seen: Any, passed: bool | None = None) -> None:
+        self.checks.append(Check(what, str(expected), str(seen), expected == seen if passed is None else passed))
+
+    def check_same_weights(self, name: str) -> None:
+        """The end is bitwise what it would have been."""
+        from safetensors.torch import load
+
+        ours, theirs = self.weights(name), self.weights(self.undisturbed())
+        if not ours or not theirs:
+            self.check("final weights", "as of an undisturbed run", "there are none", False)
+            return
+        mine, other = load(ours), load(theirs)
+        different = [key for key in other if key not in mine or not mine[key].equal(other[key])]
+        self.check(
+            "final weights",
+            "bitwise those of an undisturbed run",
+            f"{len(other) - len(different)} of {len(other)} tensors equal",
+            not different,
+        )
+
+    def check_losing_at_most_one_interval(self, name: str, broken_at: int) -> None:
+        resumed = [event["step"] for event in self.events(name, "resumed")]
+        lost = broken_at - resumed[-1] if resumed else broken_at
+        self.check(
+            "steps lost", f"at most {STEPS_AN_EPOCH}, one interval", lost, bool(resumed) and lost <= STEPS_AN_EPOCH
+        )
+
+    def _lines(self, name: str, file: str) -> list[dict[str, Any]]:
+        path = self.run(name) / file
+        if not path.exists():
+            return []
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue  # being written
+        return lines
+
+
+def run_drills(names: list[str], report: Callable[[str, float, list[Check]], None]) -> bool:
+    """Run drills by name; `report` is called with (name, seconds, checks) after each. True where all passed."""
+    from pipeline.cluster.drill_cases import DRILLS
+
+    folder = Path(tempfile.mkdtemp(prefix="refinedet-drill-"))
+    passed = True
+    try:
+        for name in names:
+            bench = Bench(folder)
+            began = time.monotonic()
+            DRILLS[name](bench)
+            passed &= bool(bench.checks) and all(check.passed for check in bench.checks)
+            report(name, time.monotonic() - began, bench.checks)
+    finally:
+        if passed:
+            shutil.rmtree(folder, ignore_errors=True)
+    return passed
+
+
+def stop_signal(job: Launched) -> None:
+    """What a scheduler sends before it takes a node away."""
+    os.kill(job.process.pid, signal.SIGTERM)
