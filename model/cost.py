@@ -66,7 +66,10 @@ def count_cost(config: RefineDetConfig, input_size: int | None = None) -> ModelC
         if (module := getattr(model, name)) is not None
     }
     return ModelCost(
-        parameters, _count_gflops(model, size), count_anchors(size, size, config.strides), _count_activations(model, size)
+        parameters,
+        _count_gflops(model, size),
+        count_anchors(size, size, config.strides),
+        _count_activations(model, size),
     )
 
 

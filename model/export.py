@@ -19,7 +19,7 @@ from model.detector import RefineDet
 from model.inference import score_anchors, suppress
 from model.structures import Detections
 
-OPSET = 18
+OPSET = 19  # the first with DeformConv
 
 
 class DetectionGraph(nn.Module):

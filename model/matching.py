@@ -73,26 +73,32 @@ def _match_images(
 
 
 def _match_bipartite(keys: Tensor) -> Tensor:
-    """Give every box the best anchor that is still free; returns the box of each anchor, -1 for none.
+    """Give every box the best anchor that is still free, the best pair first; the box of each anchor, -1 for none.
 
-    Of the anchors, a box can only ever get one of its G best: the other boxes take at most G - 1.
+    Two shortcuts, neither of which changes the result. A box only ever gets one of its G best anchors, for the other
+    boxes take at most G - 1. And a pair that is the best for its box and for its anchor alike will be taken whatever
+    is taken before it; so each round takes all such pairs at once, and a few rounds do (each waits for the device).
 
     keys     [B, G, A]
     returns  [B, A]
     """
     num_images, num_boxes, num_anchors = keys.shape
-    owner = torch.full((num_images, num_anchors + 1), -1, dtype=torch.int64, device=keys.device)
+    owner = torch.full((num_images, num_anchors), -1, dtype=torch.int64, device=keys.device)
     candidates = keys.topk(min(num_boxes, num_anchors), dim=2).values
-    _, candidate_anchor, _ = _unpack(candidates)
-    box_number = torch.arange(num_boxes, device=keys.device)[None, :, None]
-    for _ in range(num_boxes):
-        key = candidates.flatten(1).amax(dim=1, keepdim=True)
-        overlap, anchor, box = _unpack(key)
-        taken = overlap > MIN_BIPARTITE_IOU
-        owner.scatter_(1, torch.where(taken, anchor, num_anchors), box)  # column A collects what is not taken
-        used = (box_number == box[:, :, None]) | (candidate_anchor == anchor[:, :, None])
-        candidates = candidates.masked_fill(used, 0)
-    return owner[:, :num_anchors]
+    overlap, anchor, _ = _unpack(candidates)
+    candidates = candidates.masked_fill_(overlap <= MIN_BIPARTITE_IOU, 0).flatten(1)
+    anchor = anchor.flatten(1)
+    while True:
+        best_of_box = candidates.view(num_images, num_boxes, -1).amax(dim=2)
+        best_of_anchor = torch.zeros_like(owner).scatter_reduce_(1, anchor, candidates, "amax")
+        _, wanted, box = _unpack(best_of_box)
+        mutual = (best_of_box > 0) & (best_of_anchor.gather(1, wanted.clamp(max=num_anchors - 1)) == best_of_box)
+        image, row = mutual.nonzero().unbind(1)
+        if not len(row):  # the best of all remaining pairs is always mutual: none is left
+            return owner
+        owner[image, wanted[image, row]] = box[image, row]
+        used = (owner.gather(1, anchor) >= 0).view(num_images, num_boxes, -1) | mutual[:, :, None]
+        candidates = candidates.masked_fill(used.flatten(1), 0)
 
 
 def _pack(overlaps: Tensor) -> Tensor:

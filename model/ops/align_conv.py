@@ -48,7 +48,7 @@ def align_conv(
     Under autocast features, weight and bias are cast as for a convolution. Rows whose gradient is zero are skipped in
     the backward. It is deterministic on the CPU, and on a GPU under `torch.use_deterministic_algorithms`.
     """
-    features, weight, bias = _autocast(features), _autocast(weight), _autocast(bias)
+    features, weight, bias = (_autocast(tensors, features) for tensors in (features, weight, bias))
     _check(features, strides, boxes, index, weight, bias)
     if not _is_ready(features[0].device.type, features[0].dtype):
         return align_conv_reference(features, strides, boxes, index, weight, bias)
@@ -74,9 +74,9 @@ def top_anchors(scores: Tensor, capacity: int, threshold: float) -> Tensor:
     return torch.where(ascending < beyond, ascending, -1)
 
 
-def _autocast(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-    device = tensors[0].device.type if tensors else "cpu"
-    if not torch.is_autocast_enabled(device):
+def _autocast(tensors: Sequence[Tensor], features: Sequence[Tensor]) -> Sequence[Tensor]:
+    device = features[0].device.type if features else "cpu"
+    if device not in ("cpu", "cuda") or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return [tensor if tensor.dtype == torch.float64 else tensor.to(dtype) for tensor in tensors]

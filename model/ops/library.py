@@ -81,3 +81,23 @@ def is_loaded() -> bool:
     if not status.loaded:
         logger.warning("%s Until then the slower PyTorch reference runs.", status.reason)
     return status.loaded
+
+
+def cpu_capability() -> str:
+    """Instructions that the CPU kernels use: "baseline", "avx2" or "avx512"."""
+    function = _symbol("refinedet_cpu_capability")
+    function.restype = ctypes.c_char_p
+    return function().decode()
+
+
+def use_cpu_capability(name: str) -> bool:
+    """Choose them, for tests and measurements; False where this CPU lacks them."""
+    function = _symbol("refinedet_set_cpu_capability")
+    function.restype = ctypes.c_bool
+    return function(name.encode())
+
+
+def _symbol(name: str):
+    status = describe()
+    assert status.loaded, status.reason
+    return getattr(ctypes.CDLL(str(status.path)), name)
