@@ -191,9 +191,9 @@ def _head(spec: JobSpec, options: KubeRay, name: str, scales: bool) -> dict[str,
         parameters["resources"] = '"{\\"refinedet_autoscaling\\": 1}"'
     resources = {"cpu": str(_HEAD_CPUS), "memory": f"{_HEAD_MEMORY_GIB}Gi"}
     container = _container("head", resources, options)
-    container["ports"] = [
+    container["ports"] += [
         {"name": port, "containerPort": number}
-        for port, number in (("gcs", 6379), ("dashboard", 8265), ("client", 10001), ("metrics", 8080))
+        for port, number in (("gcs", 6379), ("dashboard", 8265), ("client", 10001))
     ]
     volumes = [_memory_volume(4)]
     if options.kind == "job":
@@ -259,6 +259,7 @@ def _container(role: str, resources: dict[str, str], options: KubeRay) -> dict[s
     container: dict[str, Any] = {
         "name": f"ray-{role}",
         "image": options.image,
+        "ports": [{"name": "metrics", "containerPort": 8080}],
         "resources": {"requests": resources, "limits": limits},
         "env": [
             {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},

@@ -45,12 +45,13 @@ def quiet_mlflow() -> None:
 
 
 def tracking_uri(tracking: Tracking, runs: str) -> str:
-    """The MLflow tracking URI: the spec's, or a SQLite file in the runs folder, its path absolute.
+    """The MLflow tracking URI: the spec's, MLFLOW_TRACKING_URI, or a SQLite file in the runs folder, its path absolute.
 
     SQLite needs a local disk: where the runs live behind a URI, the file is under `~/.refinedet`.
     """
-    if tracking.uri:
-        return tracking.uri
+    given = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    if given:
+        return given
     folder = storage.absolute(runs) if storage.is_local(runs) else os.path.expanduser("~/.refinedet")
     if not storage.is_local(runs):
         logger.warning(

@@ -8,6 +8,14 @@ import pytest
 from pipeline.spec import Tracking
 
 
+@pytest.fixture(scope="session", autouse=True)
+def no_tracking_uri():
+    """Whatever the developer's own environment says, tests write to stores of their own."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
+
+
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory) -> Path:
     """An MLflow SQLite store with its tables made, which takes seconds; tests copy it."""

@@ -1,0 +1,108 @@
+"""The files under infra/, held to the schemas and linters of those that read them."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+INFRA = Path(__file__).resolve().parents[2] / "infra"
+VM_FILES = sorted(INFRA.glob("ray-up-*.yaml"))
+
+
+def _program(name: str) -> str:
+    found = shutil.which(name, path=f"{Path(sys.executable).parent}:/usr/bin:/usr/local/bin")
+    if not found:
+        pytest.skip(f"needs {name}, which is not installed")
+    return found
+
+
+@pytest.mark.parametrize("file", sorted(INFRA.rglob("Dockerfile")), ids=lambda file: str(file.relative_to(INFRA)))
+def test_container_files_pass_the_linter_and_do_not_run_as_root(file):
+    done = subprocess.run([_program("hadolint"), str(file)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    last_stage = file.read_text().rsplit("\nFROM ", 1)[-1]
+    (user,) = re.findall(r"^USER (\S+)$", last_stage, re.MULTILINE)
+    assert user.split(":")[0] not in ("root", "0")
+
+
+def test_the_image_is_built_for_both_generations_of_gpus_from_pinned_packages():
+    content = (INFRA / "Dockerfile").read_text()
+    assert "CUDAARCHS=80-real;90" in content
+    assert content.count("--constraint constraints.txt") == 3
+    ignored = (INFRA / "Dockerfile.dockerignore").read_text().splitlines()
+    kept = {line[1:] for line in ignored if line.startswith("!")}
+    copied = {name for line in re.findall(r"^COPY (?!--from)(.+) \S+$", content, re.MULTILINE) for name in line.split()}
+    assert copied == kept
+
+
+@pytest.mark.parametrize("file", VM_FILES, ids=lambda file: file.name)
+def test_clusters_of_machines_are_what_ray_accepts(file):
+    import jsonschema
+    import ray.autoscaler
+    from ray.autoscaler._private.util import prepare_config, validate_config
+
+    config = yaml.safe_load(file.read_text())
+    schema = json.loads((Path(ray.autoscaler.__file__).parent / "ray-schema.json").read_text())
+    jsonschema.validate(config, schema)
+    whole = prepare_config(copy.deepcopy(config))
+    validate_config(whole)
+    assert whole["setup_commands"] == whole["head_setup_commands"] == [], "none of Ray's own, which install another Ray"
+    types = config["available_node_types"]
+    assert sum(entry.get("max_workers", 0) for entry in types.values()) <= config["max_workers"]
+    assert types["head"]["resources"]["CPU"] == 0
+    for commands in (config["head_start_ray_commands"], config["worker_start_ray_commands"]):
+        assert all("RAY_AUTH_MODE=token" in command for command in commands)
+
+
+def test_both_clouds_are_there():
+    assert {yaml.safe_load(file.read_text())["provider"]["type"] for file in VM_FILES} == {"aws", "gcp"}
+
+
+@pytest.mark.parametrize("file", sorted(INFRA.rglob("compose.yaml")), ids=lambda file: file.parent.name)
+def test_services_hold_no_password_and_name_what_is_there(file):
+    content = yaml.safe_load(file.read_text())
+    services = content["services"]
+    for service in services.values():
+        for name, value in (service.get("environment") or {}).items():
+            if re.search(r"PASSWORD|SECRET|KEY$", name) and name != "AWS_ACCESS_KEY_ID":
+                assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", value), f"{name} must come from the environment"
+        for other in service.get("depends_on") or ():
+            assert other in services
+        for volume in service.get("volumes") or ():
+            source = volume.split(":")[0]
+            assert (file.parent / source).exists() if source.startswith("./") else source in content["volumes"]
+
+
+def test_every_metric_that_is_shown_or_alerted_on_is_kept():
+    from pipeline.cluster.gauges import GAUGES, STEP_SECONDS, VALIDATION
+
+    kept = {f"ray_refinedet_{name}" for name in (*GAUGES, STEP_SECONDS, VALIDATION)}
+    dashboard = json.loads((INFRA / "monitoring" / "dashboard.json").read_text())
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    alerts = yaml.safe_load((INFRA / "monitoring" / "alerts.yml").read_text())
+    expressions += [rule["expr"] for group in alerts["groups"] for rule in group["rules"]]
+    used = {name for expression in expressions for name in re.findall(r"ray_refinedet_\w+", expression)}
+    assert used <= kept
+    assert all(rule["annotations"]["remedy"] for group in alerts["groups"] for rule in group["rules"])
+
+
+def test_prometheus_accepts_its_files():
+    promtool = _program("promtool")
+    folder = INFRA / "monitoring"
+    subprocess.run([promtool, "check", "rules", "alerts.yml"], cwd=folder, check=True, capture_output=True)
+    command = [promtool, "check", "config", "--syntax-only", "prometheus.yml"]
+    subprocess.run(command, cwd=folder, check=True, capture_output=True)
+
+
+def test_the_servers_mlflow_is_the_clients():
+    pins = dict(re.findall(r"^(mlflow|boto3)==(\S+)$", (INFRA.parent / "constraints.txt").read_text(), re.MULTILINE))
+    server = dict(re.findall(r"(mlflow|boto3)==(\S+)", (INFRA / "mlflow" / "Dockerfile").read_text()))
+    assert server == pins
