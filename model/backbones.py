@@ -75,7 +75,8 @@ class TimmBackbone(nn.Module):
         for name, stage in self.body.items():
             if isinstance(stage, nn.Sequential):
                 for block in stage:
-                    x = run_checkpointed(block, x)
+                    # A stem is a sequence of single layers, some of them in-place: nothing to save there.
+                    x = run_checkpointed(block, x) if len(list(block.children())) else block(x)
             else:
                 x = stage(x)
             if name in self.body.return_layers:

@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from timm.layers.norm_act import convert_sync_batchnorm
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -27,10 +26,13 @@ class BatchNorm(nn.BatchNorm2d):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.training and input.shape[0] * input.shape[2] * input.shape[3] == 1:
-            return F.batch_norm(
-                input, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps
-            )
+            return normalize_by_running(self, input)
         return super().forward(input)
+
+
+def normalize_by_running(norm: _BatchNorm, x: Tensor) -> Tensor:
+    """What `norm` does in evaluation, whatever its mode."""
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -38,7 +40,8 @@ class SyncBatchNorm(nn.SyncBatchNorm):
 
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
-            return BatchNorm.forward(self, input)  # type: ignore[arg-type]
+            one_value = self.training and input.shape[0] * input.shape[2] * input.shape[3] == 1
+            return normalize_by_running(self, input) if one_value else super().forward(input)
         if input.device.type != "cpu":
             return super().forward(input)
         x = input.float()
@@ -79,6 +82,8 @@ class _GatherRows(torch.autograd.Function):
 
 def synchronize_norms(module: nn.Module) -> None:
     """Replace every batch normalisation inside `module` by the synchronised one."""
+    from timm.layers.norm_act import convert_sync_batchnorm  # slow to import, and rarely needed
+
     for name, child in module.named_children():
         converted = convert_sync_batchnorm(child) if isinstance(child, _BatchNorm) else None
         if converted is None:

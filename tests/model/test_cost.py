@@ -1,0 +1,33 @@
+from __future__ import annotations
+
+import torch
+
+from model import RefineDet, RefineDetConfig
+from model.cost import count_cost, format_cost
+
+
+def test_cost_of_the_paper_s_smallest_model():
+    config = RefineDetConfig(num_classes=20, backbone="vgg16_reduced", input_size=320)
+    cost = count_cost(config)
+    assert cost.num_anchors == 6375
+    assert cost.anchors == (4800, 1200, 300, 75)
+    with torch.device("meta"):
+        assert cost.total_parameters == sum(parameter.numel() for parameter in RefineDet(config).parameters())
+    # By hand: the ARM's four 3x3 convolutions to 18 channels.
+    cells = (1600, 400, 100, 25)
+    arm = sum(2 * n * 9 * width * 18 for n, width in zip(cells, (512, 512, 1024, 512), strict=True))
+    assert abs(cost.gflops["arm"] - arm / 1e9) < 1e-6
+    # AlignConv is a product of K * K * 256 inputs and 25 outputs for each anchor.
+    assert abs(cost.gflops["adm"] - 2 * 6375 * 9 * 256 * 25 / 1e9) < 1e-6
+    table = format_cost(cost)
+    assert "6375" in table
+    assert "backbone" in table
+
+
+def test_checkpointing_keeps_less_and_a_detector_without_tcb_has_no_arm():
+    small = {"num_classes": 3, "input_size": 64, "backbone": "resnet18", "prediction_block": False}
+    plain = count_cost(RefineDetConfig(**small))
+    recomputed = count_cost(RefineDetConfig(**small, activation_checkpointing=True))
+    assert 0 < recomputed.activation_bytes < plain.activation_bytes
+    cost = count_cost(RefineDetConfig(**small, head="vanilla", theta=1.0, cascade=False, tcb=False))
+    assert set(cost.parameters) == {"backbone", "adm"}

@@ -1,0 +1,85 @@
+"""Exported graphs against the eager model, on real photos where they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from model.export import DetectionGraph, export_onnx, export_program, finish_detections
+from model.ops.align_conv_reference import align_conv_reference
+from model.portable import align_conv_portable
+from tests.model.cases import random_images
+
+
+def read_photos(shared_dir: Path, size: int, count: int = 4) -> Tensor:
+    cv2 = pytest.importorskip("cv2")
+    paths = sorted((shared_dir / "data" / "coco-mini" / "val2017").glob("*.jpg"))[:count]
+    photos = [cv2.resize(cv2.imread(str(path)), (size, size))[..., ::-1].copy() for path in paths]
+    return torch.stack([torch.from_numpy(photo).permute(2, 0, 1) for photo in photos])
+
+
+def assert_same_detections(model, images, boxes, scores):
+    with torch.no_grad():
+        eager_boxes, eager_scores = DetectionGraph(model)(images)
+    assert (boxes - eager_boxes).abs().max() < 1e-3
+    assert (scores - eager_scores).abs().max() < 1e-3
+    ours = finish_detections(boxes, scores, model.config)
+    assert sum(len(found.scores) for found in ours) > 0
+    for one, eager in zip(ours, model.detect(images), strict=True):
+        assert len(one.scores) == len(eager.scores)
+        assert (one.scores - eager.scores).abs().max() < 1e-3
+        # Every detection is there; two that score alike to the last digits may change places.
+        distance = (one.boxes[:, None] - eager.boxes).abs().amax(-1)
+        distance[one.labels[:, None] != eager.labels] = torch.inf
+        assert distance.amin(1).max() < 1e-3
+        assert distance.amin(0).max() < 1e-3
+
+
+@pytest.mark.parametrize("kernel", [3, 5])
+def test_portable_align_conv_is_align_conv(kernel):
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    features = [draw(2, 8, 6, 10), draw(2, 8, 3, 5)]
+    count = 3 * (60 + 15)
+    boxes = torch.cat([draw(2, count, 2) * 40, draw(2, count, 2) * 40 + 60], dim=-1)
+    weight, bias = [draw(3, 7, 8, kernel, kernel) for _ in range(2)], [draw(3, 7) for _ in range(2)]
+    ours = align_conv_portable(features, (8, 16), boxes, weight, bias)
+    index = torch.arange(2 * count)
+    expected = align_conv_reference(features, (8, 16), boxes.flatten(0, 1), index, weight, bias)
+    assert torch.allclose(ours.flatten(0, 1), expected, atol=1e-3)
+
+
+def test_exported_program_detects_the_same_on_photos(build, shared_dir):
+    model = build(theta=0.6).eval()
+    program = export_program(model, 64, 64).module()
+    for count in (1, 4):  # the batch is free
+        images = read_photos(shared_dir, 64, count)
+        with torch.no_grad():
+            boxes, scores = program(images)
+        assert_same_detections(model, images, boxes, scores)
+    assert not model.adm.portable
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{"theta": 0.6, "input_size": 128}, {"head": "deform"}, {"head": "vanilla"}])
+def test_onnx_runtime_detects_the_same_on_photos(build, shared_dir, tmp_path, options):
+    runtime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    model = build(**options).eval()
+    size = model.config.input_size
+    export_onnx(model, tmp_path / "model.onnx", size, size)
+    images = read_photos(shared_dir, size)
+    session = runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    boxes, scores = session.run(["boxes", "scores"], {"images": images.numpy()})
+    assert_same_detections(model, images, torch.from_numpy(boxes), torch.from_numpy(scores))
+
+
+def test_random_images_without_photos(build):
+    model = build(head="vanilla").eval()
+    images = random_images(torch.Generator().manual_seed(0), 3)
+    with torch.no_grad():
+        boxes, scores = export_program(model, 64, 64).module()(images)
+    assert_same_detections(model, images, boxes, scores)

@@ -1,0 +1,70 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from model.norms import BatchNorm, SyncBatchNorm, synchronize_norms
+
+
+def test_one_value_a_channel_is_normalised_by_the_running_statistics():
+    norm = BatchNorm(4)
+    x = torch.randn(1, 4, 1, 1)
+    assert torch.allclose(norm(x), x, atol=1e-4)
+    assert norm.running_mean.abs().sum() == 0
+    assert norm(torch.randn(2, 4, 1, 1)).shape == (2, 4, 1, 1)
+
+
+def test_frozen_norms_keep_their_statistics(build):
+    model = build(norm="frozen")
+    norm = model.backbone.body.bn1
+    before = norm.running_mean.clone()
+    model.train()
+    model(torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8), dense=True)
+    assert torch.equal(norm.running_mean, before)
+    assert not norm.weight.requires_grad
+    assert model.tcb.blocks[0].conv1[1].training  # new blocks have no imported statistics to keep
+
+
+def test_every_norm_is_synchronised(build):
+    model = build(norm="sync")
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    assert norms
+    assert all(isinstance(m, SyncBatchNorm) for m in norms)
+    model(torch.randint(0, 256, (1, 3, 64, 64), dtype=torch.uint8), dense=True)  # alone: plain batch statistics
+    assert build(norm="batch").state_dict().keys() == model.state_dict().keys()
+
+
+def _network() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU(), nn.Conv2d(5, 2, 1))
+
+
+def _run_rank(rank: int, folder: str, images: torch.Tensor) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    network = _network()
+    synchronize_norms(network)
+    part = images[:1] if rank == 0 else images[1:]  # unequal shares
+    network(part).square().sum().backward()
+    for parameter in network.parameters():
+        dist.all_reduce(parameter.grad)
+    if rank == 0:
+        statistics = [network[1].running_mean, network[1].running_var]
+        torch.save([parameter.grad for parameter in network.parameters()] + statistics, f"{folder}/result.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.dist
+def test_two_ranks_normalise_as_one_batch(tmp_path: Path):
+    images = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(0))
+    mp.spawn(_run_rank, args=(str(tmp_path), images), nprocs=2)
+    network = _network()
+    network(images).square().sum().backward()
+    expected = [parameter.grad for parameter in network.parameters()]
+    expected += [network[1].running_mean, network[1].running_var]
+    for ours, theirs in zip(torch.load(tmp_path / "result.pt", weights_only=True), expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-3, atol=1e-4)

@@ -1,0 +1,78 @@
+from __future__ import annotations
+
+import timm
+import torch
+import torchvision
+
+from model import RefineDet, RefineDetConfig, load_weights
+
+
+def test_own_weights_come_back_whole(build):
+    source, model = build(), build()
+    for parameter in source.parameters():
+        parameter.data.normal_()
+    report = load_weights(model, {f"module.{name}": value for name, value in source.state_dict().items()})
+    assert not report.left
+    assert not report.missing
+    assert not report.reshaped
+    for ours, theirs in zip(model.state_dict().values(), source.state_dict().values(), strict=True):
+        assert torch.equal(ours, theirs)
+
+
+def test_another_number_of_classes_keeps_location_and_background(build):
+    source, model = build(num_classes=7), build(num_classes=3)
+    before = model.adm.weights[0].detach().clone()
+    source.adm.weights[0].data.normal_()
+    report = load_weights(model, source.state_dict())
+    assert len(report.reshaped) == 8
+    assert not report.left
+    ours, theirs = model.adm.weights[0].view(3, 8, -1), source.adm.weights[0].view(3, 12, -1)
+    assert torch.equal(ours[:, :5], theirs[:, :5])
+    assert torch.equal(ours[:, 5:], before.view(3, 8, -1)[:, 5:])
+    assert "8 reshaped" in str(report)
+
+
+def test_torchvision_resnet(build):
+    state = torchvision.models.resnet18(weights=None).state_dict()
+    model = build(backbone="resnet18")
+    report = load_weights(model, state)
+    assert set(report.left) == {"fc.weight", "fc.bias"}
+    assert not [name for name in report.missing if name.startswith("backbone.body")]
+    assert torch.equal(model.backbone.body.layer4[1].conv2.weight, state["layer4.1.conv2.weight"])
+
+
+def test_timm_network_with_a_flattened_first_level(build):
+    state = timm.create_model("ghostnet_100", pretrained=False).state_dict()
+    report = load_weights(build(backbone="ghostnet_100"), state)
+    assert not [name for name in report.missing if name.startswith("backbone.body")]
+
+
+def test_torchvision_vgg_is_subsampled():
+    with torch.device("meta"):
+        shapes = torchvision.models.vgg16(weights=None).state_dict()
+    state = {name: torch.zeros(1).expand(value.shape) for name, value in shapes.items()}
+    rows, columns = torch.arange(4096, dtype=torch.int32) % 31, torch.arange(25088, dtype=torch.int32) % 89
+    fc6 = (rows[:, None] + columns).to(torch.int8)  # 103 MB; as floats it would be four times that
+    state["classifier.0.weight"] = fc6
+    state["classifier.0.bias"] = torch.arange(4096.0)
+    state["classifier.3.weight"] = torch.arange(4096.0).expand(4096, 4096)
+    state["features.28.weight"] = torch.ones(512, 512, 3, 3)
+    model = RefineDet(RefineDetConfig(num_classes=1, backbone="vgg16_reduced", input_size=64))
+    report = load_weights(model, state)
+    assert len(report.matched) == 26
+    assert len(report.reshaped) == 4
+    assert set(report.left) == {"classifier.6.weight", "classifier.6.bias"}
+    stage = model.backbone.stages[5]
+    assert torch.equal(stage[1].weight[5, 7, 1, 2], fc6.view(4096, 512, 7, 7)[20, 7, 3, 6].float())
+    assert torch.equal(stage[1].bias, torch.arange(0.0, 4096, 4))
+    assert torch.equal(stage[3].weight[9, :, 0, 0], torch.arange(0.0, 4096, 4))
+    assert (model.backbone.stages[4][5].weight == 1).all()
+
+
+def test_what_does_not_fit_is_left(build):
+    model = build()
+    before = model.arm.weights[0].detach().clone()
+    report = load_weights(model, {"arm.weights.0": torch.zeros(5, 5), "nonsense": torch.zeros(1)})
+    assert report.left == ("arm.weights.0", "nonsense")
+    assert "arm.weights.0" in report.missing
+    assert torch.equal(model.arm.weights[0], before)
