@@ -152,28 +152,23 @@ def distort(image: np.ndarray, draws: np.ndarray) -> np.ndarray:
 
     draws  [9]  uniform numbers: whether and how much of each in that order, and the coin
     """
-    steps = np.arange(256, dtype=np.float32)
-    brightness = _lut(steps + (64 * draws[1] - 32)) if draws[0] < 0.5 else None
-    contrast = _lut(steps * (0.5 + draws[3])) if draws[2] < 0.5 else None
-    before, after = (brightness, contrast) if draws[8] < 0.5 else (_chain(brightness, contrast), None)
-    if before is not None:
-        image = cv2.LUT(image, before)
-    if draws[4] < 0.5 or draws[6] < 0.5:
-        hue = int(37 * draws[7]) - 18 if draws[6] < 0.5 else 0
-        table = np.empty((1, 256, 3), np.uint8)
-        table[0, :, 0] = (np.arange(256) + hue) % 180  # OpenCV's degrees: 180 are the circle
-        table[0, :, 1] = _lut(steps * (0.5 + draws[5])) if draws[4] < 0.5 else steps
-        table[0, :, 2] = steps
-        hsv = cv2.LUT(cv2.cvtColor(image, cv2.COLOR_RGB2HSV), table)
-        image = cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)
-    return cv2.LUT(image, after) if after is not None else image
-
-
-def _lut(values: np.ndarray) -> np.ndarray:
-    return np.clip(np.rint(values), 0, 255).astype(np.uint8)
-
-
-def _chain(first: np.ndarray | None, second: np.ndarray | None) -> np.ndarray | None:
-    if first is None or second is None:
-        return second if first is None else first
-    return second[first]
+    brightness = round(64 * draws[1] - 32) if draws[0] < 0.5 else None
+    contrast = 0.5 + draws[3] if draws[2] < 0.5 else None
+    saturation = 0.5 + draws[5] if draws[4] < 0.5 else None
+    hue = int(37 * draws[7]) - 18 if draws[6] < 0.5 else None  # OpenCV's degrees: 180 are the circle
+    contrast_last = draws[8] < 0.5
+    if brightness:
+        shift = cv2.add if brightness > 0 else cv2.subtract  # both saturate
+        image = shift(image, np.array([abs(brightness)] * 3 + [0.0]))
+    if contrast is not None and not contrast_last:
+        image = cv2.convertScaleAbs(image, alpha=contrast)
+    if saturation is not None or hue:
+        planes = list(cv2.split(cv2.cvtColor(image, cv2.COLOR_RGB2HSV)))
+        if hue:
+            planes[0] = cv2.LUT(planes[0], ((np.arange(256) + hue) % 180).astype(np.uint8))
+        if saturation is not None:
+            planes[1] = cv2.convertScaleAbs(planes[1], alpha=saturation)
+        image = cv2.cvtColor(cv2.merge(planes), cv2.COLOR_HSV2RGB)
+    if contrast is not None and contrast_last:
+        image = cv2.convertScaleAbs(image, alpha=contrast)
+    return image

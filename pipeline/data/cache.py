@@ -156,7 +156,7 @@ def _discard(path: str) -> None:
 
 def node_cache(shards: ShardSet, folder: str | None, num_bytes: int) -> ShardCache | None:
     """The node's cache for remote shards; local ones are read in place and need none."""
-    if storage.is_local(shards.url):
+    if not shards.remote:
         return None
     largest = max(shards.num_bytes)
     if num_bytes < largest:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # EXIF orientation is ignored: the boxes of COCO and VOC refer to the stored pixels.
-_DECODE = cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION
+_DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _STANDALONE_MARKERS = frozenset(range(0xD0, 0xD9)) | {0x01, 0xFF}
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -62,7 +62,6 @@ def decode_image(content: bytes) -> tuple[np.ndarray | None, str | None]:
     with contextlib.suppress(cv2.error):
         image = cv2.imdecode(np.frombuffer(content, np.uint8), _DECODE)
     if image is not None:
-        cv2.cvtColor(image, cv2.COLOR_BGR2RGB, dst=image)
         if header and not header.complete:
             return image, "the image file ends early; decoded as far as it goes"
         return image, None

@@ -73,6 +73,10 @@ class ShardSet:
         return len(self.names)
 
     @property
+    def remote(self) -> bool:
+        return not storage.is_local(self.url)
+
+    @property
     def num_samples(self) -> int:
         return int(self.first[-1])
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
+import io
 import json
 import tarfile
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import cv2
 import numpy as np
@@ -86,18 +85,19 @@ def _check_shard(shards: ShardSet, shard: int, decode: bool) -> _Found:
     url = shards.shard_url(shard)
     try:
         contents = shards.contents(shard)
-        fs, path = storage.filesystem(url)
-        with fs.open(path, "rb") as file:
-            counted = _HashedFile(file)
-            members = retry(lambda: list(_members(counted)), url)
-            counted.exhaust()
-    except (OSError, ValueError, tarfile.TarError) as error:
-        fault("-", f"cannot be read to its end ({error})")
+        content = retry(lambda: storage.read_bytes(url), url) if shards.remote else storage.read_bytes(url)
+    except (OSError, ValueError) as error:
+        fault("-", f"cannot be read ({error})")
         return found
-    if counted.num_bytes != shards.num_bytes[shard]:
-        fault("-", f"has {counted.num_bytes} bytes, the index says {shards.num_bytes[shard]}")
-    elif counted.sha256.hexdigest() != shards.sha256[shard]:
+    if len(content) != shards.num_bytes[shard]:
+        fault("-", f"has {len(content)} bytes, the index says {shards.num_bytes[shard]}")
+    elif storage.digest_bytes(content) != shards.sha256[shard]:
         fault("-", "does not match its digest")
+    members: list[tuple[str, bytes]] = []
+    try:
+        members.extend(_members(content))
+    except (tarfile.TarError, EOFError, ValueError) as error:
+        fault("-", f"the tar cannot be read to its end ({error})")
     samples: dict[str, dict[str, bytes]] = {}
     for member, content in members:
         if member.startswith("/") or ".." in member.split("/"):
@@ -116,28 +116,11 @@ def _check_shard(shards: ShardSet, shard: int, decode: bool) -> _Found:
     return found
 
 
-def _members(file: Any) -> Iterator[tuple[str, bytes]]:
-    with tarfile.open(fileobj=file, mode="r|") as tar:
+def _members(content: bytes) -> Iterator[tuple[str, bytes]]:
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r|") as tar:
         for member in tar:
-            content = tar.extractfile(member)
-            yield member.name, content.read() if content else b""
-
-
-class _HashedFile:
-    """A file that is hashed as it is read."""
-
-    def __init__(self, file: Any) -> None:
-        self.file, self.sha256, self.num_bytes = file, hashlib.sha256(), 0
-
-    def read(self, size: int = -1) -> bytes:
-        content = self.file.read(size)
-        self.sha256.update(content)
-        self.num_bytes += len(content)
-        return content
-
-    def exhaust(self) -> None:
-        while self.read(2**20):
-            pass
+            file = tar.extractfile(member)
+            yield member.name, file.read() if file else b""
 
 
 def _check_sample(

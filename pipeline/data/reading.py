@@ -32,7 +32,7 @@ class SampleReader:
     def __init__(self, shards: ShardSet, cache: ShardCache | None = None) -> None:
         self.shards = shards
         self.cache = cache
-        self._local = storage.is_local(shards.url)
+        self._local = not shards.remote
 
     def read(self, position: int) -> Sample:
         """The sample at a position of the data set; where it is broken, a grey one without objects, and its fault."""
