@@ -111,6 +111,13 @@ class Bench:
 
     folder: Path
     checks: list[Check] = field(default_factory=list)
+    jobs: list[Launched] = field(default_factory=list)
+
+    def close(self) -> None:
+        """End what still runs."""
+        for job in self.jobs:
+            if job.process.poll() is None:
+                job.kill()
 
     def run(self, name: str) -> Path:
         return self.folder / "runs" / name
@@ -135,7 +142,8 @@ class Bench:
             process = subprocess.Popen(
                 command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
             )
-        return Launched(process, output)
+        self.jobs.append(Launched(process, output))
+        return self.jobs[-1]
 
     def finish(self, spec: Path) -> Launched:
         """Launch and wait."""
@@ -230,7 +238,10 @@ def run_drills(names: list[str], report: Callable[[str, float, list[Check]], Non
         for name in names:
             bench = Bench(folder)
             began = time.monotonic()
-            DRILLS[name](bench)
+            try:
+                DRILLS[name](bench)
+            finally:
+                bench.close()
             passed &= bool(bench.checks) and all(check.passed for check in bench.checks)
             report(name, time.monotonic() - began, bench.checks)
     finally:

@@ -255,7 +255,7 @@ class _Job:
         from pipeline.tracking.report import build_report
 
         self.display.stage("report")
-        path = build_report(self.run.path)
+        path = build_report(self.run.path, status="FINISHED")  # the last stage: what follows is saying so
         self.tracker.log_artifact(path)
         self.display.done(path)
 

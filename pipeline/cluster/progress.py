@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 
 from rich.console import Console
-from rich.live import Live
+from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
@@ -31,9 +31,9 @@ class ProgressDisplay:
             console=self.console,
             transient=False,
         )
-        self._live: Live | None = None
         self._task: TaskID | None = None
         self._began = self._last_line = 0.0
+        self._first: tuple[float, float] | None = None
         self._stage = ""
         self._last_text = ""
 
@@ -50,6 +50,7 @@ class ProgressDisplay:
     def stage(self, name: str, total: float | None = None, unit: str = "") -> None:
         """Begin a stage of `total` steps; None: its length is not known."""
         self._stage, self._began, self._last_line, self._last_text = name, time.monotonic(), 0.0, ""
+        self._first = None
         if self.console.is_terminal:
             self._task = self._bar.add_task(name, total=total or 1, unit=unit, facts="")
         elif total is None:
@@ -63,13 +64,15 @@ class ProgressDisplay:
                 self._bar.update(self._task, completed=done, total=total, unit=unit, facts=text)
             return
         now = time.monotonic()
+        if self._first is None:  # what came before, such as placing workers, says nothing of the time left
+            self._first = (now, done)
         if now - self._last_line < _PLAIN_INTERVAL_S and done < total:
             return
-        elapsed = now - self._began
-        left = f"  {describe_duration(elapsed / done * (total - done))} left" if 0 < done < total else ""
+        since, at = self._first
+        left = f"  {describe_duration((now - since) / (done - at) * (total - done))} left" if at < done < total else ""
         line = f"{self._stage:<10} {done:.0f}/{total:.0f} {unit}  {text}{left}"
         if line != self._last_text:
-            self.console.print(line.rstrip(), markup=False)
+            self.console.print(line.rstrip(), markup=False, soft_wrap=True)
         self._last_line, self._last_text = now, line
 
     def done(self, text: str) -> None:
@@ -82,10 +85,10 @@ class ProgressDisplay:
 
     def note(self, text: str) -> None:
         """A line that stays, above the bar."""
-        self.console.print(text)
+        self.console.print(text, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        self.console.print(f"[yellow]![/] {text}")
+        self.console.print(f"[yellow]![/] {escape(text)}", soft_wrap=True)
 
 
 def summary_table(title: str, columns: Iterable[str], rows: Iterable[Mapping[str, str]]) -> Table:

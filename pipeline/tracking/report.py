@@ -6,6 +6,7 @@ import datetime
 import functools
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 

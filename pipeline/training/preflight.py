@@ -95,7 +95,7 @@ def _counted(count: int, noun: str) -> str:
 
 
 def _storage_fault(run_dir: str, rank: int) -> str | None:
-    path = storage.join(run_dir, "preflight", f"{rank}-{uuid.uuid4().hex[:8]}")
+    path = storage.join(run_dir, f".preflight-{rank}-{uuid.uuid4().hex[:8]}")
     content = os.urandom(64)
     try:
         storage.write_bytes(path, content)
