@@ -6,7 +6,6 @@ import datetime
 import functools
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
