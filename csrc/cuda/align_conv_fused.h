@@ -215,15 +215,17 @@ class TileSums {
   void multiply(const FusedShared<T>& shared, int buffer, int thread) {
     if (thread % 32 != 0) return;
     const int warp = thread / 32;
+    constexpr int kCount = Chunk<T>::kCount, kChannels = kStageBytes / sizeof(T);
+    float left[16][kChannels], right[48][kChannels];
+    for (int piece = 0; piece < 8; ++piece) {
+      const unsigned char* samples = shared.samples(buffer) + warp / 2 * 16 * kStagePitch + piece * 16;
+      const unsigned char* filters = shared.filters(buffer) + warp % 2 * 48 * kStagePitch + piece * 16;
+      for (int i = 0; i < 16; ++i) Chunk<T>::unpack(load_words(samples + i * kStagePitch), left[i] + piece * kCount);
+      for (int i = 0; i < 48; ++i) Chunk<T>::unpack(load_words(filters + i * kStagePitch), right[i] + piece * kCount);
+    }
     for (int row = 0; row < 16; ++row) {
       for (int output = 0; output < 48; ++output) {
-        for (int piece = 0; piece < 8; ++piece) {
-          float left[Chunk<T>::kCount], right[Chunk<T>::kCount];
-          Chunk<T>::unpack(load_words(shared.samples(buffer) + (warp / 2 * 16 + row) * kStagePitch + piece * 16), left);
-          Chunk<T>::unpack(load_words(shared.filters(buffer) + (warp % 2 * 48 + output) * kStagePitch + piece * 16),
-                           right);
-          for (int i = 0; i < Chunk<T>::kCount; ++i) sums_[row][output] += left[i] * right[i];
-        }
+        for (int i = 0; i < kChannels; ++i) sums_[row][output] += left[row][i] * right[output][i];
       }
     }
   }

@@ -1,0 +1,328 @@
+"""AlignConv beside what it replaces, in one run: the vanilla convolution, torchvision's `deform_conv2d`, the roofline.
+
+    python tests/bench/bench_align_conv.py [--device cuda --dtype bfloat16] [--json OUT]
+
+Every repetition runs every case once, so that a busy machine slows all of them alike; the ratios are of medians. The
+peers do the same work: all levels, all aspects, location and class outputs together. torchvision gets its offsets ready
+made. `detector` compares whole-detector inference with the two heads, and runs on a GPU only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torchvision
+from torch import Tensor
+from torch.nn import functional
+from torchvision.ops import deform_conv2d
+
+from model.ops import library
+from model.ops.align_conv import align_conv
+
+ASPECTS = ((1.0, 1.0), (2.0**0.5, 0.5**0.5), (0.5**0.5, 2.0**0.5))  # width, height over the anchor's side
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Inputs of one image: everything that a case reads, on the device."""
+
+    features: list[Tensor]
+    strides: list[int]
+    boxes: Tensor
+    weight: list[Tensor]
+    bias: list[Tensor]
+    offsets: list[list[Tensor]]  # level, aspect: of deform_conv2d
+    survivors: dict[int, Tensor]  # percent -> index
+
+    @property
+    def flops(self) -> float:
+        return 2.0 * self.boxes.shape[0] * self.weight[0][0].numel()
+
+
+def make_workload(arguments: argparse.Namespace) -> Workload:
+    """Random features, and boxes as an ARM leaves them: anchors of four strides, moved and scaled a little."""
+    generator = torch.Generator().manual_seed(0)
+    device, dtype = torch.device(arguments.device), getattr(torch, arguments.dtype)
+    strides = [8 * 2**level for level in range(5 if arguments.size >= 1024 else 4)]
+    kernel, channels, outputs = arguments.kernel, arguments.channels, arguments.classes + 5
+    features, boxes, offsets = [], [], []
+    for stride in strides:
+        side = arguments.size // stride
+        layout = torch.contiguous_format if arguments.planar else torch.channels_last
+        features.append(torch.randn(1, channels, side, side, generator=generator).contiguous(memory_format=layout))
+        y, x = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+        centre = (torch.stack([x, y], dim=-1)[:, :, None] + 0.5) * stride
+        size = 4 * stride * torch.tensor(ASPECTS)
+        centre = centre + 0.1 * size * torch.randn(side, side, 3, 2, generator=generator)
+        size = size * torch.exp(0.2 * torch.randn(side, side, 3, 2, generator=generator))
+        corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1)
+        boxes.append(corners.flatten(0, 2))
+        offsets.append([_offsets(corners[:, :, aspect], kernel, stride) for aspect in range(3)])
+    filters = [torch.randn(3, outputs, channels, kernel, kernel, generator=generator) / 50 for _ in strides]
+    bias = [torch.randn(3, outputs, generator=generator) for _ in strides]
+    count = sum(part.shape[0] for part in boxes)
+    keys = torch.rand(count, generator=generator)
+    return Workload(
+        features=[feature.to(device, dtype) for feature in features],
+        strides=strides,
+        boxes=torch.cat(boxes).to(device),
+        weight=[part.to(device, dtype) for part in filters],
+        bias=[part.to(device, dtype) for part in bias],
+        offsets=[[offset.to(device, dtype) for offset in level] for level in offsets],
+        survivors={percent: torch.nonzero(keys < percent / 100).squeeze(1).to(device) for percent in (100, 20, 10, 5)},
+    )
+
+
+def _offsets(corners: Tensor, kernel: int, stride: int) -> Tensor:
+    """What deform_conv2d adds to its regular taps to sample the boxes [H, W, 4]: [1, 2 * K * K, H, W]."""
+    height, width, _ = corners.shape
+    parts = (torch.arange(kernel) + 0.5) / kernel
+    taps = torch.arange(kernel) - kernel // 2
+    x = (corners[..., :1] + (corners[..., 2:3] - corners[..., :1]) * parts) / stride - 0.5
+    y = (corners[..., 1:2] + (corners[..., 3:] - corners[..., 1:2]) * parts) / stride - 0.5
+    x = (x - torch.arange(width)[None, :, None] - taps)[:, :, None, :].expand(-1, -1, kernel, -1)
+    y = (y - torch.arange(height)[:, None, None] - taps)[:, :, :, None].expand(-1, -1, -1, kernel)
+    return torch.stack([y, x], dim=-1).flatten(2).permute(2, 0, 1)[None].contiguous()
+
+
+def make_cases(work: Workload) -> dict[str, Callable[[], None]]:
+    kernel = work.weight[0].shape[-1]
+    padding = kernel // 2
+    trained = [tensor.detach().requires_grad_() for tensor in (*work.features, *work.weight, *work.bias)]
+    num_levels = len(work.strides)
+    features, weight, bias = trained[:num_levels], trained[num_levels : 2 * num_levels], trained[2 * num_levels :]
+    joined = [filters.flatten(0, 1).contiguous(memory_format=torch.channels_last) for filters in work.weight]
+    with torch.no_grad():
+        output = work.features[0].new_empty(work.boxes.shape[0], work.weight[0].shape[1])
+    full = torch.randn_like(output)
+    mined = full * (torch.rand(output.shape[0], 1, device=output.device) < 0.025)  # 3:1 mining leaves about this many
+
+    def vanilla() -> None:
+        with torch.no_grad():
+            for feature, filters, offset in zip(work.features, joined, work.bias, strict=True):
+                functional.conv2d(feature, filters, offset.flatten(), padding=padding)
+
+    def deform(inputs: list[Tensor], filters: list[Tensor], offset: list[Tensor]) -> list[Tensor]:
+        return [
+            deform_conv2d(inputs[level], work.offsets[level][aspect], filters[level][aspect], offset[level][aspect],
+                          padding=padding)
+            for level in range(num_levels)
+            for aspect in range(3)
+        ]  # fmt: skip
+
+    def deform_forward() -> None:
+        with torch.no_grad():
+            deform(work.features, work.weight, work.bias)
+
+    def deform_train() -> None:
+        outputs = deform(features, weight, bias)
+        torch.autograd.grad(outputs, trained, [torch.ones_like(output) for output in outputs])
+
+    def sparse(percent: int) -> Callable[[], None]:
+        index = work.survivors[percent]
+        boxes = work.boxes[index]
+
+        def run() -> None:
+            with torch.no_grad():
+                align_conv(work.features, work.strides, boxes, index, work.weight, work.bias)
+
+        return run
+
+    def train(gradient: Tensor) -> Callable[[], None]:
+        def run() -> None:
+            outputs = align_conv(features, work.strides, work.boxes, work.survivors[100], weight, bias)
+            torch.autograd.grad(outputs, trained, gradient)
+
+        return run
+
+    return {
+        "vanilla convolution": vanilla,
+        "AlignConv, all anchors": sparse(100),
+        "AlignConv, 20 % survive": sparse(20),
+        "AlignConv, 10 % survive": sparse(10),
+        "AlignConv, 5 % survive": sparse(5),
+        "deform_conv2d": deform_forward,
+        "AlignConv, forward + backward": train(full),
+        "AlignConv, forward + backward, 2.5 % of rows": train(mined),
+        "deform_conv2d, forward + backward": deform_train,
+    }
+
+
+def measure(cases: dict[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, list[float]]:
+    """Milliseconds of every repetition of every case but the first, which warms up.
+
+    On a CPU deform_conv2d takes many seconds: it needs no warming up, and two repetitions are enough.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    for repeat in range(repeats + 1):
+        for name, case in cases.items():
+            slow = device.type == "cpu" and name.startswith("deform")
+            if slow and repeat >= 2:
+                continue
+            if device.type == "cuda":
+                case()  # queues are full and clocks up
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            case()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            if repeat > 0 or slow:
+                seconds[name].append(1e3 * (time.perf_counter() - start))
+    return seconds
+
+
+def measure_roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """(FLOP/s of a matrix product, bytes/s of a copy), the best of some, in this very state of the machine."""
+    side = 8192 if device.type == "cuda" else 2048
+    left, right = torch.randn(2, side, side, device=device, dtype=dtype).unbind()
+    buffer = torch.empty(2, 2**27 if device.type == "cuda" else 2**24, device=device)
+    best = [float("inf"), float("inf")]
+    for _ in range(5):
+        for kind, work in enumerate((lambda: left @ right, lambda: buffer[0].copy_(buffer[1]))):
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            start = time.perf_counter()
+            work()
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            best[kind] = min(best[kind], time.perf_counter() - start)
+    return 2.0 * side**3 / best[0], 8.0 * buffer.shape[1] / best[1]
+
+
+def measure_memory(work: Workload) -> dict[str, float]:
+    """MB beyond the inputs at the highest point of a call, its results included. Linux, or a GPU."""
+    results = {}
+    for name, percent, train in (
+        ("forward, 10 %", 10, False),
+        ("forward, all anchors", 100, False),
+        ("forward + backward, all anchors", 100, True),
+    ):
+        index = work.survivors[percent]
+        tensors = [part.detach().requires_grad_(train) for part in (*work.features, *work.weight, *work.bias)]
+        levels = len(work.strides)
+        features, weight, bias = tensors[:levels], tensors[levels : 2 * levels], tensors[2 * levels :]
+        boxes = work.boxes[index]
+
+        def run(rows: slice = slice(None)) -> None:
+            output = align_conv(features, work.strides, boxes[rows], index[rows], weight, bias)  # noqa: B023
+            if train:  # noqa: B023
+                torch.autograd.grad(output, tensors, torch.ones_like(output))  # noqa: B023
+
+        gc.collect()
+        if work.boxes.is_cuda:
+            run(slice(8))
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            run()
+            results[name] = (torch.cuda.max_memory_allocated() - before) / 1e6
+        else:
+            run(slice(8))
+            # Memory that was freed but not returned would hide what the call needs.
+            ctypes_trim()
+            Path("/proc/self/clear_refs").write_text("5")
+            before = _status("VmRSS")
+            run()
+            results[name] = (_status("VmHWM") - before) / 1e3
+    return results
+
+
+def ctypes_trim() -> None:
+    import ctypes
+
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def _status(key: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(float(line.split()[1]) for line in lines if line.startswith(key + ":"))
+
+
+def describe_machine(device: torch.device) -> dict[str, str]:
+    cpu = next(
+        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
+        platform.processor(),
+    )
+    commit = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--exclude", "*"], capture_output=True, text=True, check=False
+    )
+    return {
+        "hardware": torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"{cpu}, {torch.get_num_threads()} cores",
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "operators": library.describe().reason,
+        "commit": commit.stdout.strip() or "unknown",
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--dtype", default=None, choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--size", type=int, default=1024, help="side of the input, pixels")
+    parser.add_argument("--channels", type=int, default=256)
+    parser.add_argument("--classes", type=int, default=80)
+    parser.add_argument("--kernel", type=int, default=3, choices=[3, 5, 7])
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=None)
+    parser.add_argument("--planar", action="store_true", help="features in [B, F, H, W] memory, not channels-last")
+    parser.add_argument("--skip", nargs="*", default=[], help="leave out the cases whose name contains one of these")
+    parser.add_argument("--json", type=Path, default=None)
+    arguments = parser.parse_args()
+    device = torch.device(arguments.device)
+    arguments.dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    if arguments.threads:
+        torch.set_num_threads(arguments.threads)
+
+    work = make_workload(arguments)
+    memory = measure_memory(work)
+    cases = {n: case for n, case in make_cases(work).items() if not any(part in n for part in arguments.skip)}
+    milliseconds = measure(cases, device, arguments.repeats)
+    flops, bandwidth = measure_roofline(device, getattr(torch, arguments.dtype))
+    medians = {name: statistics.median(times) for name, times in milliseconds.items()}
+    floors = {f"AlignConv, {p} %": 1e3 * work.flops * p / 100 / flops for p in (100, 20, 10, 5)}
+
+    machine = describe_machine(device)
+    print("\n".join(f"{key:13} {value}" for key, value in machine.items()))
+    print(f"{'workload':13} {arguments.size} pixels, {work.boxes.shape[0]} anchors, {arguments.channels} channels, "
+          f"K = {arguments.kernel}, {arguments.classes + 5} outputs, {arguments.dtype}, "
+          f"{'planar' if arguments.planar else 'channels-last'}, {work.flops / 1e9:.1f} GFLOP")  # fmt: skip
+    print(f"\n{'case':46} {'median ms':>10} {'min':>9} {'max':>9} {'of vanilla':>11} {'deform / this':>14}")
+    for name, times in milliseconds.items():
+        deform = "deform_conv2d, forward + backward" if "backward" in name else "deform_conv2d"
+        print(f"{name:46} {medians[name]:10.2f} {min(times):9.2f} {max(times):9.2f} "
+              f"{_ratio(medians, name, 'vanilla convolution'):>11} {_ratio(medians, deform, name):>14}")  # fmt: skip
+    print(f"\nroofline: {flops / 1e9:.0f} GFLOP/s (matrix product), {bandwidth / 1e9:.1f} GB/s (copy); floor ms "
+          + ", ".join(f"{name}: {value:.2f}" for name, value in floors.items()))  # fmt: skip
+    print("peak extra memory, results included: " + ", ".join(f"{name}: {mb:.0f} MB" for name, mb in memory.items()))
+    if arguments.json:
+        report = {
+            "machine": machine,
+            "workload": {**{k: v for k, v in vars(arguments).items() if k != "json"}, "flops": work.flops},
+            "milliseconds": milliseconds,
+            "memory_mb": memory,
+            "roofline": {"flops_per_s": flops, "bytes_per_s": bandwidth, "floor_ms": floors},
+            "library": {key: str(value) for key, value in asdict(library.describe()).items()},
+        }
+        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def _ratio(medians: dict[str, float], above: str, below: str) -> str:
+    return f"{medians[above] / medians[below]:.3f}" if above in medians and below in medians else ""
+
+
+if __name__ == "__main__":
+    main()
