@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -15,6 +15,7 @@ from pipeline.spec_files import load_spec
 
 if TYPE_CHECKING:
     from pipeline.cluster.jobs import JobsClient
+    from pipeline.evaluation import CocoMetrics
 
 app = typer.Typer(
     help="RefineDet++ as a distributed training pipeline.",
@@ -33,6 +34,9 @@ Address = Annotated[str | None, typer.Option(help="Ray cluster, HOST:PORT or ray
 Dashboard = Annotated[
     str | None, typer.Option("--address", help="the cluster's dashboard, http://HOST:8265; default: on this machine")
 ]
+Weights = Annotated[str | None, typer.Option(help="other weights, file or URI; default: the run's")]
+Shards = Annotated[str | None, typer.Option(help="other shards, folder or URI; default: the run's validation shards")]
+Output = Annotated[str | None, typer.Option(help="folder for the results; default: the run's")]
 RunOrJob = Annotated[str, typer.Argument(metavar="NAME", help="a run's name (its last job), or a job's id")]
 
 
@@ -200,19 +204,95 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="a run's folde
 
 @app.command()
 def evaluate(
-    detections: Annotated[str, typer.Option(help="COCO results JSON")],
-    annotations: Annotated[str, typer.Option(help="COCO instances JSON")],
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="a run's folder")] = None,
+    overrides: Overrides = None,
+    detections: Annotated[str | None, typer.Option(help="instead of a run: COCO results JSON")] = None,
+    annotations: Annotated[str | None, typer.Option(help="instead of a run: COCO instances JSON")] = None,
+    weights: Weights = None,
+    shards: Shards = None,
+    output: Output = None,
+    address: Address = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="write the numbers here too")] = None,
 ) -> None:
-    """COCO's twelve numbers of a detections file."""
-    from pipeline.evaluation import METRIC_NAMES, evaluate_coco
-    from pipeline.evaluation.truth import read_json_file
+    """COCO's twelve numbers, of a run's weights or of a detections file."""
+    if run is None:
+        if not (detections and annotations):
+            raise UserError("evaluate takes a run's folder, or --detections FILE and --annotations FILE.")
+        from pipeline.evaluation import evaluate_coco
+        from pipeline.evaluation.truth import read_json_file
 
-    metrics = evaluate_coco(annotations, read_json_file(detections, "detections"))
-    for name in METRIC_NAMES:
-        typer.echo(f"{name:<6} {metrics.values[name]:.6f}")
+        metrics = evaluate_coco(annotations, read_json_file(detections, "detections"))
+    else:
+        metrics = _evaluate_run(run, "single", overrides, weights, shards, output, address)
+    _print_metrics(metrics, json_file)
+
+
+@app.command()
+def multiscale(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder")],
+    overrides: Overrides = None,
+    weights: Weights = None,
+    shards: Shards = None,
+    output: Output = None,
+    address: Address = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the numbers here too")] = None,
+) -> None:
+    """COCO's twelve numbers of a run's weights, tested at several scales and mirrored."""
+    _print_metrics(_evaluate_run(run, "multiscale", overrides, weights, shards, output, address), json_file)
+
+
+def _evaluate_run(
+    run: str,
+    mode: Literal["single", "multiscale"],
+    overrides: list[str] | None,
+    weights: str | None,
+    shards: str | None,
+    output: str | None,
+    address: str | None,
+) -> CocoMetrics | None:
+    from pipeline.cluster.evaluate import evaluate_run
+    from pipeline.cluster.progress import ProgressDisplay
+
+    with ProgressDisplay() as display:
+        return evaluate_run(
+            run,
+            mode,
+            overrides=overrides or (),
+            weights=weights,
+            shards=shards,
+            output=output,
+            address=address,
+            display=display,
+        )
+
+
+def _print_metrics(metrics: CocoMetrics | None, json_file: Path | None) -> None:
+    if metrics is None:
+        return
+    for name, value in metrics.values.items():
+        typer.echo(f"{name:<6} {value:.6f}")
     if json_file:
         json_file.write_text(json.dumps(metrics.to_json(), indent=1) + "\n", encoding="utf-8")
+
+
+@app.command()
+def render(
+    target: Annotated[str, typer.Argument(metavar="kuberay", help="what to render for")],
+    job: Job,
+    overrides: Overrides = None,
+    image: Annotated[str, typer.Option(help="container image of infra/Dockerfile")] = "refinedet:latest",
+    kind: Annotated[str, typer.Option(help="job: ends with its cluster; cluster: stays")] = "job",
+    queue: Annotated[str | None, typer.Option(help="Kueue LocalQueue")] = None,
+    spot: Annotated[str | None, typer.Option(help="gke, eks or karpenter: workers on its spot nodes")] = None,
+    volume_claim: Annotated[str | None, typer.Option(help="PersistentVolumeClaim mounted at /shared")] = None,
+) -> None:
+    """A job spec as Kubernetes manifests, for `kubectl apply -f -`."""
+    from pipeline.cluster.render import KubeRay, render_kuberay
+
+    if target != "kuberay":
+        raise UserError(f"There is nothing to render for {target!r}; there is kuberay.")
+    options = KubeRay(image=image, kind=kind, queue=queue, spot=spot, volume_claim=volume_claim)  # type: ignore[arg-type]
+    typer.echo(render_kuberay(load_spec(job, overrides or ()), options), nl=False)
 
 
 @app.command()
@@ -282,8 +362,13 @@ def data_check(shards: Annotated[str, typer.Argument(help="folder or URI of shar
     from pipeline.data import check_shards
 
     found = check_shards(shards)
-    typer.echo(str(found))
-    if not found.ok:
+    for fault in found.faults:
+        typer.echo(str(fault))
+    typer.echo(
+        f"{found.num_shards} shards, {found.num_samples} images, {found.num_objects} objects: "
+        + (f"{len(found.faults)} faults" if found.faults else "all digests and boxes in order")
+    )
+    if found.faults:
         raise typer.Exit(1)
 
 

@@ -5,12 +5,13 @@ A worker that dies costs the piece it held; a piece that is committed is never d
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import threading
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import ray
@@ -46,26 +47,80 @@ _POLL_S = 0.5
 
 @dataclass(frozen=True)
 class DetectionJob:
-    """What is detected with what: everything that a piece depends on is in `fingerprint`."""
+    """What is detected with what: everything that a piece depends on is in `fingerprint`.
+
+    weights    safetensors file of a detector that the run's spec describes
+    shards     folder of the shards with the images
+    truth      COCO instances file of those images, in the shards' order
+    output     folder that detections/, metrics.json and the pieces come to lie in
+    """
 
     mode: Mode
     weights: str
     shards: str
+    truth: str
+    output: str
     image_ids: tuple[int, ...]
-    """of the shards' samples, by position"""
-    folder: str
     fingerprint: str
+
+    @property
+    def folder(self) -> str:
+        """Of the committed pieces."""
+        return storage.join(self.output, "detections", self.mode)
+
+    @property
+    def detections(self) -> str:
+        """The finished COCO results file."""
+        return storage.join(self.output, "detections", f"{self.mode}.json")
+
+
+def make_detection_job(
+    run: Run, mode: Mode, *, weights: str | None = None, shards: str | None = None, output: str | None = None
+) -> tuple[DetectionJob, dict[str, Any]]:
+    """The job of a run's own weights and validation shards, or of others; and the inputs it depends on, as JSON.
+
+    Raises UserError where there are no weights.
+    """
+    from pipeline.data import open_shards, write_coco_annotations
+
+    weights = weights or run.weights
+    if not storage.exists(weights):
+        raise UserError(f"There are no weights at {weights}; run the stage train first, or name others.")
+    output = output or run.path
+    truth = run.ground_truth("val")
+    if shards or not storage.exists(truth):
+        truth = storage.join(output, "ground_truth.json")
+        write_coco_annotations(open_shards(shards or storage.join(run.shards, "val")), truth)
+    shards = shards or storage.join(run.shards, "val")
+    spec = run.spec
+    inputs = {
+        "weights": storage.digest_file(weights).sha256,
+        "shards": open_shards(shards).digest,
+        "spec": storage.digest_json(
+            {
+                "model": asdict(spec.model),
+                "evaluation": spec.evaluation.model_dump(mode="json"),
+                "multiscale": spec.multiscale.model_dump(mode="json") if spec.multiscale and mode != "single" else None,
+            }
+        ),
+    }
+    image_ids = tuple(image["id"] for image in storage.read_json(truth)["images"])
+    return DetectionJob(mode, weights, shards, truth, output, image_ids, storage.digest_json(inputs)), inputs
 
 
 def run_detection(
     run: Run,
     job: DetectionJob,
-    truth: GroundTruth | None,
     *,
     on_progress: Callable[[int, int], None],
     stop_requested: threading.Event,
-) -> tuple[CocoMetrics | None, list[dict[str, Any]]]:
-    """Detect every image once; returns the metrics (None without a truth) and all detections, in image order."""
+) -> tuple[CocoMetrics | None, int]:
+    """Detect every image once, write the results file and metrics.json.
+
+    returns  the metrics (None where the truth has no annotations, as test-dev's) and the number of detections
+    """
+    truth_json = storage.read_json(job.truth)
+    truth = GroundTruth.of(truth_json) if truth_json["annotations"] else None
     pieces = split_into_pieces(len(job.image_ids), run.spec.evaluation.images_per_piece)
     matches = []
     done = 0
@@ -73,10 +128,16 @@ def run_detection(
         done += len(piece.positions)
         matches.append(found)
         on_progress(done, len(job.image_ids))
-    metrics = accumulate(truth, matches) if truth is not None else None
     tables = [read_piece(job.folder, piece, fingerprint=job.fingerprint) for piece in pieces]
     merged = merge_pieces([table for table in tables if table is not None], job.image_ids)
-    return metrics, merged.rows()
+    storage.write_bytes(job.detections, json.dumps(merged.rows()).encode())
+    if truth is None:
+        return None, len(merged)
+    metrics = accumulate(truth, matches)
+    path = storage.join(job.output, "metrics.json")
+    known = storage.read_json(path) if storage.exists(path) else {}
+    storage.write_json(path, {**known, job.mode: metrics.to_json()})
+    return metrics, len(merged)
 
 
 def _work_through(

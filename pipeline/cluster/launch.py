@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import signal
@@ -10,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from typing import Any
+from typing import Any, Literal
 
 from pipeline import storage
 from pipeline.cluster.environment import describe_environment
@@ -186,68 +185,39 @@ class _Job:
 
     # --- evaluate, multiscale
 
-    def _detect(self, mode: str) -> None:
-        from pipeline.cluster.detection_stage import DetectionJob, run_detection
-        from pipeline.data import open_shards
-        from pipeline.evaluation import GroundTruth
+    def _detect(self, mode: Literal["single", "multiscale"]) -> None:
+        from pipeline.cluster.detection_stage import make_detection_job, run_detection
 
         stage = "evaluate" if mode == "single" else "multiscale"
         if not self.spec.data.val or (mode == "multiscale" and self.spec.multiscale is None):
             return
-        weights = self.run.weights
-        if not storage.exists(weights):
-            raise UserError(f"There are no weights at {weights}; run the stage train first.")
         self.display.stage(stage, unit="images")
-        shards = open_shards(storage.join(self.run.shards, "val"))
-        truth_json = storage.read_json(self.run.ground_truth("val"))
-        inputs = {
-            "weights": storage.digest_file(weights).sha256,
-            "shards": shards.digest,
-            "spec": storage.digest_json(
-                {
-                    "model": asdict(self.spec.model),
-                    "evaluation": self.spec.evaluation.model_dump(mode="json"),
-                    "multiscale": self.spec.multiscale.model_dump(mode="json")
-                    if mode == "multiscale" and self.spec.multiscale
-                    else None,
-                }
-            ),
-        }
-        file = f"detections/{mode}.json"
+        job, inputs = make_detection_job(self.run, mode)
         if self.run.stage_is_done(stage, inputs):
             self.display.done("done before")
             return
-        job = DetectionJob(
-            mode="multiscale" if mode == "multiscale" else "single",
-            weights=weights,
-            shards=storage.join(self.run.shards, "val"),
-            image_ids=tuple(image["id"] for image in truth_json["images"]),
-            folder=self.run.file("detections", mode),
-            fingerprint=storage.digest_json(inputs),
-        )
-        truth = GroundTruth.of(truth_json) if truth_json["annotations"] else None
-        metrics, rows = run_detection(
+        if mode == "multiscale":
+            self._say_cost(len(job.image_ids))
+        metrics, count = run_detection(
             self.run,
             job,
-            truth,
             on_progress=lambda done, total: self._progress(done, total, "images"),
             stop_requested=self.stop,
         )
-        storage.write_bytes(self.run.file(file), json.dumps(rows).encode())
-        if metrics is not None:
-            self._write_metrics(mode, metrics.to_json())
-            self.tracker.log_metrics(0, {f"{mode}/{name}": value for name, value in metrics.values.items()})
-            self.display.done(
-                f"AP {metrics.values['AP']:.3f}  AP50 {metrics.values['AP50']:.3f}  {len(rows)} detections"
-            )
+        if metrics is None:
+            self.display.done(f"{count} detections; the data set has no annotations to measure by")
         else:
-            self.display.done(f"{len(rows)} detections; the data set has no annotations to measure by")
-        self.run.commit_stage(stage, inputs, [file])
+            self.tracker.log_metrics(0, {f"{mode}/{name}": value for name, value in metrics.values.items()})
+            self.display.done(f"AP {metrics.values['AP']:.3f}  AP50 {metrics.values['AP50']:.3f}  {count} detections")
+        self.run.commit_stage(stage, inputs, [f"detections/{mode}.json"])
 
-    def _write_metrics(self, mode: str, values: dict[str, Any]) -> None:
-        path = self.run.file("metrics.json")
-        known = storage.read_json(path) if storage.exists(path) else {}
-        storage.write_json(path, {**known, mode: values})
+    def _say_cost(self, num_images: int) -> None:
+        from pipeline.evaluation import describe_cost, resolve_passes
+
+        assert self.spec.multiscale is not None
+        passes = resolve_passes(self.spec.multiscale, self.spec.model)
+        cost = describe_cost(passes, input_size=self.spec.model.input_size, num_images=num_images)
+        self.display.note(f"  {cost}")
 
     # --- report
 
