@@ -225,9 +225,26 @@ class _Job:
         from pipeline.tracking.report import build_report
 
         self.display.stage("report")
+        if storage.exists(self.run.weights):
+            self._package_model()
         path = build_report(self.run.path, status="FINISHED")  # the last stage: what follows is saying so
         self.tracker.log_artifact(path)
         self.display.done(path)
+
+    def _package_model(self) -> None:
+        from pipeline.tracking.packaging import package_model
+
+        folder = os.path.join(os.path.dirname(log_folder(self.run.path)), "model")
+        part = "val" if self.spec.data.val else "train"
+        categories = storage.read_json(self.run.ground_truth(part))["categories"]
+        package_model(
+            folder,
+            config=self.spec.model,
+            weights=self.run.weights,
+            categories=sorted(categories, key=lambda category: category["id"]),
+            facts={"run": self.spec.name},
+        )
+        self.tracker.log_model(folder, name=self.spec.name, digest=storage.digest_file(self.run.weights).sha256)
 
     def report_after_failure(self) -> None:
         """A failed job leaves its report too; whatever goes wrong with it must not hide why the job failed."""
@@ -262,6 +279,7 @@ class _Job:
         for what, where in (
             ("report", self.run.file("report.html")),
             ("weights", self.run.weights),
+            ("model", "in MLflow, and as a folder for mlflow.pyfunc.load_model: " + _shown(self.run.file("model"))),
             ("MLflow", self.tracker.location),
             ("logs", log_folder(self.run.path)),
         ):
