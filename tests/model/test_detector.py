@@ -21,7 +21,8 @@ VARIANTS = {
     "AlignConv on tiled anchors": {"cascade": False},
     "prediction blocks": {"prediction_block": True},
     "five levels": {"num_levels": 5, "input_size": 128},
-    "Caffe's input": {"normalization": "caffe", "norm": "frozen"},
+    "Caffe's input": {"normalization": "caffe"},
+    "frozen norms": {"norm": "frozen"},
 }
 
 
