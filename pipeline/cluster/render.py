@@ -108,6 +108,12 @@ def workers_per_pod(spec: JobSpec, options: KubeRay) -> int:
 
 
 def _check(spec: JobSpec, options: KubeRay) -> None:
+    for name, value, known in (
+        ("kind", options.kind, ("job", "cluster")),
+        ("spot", options.spot, (None, *_SPOT_LABELS)),
+    ):
+        if value not in known:
+            raise UserError(f"{name} must be one of {', '.join(filter(None, known))}, received {value!r}")
     plain = spec.model_dump(mode="json")
     if redact(plain) != plain:
         raise UserError(

@@ -18,6 +18,7 @@ from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.spec import Tracking
 from pipeline.tracking import stores
+from pipeline.tracking.guardian import Guardian
 from pipeline.tracking.outbox import Outbox, Point
 from pipeline.tracking.redaction import parameters, redact_text
 
@@ -33,6 +34,7 @@ logger = logging.getLogger(__name__)
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 RUN_TAG = "refinedet.run"
 OWNER_TAG = "refinedet.owner"
+REASON_TAG = "refinedet.reason"
 TRACKING_FILE = "tracking.json"
 
 _MAX_PARAM_BYTES = 6000  # MLflow's own limits
@@ -76,6 +78,7 @@ class RunTracker:
             self._outbox.put_call("the status", lambda: self.client.update_run(self.run_id, status="RUNNING"))
             self.set_tags({OWNER_TAG: self._owner})
         self._write_identity("RUNNING")
+        self._guardian = Guardian(uri=self.uri, run_id=self.run_id, owner=self._owner)
 
     # --- what a job writes
 
@@ -134,13 +137,14 @@ class RunTracker:
             return True
         self._status = status
         if reason:
-            self.set_tags({"refinedet.reason": reason})
+            self.set_tags({REASON_TAG: reason})
         end_ms = int(time.time() * 1000)
         self._outbox.put_call(
             f"the status {status}", lambda: self.client.set_terminated(self.run_id, status=status, end_time=end_ms)
         )
         self._write_identity(status, reason)
         delivered = self._outbox.close(timeout_s)
+        self._guardian.dismiss()
         stores.settle_store(self.uri)
         return delivered
 

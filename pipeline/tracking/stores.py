@@ -42,6 +42,7 @@ def quiet_mlflow() -> None:
         library.handlers = []
         library.propagate = True
         library.setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # the outbox says once that a server is away
 
 
 def tracking_uri(tracking: Tracking, runs: str) -> str:

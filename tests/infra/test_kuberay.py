@@ -215,6 +215,12 @@ def test_what_could_not_work_is_refused_in_a_sentence(change, said):
     assert "hunter2" not in str(refused.value)
 
 
+@pytest.mark.parametrize("options", [{"kind": "pod"}, {"spot": "azure"}])
+def test_an_unknown_choice_is_refused_with_those_there_are(options):
+    with pytest.raises(UserError, match="must be one of"):
+        render_kuberay(_spec(), KubeRay(image="x", **options))
+
+
 def test_too_many_gpus_for_a_node_are_refused():
     with pytest.raises(UserError, match="a pod would need 16 GPUs, a node has 8"):
         render_kuberay(_spec(placement="STRICT_PACK"), KubeRay(image="x"))

@@ -5,12 +5,13 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 
 import pytest
 
 from pipeline.errors import UserError
 from pipeline.spec import Tracking
-from pipeline.tracking.runs import RunTracker
+from pipeline.tracking.runs import MlflowClient, RunTracker
 
 
 def _open(runs, name="job", **tracking) -> RunTracker:
@@ -70,7 +71,7 @@ def test_the_same_folder_resumes_the_same_run_and_another_does_not(runs):
         assert other.run_id != first.run_id
 
 
-def test_a_killed_process_leaves_a_run_that_is_resumed(runs):
+def test_a_killed_process_leaves_a_run_that_is_marked_and_resumed(runs):
     code = f"""
         import os, signal
         from pipeline.spec import Tracking
@@ -83,9 +84,14 @@ def test_a_killed_process_leaves_a_run_that_is_resumed(runs):
     """
     killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL
+    client, run_id = MlflowClient(f"sqlite:///{runs}/mlflow.db"), killed.stdout.strip()
+    deadline = time.monotonic() + 120
+    while client.get_run(run_id).info.status == "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert client.get_run(run_id).info.status == "KILLED", "its guardian marks it"
     with _open(runs) as tracker:
         assert tracker.resumed
-        assert tracker.run_id == killed.stdout.strip()
+        assert tracker.run_id == run_id
         tracker.log_metrics(2, {"loss": 1.0})
     assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
     assert _history(tracker, "loss") == [(1, 2.0), (2, 1.0)]
