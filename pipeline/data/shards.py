@@ -56,12 +56,13 @@ def prepare_shards(
     if not splits:
         raise UserError(f"data.{part} is empty: name at least one split")
     request = _request(data, part, splits)
-    if _claim(destination, request):
+    if _is_written(destination, request):
         return open_shards(destination)
     faults = FaultLog(data.max_bad_samples, f"data.{part}")
     source = _READERS[data.format](data, part, splits, faults)
     if not source.records:
         raise UserError(f"data.{part} has no images left: check its files, and the ids that select them")
+    storage.write_json(storage.join(destination, REQUEST), {"request": request})
     groups = _cut(source.records, data.shard_bytes)
     starts = [0, *itertools.accumulate(len(group) for group in groups)]
     done, shards = 0, {}
@@ -106,7 +107,7 @@ def _request(data: Data, part: str, splits: tuple[Split, ...]) -> str:
     return storage.digest_json(asked)
 
 
-def _claim(destination: str, request: str) -> bool:
+def _is_written(destination: str, request: str) -> bool:
     """Whether the shards asked for are there already; an error where another data set's are."""
     for name, complete in ((INDEX, True), (REQUEST, False)):
         path = storage.join(destination, name)
@@ -117,7 +118,6 @@ def _claim(destination: str, request: str) -> bool:
                     "remove it, or choose another folder with data.shards"
                 )
             return complete
-    storage.write_json(storage.join(destination, REQUEST), {"request": request})
     return False
 
 

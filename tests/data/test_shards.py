@@ -68,7 +68,7 @@ def test_a_write_that_was_cut_off_goes_on_where_it_stopped(
         write_bytes(path, content)
 
     monkeypatch.setattr(storage, "write_bytes", limited)
-    with pytest.raises(UserError, match="No space left on device.*make room"):
+    with pytest.raises(UserError, match=r"No space left on device.*make room"):
         prepare_shards(shapes, "train", str(folder), threads=1)
     with pytest.raises(UserError, match="holds no shards"):
         open_shards(str(folder))

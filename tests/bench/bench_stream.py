@@ -1,0 +1,280 @@
+"""The training stream beside torchvision, plain JPEG decoding and webdataset's own loader, in one run, one core each.
+
+    python tests/bench/bench_stream.py [--coco FOLDER] [--size 512] [--rounds 5] [--json OUT]
+
+FOLDER is laid out as COCO 2017 (default: ../shared/data/coco-mini). Every contender goes through the same photos in
+one process with one thread, in turns, and is given images for each second of CPU time: what other processes of the
+machine do disturbs that least. Also measured: the stream with two workers by the clock, a cold start, and an index of
+ten million samples in ten thousand shards (opening, seeking, memory).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+import cv2  # noqa: E402
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import webdataset as wds  # noqa: E402
+
+from pipeline import storage  # noqa: E402
+from pipeline.data import Cursor, ShardSet, TrainingStream, open_shards, prepare_shards  # noqa: E402
+from pipeline.data.augmentation import MEAN_RGB, augment  # noqa: E402
+from pipeline.data.images import stack_images  # noqa: E402
+from pipeline.data.index import FORMAT_VERSION, contents_name  # noqa: E402
+from pipeline.data.order import EpochOrder  # noqa: E402
+from pipeline.data.randomness import keyed_generator  # noqa: E402
+from pipeline.data.reading import decode_sample  # noqa: E402
+from pipeline.spec import Augmentation, Data, Split  # noqa: E402
+
+BATCH = 8
+STREAM = "stream, full SSD augmentation"
+NUM_SHARDS, PER_SHARD = 10_000, 1000
+
+
+def stream_images(shards: ShardSet, size: int, augmentation: Augmentation | None, workers: int = 0) -> Iterator[int]:
+    stream = TrainingStream(
+        shards, input_size=size, augmentation=augmentation, seed=0, global_batch=BATCH, workers=workers
+    )
+    for batch in stream:
+        yield len(batch)
+
+
+def webdataset_images(shards: ShardSet, size: int) -> Iterator[int]:
+    """webdataset's own reading, shuffling and batching around our decoding and augmentation."""
+
+    def view(sample: dict[str, Any]) -> np.ndarray:
+        decoded = decode_sample(sample, shards, sample["__url__"])
+        rng = keyed_generator(0, sample["__key__"])
+        return augment(decoded.image, decoded.boxes, decoded.labels, size=size, rng=rng, settings=Augmentation())[0]
+
+    urls = [shards.shard_url(shard) for shard in range(len(shards))]
+    dataset: Any = wds.WebDataset(urls, shardshuffle=100)  # type: ignore[attr-defined]
+    dataset = dataset.shuffle(1000).map(view).batched(BATCH, collation_fn=lambda views: stack_images(views))
+    while True:
+        for images in dataset:
+            yield len(images)
+
+
+def torchvision_images(folder: Path, size: int) -> Iterator[int]:
+    """CocoDetection with the same augmentation from transforms.v2, as torchvision's SSD recipe composes it."""
+    from torchvision.datasets import CocoDetection, wrap_dataset_for_transforms_v2
+    from torchvision.transforms import InterpolationMode, v2
+
+    modes = [InterpolationMode.BILINEAR, InterpolationMode.BICUBIC, InterpolationMode.NEAREST_EXACT]
+    transform = v2.Compose(
+        [
+            v2.ToImage(),
+            v2.RandomPhotometricDistort(p=0.5),
+            v2.RandomZoomOut(fill=list(MEAN_RGB), side_range=(1.0, 4.0), p=0.5),
+            v2.RandomIoUCrop(),
+            v2.RandomChoice([v2.Resize((size, size), interpolation=mode) for mode in modes]),
+            v2.RandomHorizontalFlip(),
+            v2.SanitizeBoundingBoxes(),
+        ]
+    )
+    annotations = str(folder / "annotations" / "instances_train2017.json")
+    dataset = wrap_dataset_for_transforms_v2(
+        CocoDetection(str(folder / "train2017"), annotations, transforms=transform), target_keys=["boxes", "labels"]
+    )
+    order = np.random.default_rng(0)
+    while True:
+        images = []
+        for index in order.permutation(len(dataset)):
+            image, target = dataset[int(index)]
+            if "boxes" in target:
+                images.append(image)
+            if len(images) == BATCH:
+                torch.stack(images)
+                yield len(images)
+                images = []
+
+
+def decoded_images(folder: Path) -> Iterator[int]:
+    contents = [path.read_bytes() for path in sorted((folder / "train2017").glob("*.jpg"))]
+    while True:
+        for content in contents:
+            cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR)
+            yield 1
+
+
+def images_per_second(source: Iterator[int], count: int, clock: Callable[[], float]) -> float:
+    began, done = clock(), 0
+    while done < count:
+        done += next(source)
+    return done / (clock() - began)
+
+
+def compare(folder: Path, shards: ShardSet, size: int, rounds: int, count: int) -> dict[str, list[float]]:
+    """Images for a second of CPU time, by contender and round."""
+    sources = {
+        STREAM: stream_images(shards, size, Augmentation()),
+        "stream, plain resize": stream_images(shards, size, None),
+        "webdataset's loader, same work": webdataset_images(shards, size),
+        "torchvision CocoDetection + v2": torchvision_images(folder, size),
+        "plain JPEG decoding": decoded_images(folder),
+    }
+    for source in sources.values():
+        next(source)
+    rates: dict[str, list[float]] = {name: [] for name in sources}
+    for _ in range(rounds):
+        for name, source in sources.items():
+            amount = count // 4 if name.startswith("torchvision") else count
+            rates[name].append(images_per_second(source, amount, time.process_time))
+    return rates
+
+
+def measure_workers(shards: ShardSet, size: int, count: int) -> tuple[float, float]:
+    """Seconds to the first batch, workers' start included, and images a second by the clock, of two workers."""
+    began = time.perf_counter()
+    source = stream_images(shards, size, Augmentation(), workers=2)
+    next(source)
+    first = time.perf_counter() - began
+    return first, images_per_second(source, count, time.perf_counter)
+
+
+def write_large_index(folder: Path, cursors: list[Cursor], seed: int, batch: int) -> None:
+    """An index of ten million samples, and the contents of the shards that the cursors' batches lie in."""
+    columns = {
+        "keys": [f"{number:08d}" for number in range(PER_SHARD)],
+        "offsets": list(range(0, PER_SHARD * 160_000, 160_000)),
+        "sizes": [160_000] * PER_SHARD,
+        "crc32": [0] * PER_SHARD,
+        "objects_offsets": [158_000] * PER_SHARD,
+    }
+    contents = json.dumps({"samples": columns}).encode()
+    names = [f"shard-{number:06d}.tar" for number in range(NUM_SHARDS)]
+    table = {
+        "names": names,
+        "bytes": [PER_SHARD * 160_000] * NUM_SHARDS,
+        "sha256": [storage.digest_bytes(name.encode()) for name in names],
+        "contents_sha256": [storage.digest_bytes(contents)] * NUM_SHARDS,
+        "num_samples": [PER_SHARD] * NUM_SHARDS,
+    }
+    index = {"format_version": FORMAT_VERSION, "format": "coco", "part": "train", "digest": "0" * 64}
+    index |= {"categories": [{"id": 1, "name": "thing"}], "faults": [], "shards": table}
+    storage.write_json(str(folder / "index.json"), index)
+    for epoch, at in cursors:
+        order = EpochOrder([PER_SHARD] * NUM_SHARDS, seed=seed, epoch=epoch, window=4096, streams=16)
+        for position in order.positions(at * batch, (at + 1) * batch):
+            (folder / contents_name(names[position // PER_SHARD])).write_bytes(contents)
+
+
+LARGE_INDEX = """
+import json, os, resource, sys, time
+from pipeline.data import open_shards
+from pipeline.data.order import EpochOrder
+from pipeline.data.stages import Plan
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+began = time.perf_counter()
+shards = open_shards(sys.argv[1])
+opened = time.perf_counter() - began
+seeks = []
+for epoch, at in json.loads(sys.argv[2]):
+    began = time.perf_counter()
+    order = EpochOrder(shards.sizes, seed=0, epoch=epoch, window=4096, streams=16)
+    entries = [shards.entry(int(position)) for position in order.positions(at * 32, (at + 1) * 32)]
+    seeks.append(time.perf_counter() - began)
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps({"samples": shards.num_samples, "open_s": opened, "worst_seek_s": max(seeks),
+                  "memory_mb": (after - before) / 1024, "process_mb": after / 1024}))
+"""
+
+
+def measure_large_index() -> dict[str, float]:
+    cursors = [Cursor(0, 0), Cursor(0, 312_499), Cursor(7, 123_456), Cursor(109, 300_001), Cursor(3, 1)]
+    with tempfile.TemporaryDirectory() as folder:
+        write_large_index(Path(folder), cursors, seed=0, batch=32)
+        command = [sys.executable, "-c", LARGE_INDEX, folder, json.dumps(cursors)]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
+
+
+def facts() -> dict[str, str]:
+    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
+    names = ("torch", "torchvision", "opencv-python-headless", "webdataset", "numpy")
+    processor = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
+        processor = models[0].partition(":")[2].strip() if models else processor
+    return {
+        "hardware": f"{processor}, {os.cpu_count()} cores",
+        "versions": ", ".join(f"{name} {version(name)}" for name in names),
+        "commit": commit or "none",
+    }
+
+
+def table(result: dict[str, Any], shards: ShardSet) -> Iterator[str]:
+    yield f"{result['hardware']}; {result['versions']}; commit {result['commit']}"
+    yield f"\n{shards.num_samples} photos, views of {result['size']} x {result['size']}, one core\n"
+    yield f"{'':34}{'images/s of CPU':>16}{'lowest':>9}{'highest':>9}{'stream with full augmentation is':>36}"
+    for name, values in result["rates"].items():
+        ratio = f"{result['ratios'][name]:30.2f} times" if name != STREAM else ""
+        yield f"{name:34}{statistics.median(values):16.1f}{min(values):9.1f}{max(values):9.1f}{ratio}"
+    yield (
+        f"\nfirst batch: {result['cold_start_s']:.2f} s in this process, "
+        f"{result['two_workers_first_batch_s']:.2f} s with two workers, their start included"
+    )
+    yield f"two workers: {result['two_workers_images_per_s']:.1f} images/s by the clock"
+    index = result["large_index"]
+    yield (
+        f"index of {index['samples']:,} samples: opens in {index['open_s']:.2f} s, "
+        f"seeks in {index['worst_seek_s']:.3f} s at worst, takes {index['memory_mb']:.0f} MB "
+        f"(process with torch: {index['process_mb']:.0f} MB)"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--coco", type=Path, default=ROOT.parent / "shared" / "data" / "coco-mini")
+    parser.add_argument("--size", type=int, default=512)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--images", type=int, default=128, help="of each contender in a round")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    if not arguments.coco.is_dir():
+        sys.exit(f"{arguments.coco} does not exist: give a folder laid out as COCO 2017 with --coco")
+    cv2.setNumThreads(0)
+    torch.set_num_threads(1)
+    split = Split(images="train2017", annotations="annotations/instances_train2017.json")
+    data = Data(format="coco", root=str(arguments.coco), train=(split,), val=(split,), shard_bytes=4 * 2**20)
+    with tempfile.TemporaryDirectory() as folder:
+        prepare_shards(data, "train", folder)
+        shards = open_shards(folder)
+        rates = compare(arguments.coco, shards, arguments.size, arguments.rounds, arguments.images)
+        began = time.perf_counter()
+        next(stream_images(open_shards(folder), arguments.size, Augmentation()))
+        cold = time.perf_counter() - began
+        first, clocked = measure_workers(shards, arguments.size, arguments.images)
+    index = measure_large_index()
+
+    result: dict[str, Any] = {**facts(), "size": arguments.size, "rounds": arguments.rounds, "rates": rates}
+    ours = statistics.median(rates[STREAM])
+    result["ratios"] = {name: ours / statistics.median(values) for name, values in rates.items() if name != STREAM}
+    result |= {"cold_start_s": cold, "two_workers_first_batch_s": first, "two_workers_images_per_s": clocked}
+    result["large_index"] = index
+    sys.stdout.write("\n".join(table(result, shards)) + "\n")
+    if arguments.json:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

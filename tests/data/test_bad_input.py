@@ -1,0 +1,201 @@
+"""Bad annotations and images: counted and named up to the limit, then an error; never silence."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.data import EvaluationSamples, check_shards, prepare_shards, write_coco_annotations
+from pipeline.data.reading import expand_tar
+from pipeline.errors import UserError
+from pipeline.spec import Data
+
+Write = Callable[..., Data]
+
+
+def prepared(data: Data, tmp_path: Path) -> tuple[Any, list[dict[str, str]]]:
+    shards = prepare_shards(data, "train", str(tmp_path / "shards"))
+    return shards, json.loads((tmp_path / "shards" / "index.json").read_text())["faults"]
+
+
+def set_box(box: list[Any]) -> Callable[[dict[str, Any]], None]:
+    return lambda content: content["annotations"][2].update(bbox=box)
+
+
+@pytest.mark.parametrize(
+    ("box", "reason", "stays"),
+    [
+        ([4, 6, 0, 10], "has no area", True),
+        ([4, 6, -3, 10], "has no area", True),
+        ([64, 6, 5, 5], "outside the image", True),
+        ([-9, 6, 5, 5], "outside the image", True),
+        ([float("nan"), 6, 5, 5], "four finite numbers", False),
+        ([4, 6, float("inf"), 5], "four finite numbers", False),
+        ([4, 6, 5], "four finite numbers", False),
+        (["a", 6, 5, 5], "not four numbers", False),
+    ],
+)
+def test_a_bad_box_is_named_and_not_learnt(
+    coco_folder: Write, tmp_path: Path, box: list[Any], reason: str, stays: bool
+) -> None:
+    shards, faults = prepared(coco_folder(5, set_box(box)), tmp_path)
+    assert [(fault["key"], reason in fault["reason"]) for fault in faults] == [("annotation 3", True)]
+    assert [len(sample.boxes) for sample in EvaluationSamples(shards)] == [1, 1, 0, 1, 1]
+    # A box with numbers stays in the ground truth: COCO's own code counts it too.
+    write_coco_annotations(shards, str(tmp_path / "truth.json"))
+    assert len(json.loads((tmp_path / "truth.json").read_text())["annotations"]) == 4 + stays
+    assert bool(check_shards(str(tmp_path / "shards")).faults) == stays
+
+
+def test_a_box_that_reaches_over_the_edge_is_clipped(coco_folder: Write, tmp_path: Path) -> None:
+    shards, faults = prepared(coco_folder(3, set_box([-2, 40, 20, 30])), tmp_path)
+    assert faults == []
+    assert next(iter(EvaluationSamples(shards, [2]))).boxes.tolist() == [[0, 40, 18, 48]]
+
+
+def test_past_the_limit_is_an_error_that_names_the_first(coco_folder: Write, tmp_path: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        for annotation in content["annotations"][1:5]:
+            annotation["bbox"] = [0, 0, 0, 0]
+
+    with pytest.raises(UserError, match=r"more than 3 faults.*annotation 2: .*no area.*data\.max_bad_samples"):
+        prepared(coco_folder(6, edit, max_bad_samples=3), tmp_path)
+    assert not (tmp_path / "shards" / "index.json").exists()
+
+
+@pytest.mark.parametrize("number", [0, -4, 1, "x"])
+def test_annotation_ids_that_coco_would_lose_are_replaced(coco_folder: Write, tmp_path: Path, number: Any) -> None:
+    shards, faults = prepared(coco_folder(3, lambda content: content["annotations"][1].update(id=number)), tmp_path)
+    assert len(faults) == 1
+    assert "its id" in faults[0]["reason"]
+    write_coco_annotations(shards, str(tmp_path / "truth.json"))
+    ids = [entry["id"] for entry in json.loads((tmp_path / "truth.json").read_text())["annotations"]]
+    assert len(set(ids)) == 3
+    assert min(ids) > 0
+
+
+@pytest.mark.parametrize("edit", [{"category_id": 5}, {"image_id": 99}])
+def test_annotations_of_nothing_are_left_out_and_named(coco_folder: Write, tmp_path: Path, edit: dict) -> None:
+    shards, faults = prepared(coco_folder(3, lambda content: content["annotations"][1].update(edit)), tmp_path)
+    assert ["does not exist" in fault["reason"] for fault in faults] == [True]
+    assert sum(len(sample.boxes) for sample in EvaluationSamples(shards)) == 2
+
+
+def test_duplicate_ids_of_images_and_categories_are_errors_at_once(coco_folder: Write, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="image id 1 is there twice"):
+        prepared(coco_folder(3, lambda content: content["images"][1].update(id=1)), tmp_path)
+    with pytest.raises(UserError, match="category id 90 is there twice"):
+        prepared(coco_folder(3, lambda content: content["categories"][1].update(id=90)), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [("{", "is not JSON"), ("[1, 2]", "is not a COCO file, received list"), ('{"images": []}', "is not a COCO file")],
+)
+def test_a_file_that_is_not_coco_is_said(coco_folder: Write, tmp_path: Path, content: str, message: str) -> None:
+    data = coco_folder(2)
+    (tmp_path / "instances.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        prepared(data, tmp_path)
+    (tmp_path / "instances.json").unlink()
+    with pytest.raises(UserError, match=r"instances\.json does not exist"):
+        prepared(data, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "has no file"), (b"", "no JPEG or PNG"), (b"<html>gone</html>", "no JPEG or PNG")],
+)
+def test_files_that_are_no_images_are_left_out(
+    coco_folder: Write, tmp_path: Path, content: bytes | None, reason: str
+) -> None:
+    data = coco_folder(4)
+    path = tmp_path / "images" / "3.jpg"
+    path.unlink() if content is None else path.write_bytes(content)
+    shards, faults = prepared(data, tmp_path)
+    assert [reason in fault["reason"] for fault in faults] == [True]
+    assert "3.jpg" in faults[0]["key"]
+    assert [sample.image_id for sample in EvaluationSamples(shards)] == [1, 2, 4]
+
+
+def test_an_image_of_another_size_than_annotated_is_left_out(
+    coco_folder: Write, tmp_path: Path, jpeg: Callable[..., bytes]
+) -> None:
+    data = coco_folder(3)
+    (tmp_path / "images" / "2.jpg").write_bytes(jpeg(64, 48))
+    shards, faults = prepared(data, tmp_path)
+    assert ["48 x 64 pixels, its annotations say 64 x 48" in fault["reason"] for fault in faults] == [True]
+    assert shards.num_samples == 2
+
+
+def test_an_image_without_end_marker_is_kept_and_named_wherever_it_is_met(coco_folder: Write, tmp_path: Path) -> None:
+    data = coco_folder(3)
+    path = tmp_path / "images" / "2.jpg"
+    path.write_bytes(path.read_bytes()[:-2])
+    shards, faults = prepared(data, tmp_path)
+    assert ["no end marker" in fault["reason"] for fault in faults] == [True]
+    samples = EvaluationSamples(shards)
+    assert [len(sample.boxes) for sample in samples] == [1, 1, 1]
+    assert [fault.key for fault in samples.bad_samples] == [shards.key(1)]
+
+
+def test_names_that_point_out_of_the_tar_are_found_and_never_followed(coco_folder: Write, tmp_path: Path) -> None:
+    shards, _ = prepared(coco_folder(3), tmp_path)
+    file = io.BytesIO()
+    with tarfile.open(fileobj=file, mode="w") as tar:
+        for name in ("../x.jpg", "/etc/x.json"):
+            member = tarfile.TarInfo(name)
+            member.size = 3
+            tar.addfile(member, io.BytesIO(b"abc"))
+    path = tmp_path / "shards" / shards.names[0]
+    path.write_bytes(file.getvalue() + path.read_bytes())
+    faults = check_shards(str(tmp_path / "shards")).faults
+    assert {"../x.jpg", "/etc/x.json"} <= {fault.key for fault in faults}
+    assert not (tmp_path / "x.jpg").exists()
+    assert expand_tar(file.getvalue(), "x")["__key__"] == "../x"
+    with pytest.raises(UserError, match="is damaged"):  # the bytes are not where the index says, and not what it says
+        list(EvaluationSamples(shards))
+
+
+def test_ids_that_select_images(coco_folder: Write, tmp_path: Path) -> None:
+    data = coco_folder(6)
+    lists = {"lines.txt": "5\n2\n", "list.json": "[5, 2]", "file.json": json.dumps({"images": [{"id": 5}, {"id": 2}]})}
+    for name, content in lists.items():
+        (tmp_path / name).write_text(content)
+        split = data.train[0].model_copy(update={"ids": name})
+        shards = prepare_shards(data.model_copy(update={"train": (split,)}), "train", str(tmp_path / f"s-{name}"))
+        assert [sample.image_id for sample in EvaluationSamples(shards)] == [2, 5]
+    (tmp_path / "lines.txt").write_text("5\n77\n")
+    split = data.train[0].model_copy(update={"ids": "lines.txt"})
+    with pytest.raises(UserError, match=r"names 1 images that instances\.json does not have, the first: 77"):
+        prepare_shards(data.model_copy(update={"train": (split,)}), "train", str(tmp_path / "s"))
+
+
+def test_images_without_annotations_as_in_test_dev(coco_folder: Write, tmp_path: Path) -> None:
+    data = coco_folder(3, lambda content: content.pop("annotations"))
+    with pytest.raises(UserError, match="needs the lists images, categories, annotations"):
+        prepared(data, tmp_path)
+    split = data.train[0].model_copy(update={"annotations": None, "image_info": "instances.json"})
+    shards, faults = prepared(data.model_copy(update={"train": (split,)}), tmp_path)
+    assert faults == []
+    assert [len(sample.boxes) for sample in EvaluationSamples(shards)] == [0, 0, 0]
+    assert [category.id for category in shards.categories] == [7, 90]
+
+
+def test_two_splits_may_not_share_images_or_disagree_on_categories(coco_folder: Write, tmp_path: Path) -> None:
+    data = coco_folder(3)
+    twice = data.model_copy(update={"train": (data.train[0], data.train[0])})
+    with pytest.raises(UserError, match=r"image id 1 .* is already taken"):
+        prepared(twice, tmp_path)
+    content = json.loads((tmp_path / "instances.json").read_text())
+    content["categories"][0]["name"] = "comb"
+    (tmp_path / "other.json").write_text(json.dumps(content))
+    other = data.train[0].model_copy(update={"annotations": "other.json"})
+    with pytest.raises(UserError, match="has other categories"):
+        prepare_shards(data.model_copy(update={"train": (data.train[0], other)}), "train", str(tmp_path / "other"))

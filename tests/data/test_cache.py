@@ -1,0 +1,146 @@
+"""The node's cache of remote shards: bounded, shared, evicting what is done; and the retries below it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+
+from pipeline.data import Cursor, ShardSet, TrainingStream, cache, open_shards
+from pipeline.data.cache import ShardCache, node_cache, prefetch, retry
+from pipeline.errors import UserError
+from pipeline.spec import Augmentation
+
+
+@pytest.fixture
+def remote(shapes_shards: ShardSet) -> Iterator[ShardSet]:
+    """The shapes' shards in a store that is not the local disk."""
+    memory = fsspec.filesystem("memory")
+    for name in os.listdir(shapes_shards.url):
+        memory.pipe(f"/shapes/{name}", (Path(shapes_shards.url) / name).read_bytes())
+    yield open_shards("memory://shapes")
+    memory.rm("/shapes", recursive=True)
+
+
+def used(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.rglob("*.tar"))
+
+
+def batches(shards: ShardSet, **options: Any) -> list[Any]:
+    stream = TrainingStream(
+        shards,
+        input_size=48,
+        augmentation=Augmentation(),
+        seed=1,
+        global_batch=20,
+        epochs=1,
+        shuffle_window=40,
+        **options,
+    )
+    return [(batch.index, batch.keys, int(batch.images.sum())) for batch in stream]
+
+
+@pytest.mark.parametrize("room", [1, 3, 100])
+def test_remote_batches_equal_local_ones_within_the_bound(
+    shapes_shards: ShardSet, remote: ShardSet, tmp_path: Path, room: int
+) -> None:
+    bound = room * max(remote.num_bytes)
+    seen = batches(remote, cache_dir=str(tmp_path), cache_bytes=bound)
+    assert seen == batches(shapes_shards)
+    assert used(tmp_path) <= bound
+    assert not list(tmp_path.rglob("*.partial"))
+
+
+def test_copies_serve_when_the_store_is_gone(remote: ShardSet, tmp_path: Path) -> None:
+    held = ShardCache(remote, str(tmp_path), 2**30)
+    expected = [held.read(shard, 100, 50) for shard in range(len(remote))]
+    assert all(held.copy(shard) for shard in range(len(remote)))
+    memory = fsspec.filesystem("memory")
+    for name in remote.names:
+        memory.rm(f"/shapes/{name}")
+    assert [held.read(shard, 100, 50) for shard in range(len(remote))] == expected
+
+
+def test_the_least_recently_used_copy_makes_room(remote: ShardSet, tmp_path: Path) -> None:
+    held = ShardCache(remote, str(tmp_path), sum(remote.num_bytes[:3]) + 10)
+    for shard in range(3):
+        assert held.copy(shard)
+        os.utime(held.path(shard), (shard, shard))
+    held.read(0, 0, 10)
+    assert held.copy(3)
+    assert [os.path.exists(held.path(shard)) for shard in range(4)] == [True, False, True, True]
+
+
+def test_what_a_dead_process_reserved_is_freed(remote: ShardSet, tmp_path: Path) -> None:
+    held = ShardCache(remote, str(tmp_path), max(remote.num_bytes))
+    os.makedirs(os.path.dirname(held.path(5)))
+    Path(f"{held.path(5)}.lock").write_bytes(b"")
+    os.truncate(f"{held.path(5)}.lock", max(remote.num_bytes))  # as one leaves it that was killed while copying
+    Path(f"{held.path(5)}.partial").write_bytes(b"half")
+    assert held.copy(0)
+    assert not os.path.exists(f"{held.path(5)}.partial")
+
+
+def test_two_copy_the_same_shard_once(remote: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = ShardCache(remote, str(tmp_path), 2**30)
+    second: list[bool] = []
+
+    def retry_meanwhile(read: Any, what: str, **_: Any) -> Any:
+        second.append(ShardCache(remote, str(tmp_path), 2**30).copy(2))
+        return read()
+
+    monkeypatch.setattr(cache, "retry", retry_meanwhile)
+    assert held.copy(2)
+    assert second == [False]
+
+
+def test_prefetch_passes_everything_on_in_order(remote: ShardSet, tmp_path: Path) -> None:
+    held = ShardCache(remote, str(tmp_path), 2**30)
+    turns = list(range(200))
+    assert list(prefetch(turns, lambda turn: turn % len(remote), held, 7)) == turns
+    assert list(prefetch([], lambda turn: turn, held, 7)) == []
+
+
+def test_a_cache_smaller_than_a_shard_is_said(remote: ShardSet, shapes_shards: ShardSet, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"data\.cache_bytes is 1000, less than one shard"):
+        node_cache(remote, str(tmp_path), 1000)
+    assert node_cache(shapes_shards, None, 1000) is None
+
+
+def test_a_failing_store_is_tried_again_and_then_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [ConnectionError("refused"), RuntimeError("500"), TimeoutError("slow")]
+    waits: list[float] = []
+    monkeypatch.setattr(cache.time, "sleep", waits.append)
+
+    def read() -> str:
+        if failures:
+            raise failures.pop()
+        return "done"
+
+    assert retry(read, "a shard") == "done"
+    assert waits == [0.5, 1.0, 2.0]
+    failures.extend([OSError("down")] * 50)
+    with pytest.raises(UserError, match=r"a shard could not be read for .*OSError: down"):
+        retry(read, "a shard", timeout_s=2)
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
+def test_absence_and_refusal_are_not_waited_for(error: type[OSError]) -> None:
+    calls: list[int] = []
+
+    def read() -> None:
+        calls.append(1)
+        raise error("no")
+
+    with pytest.raises(error):
+        retry(read, "a shard")
+    assert calls == [1]
+
+
+def test_a_resumed_remote_stream_goes_on(remote: ShardSet, shapes_shards: ShardSet, tmp_path: Path) -> None:
+    whole = batches(shapes_shards)
+    assert batches(remote, start=Cursor(0, 6), cache_dir=str(tmp_path), cache_bytes=2**20) == whole[6:]
