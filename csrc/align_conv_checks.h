@@ -26,8 +26,8 @@ struct AlignConvShape {
 inline void check_like(const torch::stable::Tensor& tensor, const torch::stable::Tensor& first, const char* name) {
   STD_TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), "align_conv: ", name,
                   " must have the dtype of the features, received another.");
-  STD_TORCH_CHECK(tensor.is_cuda() == first.is_cuda() && tensor.get_device() == first.get_device(), "align_conv: ",
-                  name, " must be on the device of the features, received another.");
+  STD_TORCH_CHECK(tensor.is_cuda() == first.is_cuda() && tensor.get_device() == first.get_device(),
+                  "align_conv: ", name, " must be on the device of the features, received another.");
 }
 
 inline AlignConvShape check_align_conv(const std::vector<torch::stable::Tensor>& features,
@@ -40,8 +40,8 @@ inline AlignConvShape check_align_conv(const std::vector<torch::stable::Tensor>&
                   " levels are possible, received ", features.size(), ".");
   STD_TORCH_CHECK(strides.size() == features.size() && weight.size() == features.size() &&
                       (bias.empty() || bias.size() == features.size()),
-                  "align_conv: every level needs a stride, a weight and a bias, received ", features.size(), " levels, ",
-                  strides.size(), " strides, ", weight.size(), " weights, ", bias.size(), " biases.");
+                  "align_conv: every level needs a stride, a weight and a bias, received ", features.size(),
+                  " levels, ", strides.size(), " strides, ", weight.size(), " weights, ", bias.size(), " biases.");
   const ScalarType type = features[0].scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Float || type == ScalarType::Double || type == ScalarType::BFloat16 ||
                       type == ScalarType::Half,
@@ -77,9 +77,8 @@ inline AlignConvShape check_align_conv(const std::vector<torch::stable::Tensor>&
                     shape.channels, ", ", shape.kernel, ", ", shape.kernel, "].");
     check_like(weight[l], features[0], "weight");
     if (!bias.empty()) {
-      STD_TORCH_CHECK(
-          bias[l].dim() == 2 && bias[l].size(0) == shape.aspects && bias[l].size(1) == shape.outputs,
-          "align_conv: the bias of level ", l, " must be [", shape.aspects, ", ", shape.outputs, "].");
+      STD_TORCH_CHECK(bias[l].dim() == 2 && bias[l].size(0) == shape.aspects && bias[l].size(1) == shape.outputs,
+                      "align_conv: the bias of level ", l, " must be [", shape.aspects, ", ", shape.outputs, "].");
       check_like(bias[l], features[0], "bias");
     }
     shape.height[l] = static_cast<int32_t>(features[l].size(2));

@@ -10,7 +10,8 @@ STABLE_TORCH_LIBRARY(refinedet, m) {
   m.def(
       "align_conv(Tensor[] features, int[] strides, Tensor boxes, Tensor index, Tensor[] weight, Tensor[] bias) "
       "-> Tensor");
-  // Gradients of the features (where asked for), then of the weights and of the biases (where asked for), level by level.
+  // Gradients of the features (where asked for), then of the weights and of the biases (where asked for), level by
+  // level.
   m.def(
       "align_conv_backward(Tensor grad, Tensor[] features, int[] strides, Tensor boxes, Tensor index, Tensor[] weight, "
       "bool features_grad, bool filters_grad, bool deterministic) -> Tensor[]");

@@ -96,8 +96,9 @@ Groups group_rows(const AlignConvShape& shape, const Tensor& index, const Keep& 
   int64_t image_begin = 0, image = 0;  // of the image that the rows are in
   for (int64_t row = 0; row < num_rows; ++row) {
     const int64_t value = values[row];
-    STD_TORCH_CHECK(value < shape.batch * shape.anchors, "align_conv: index must lie below images * anchors = ",
-                    shape.batch * shape.anchors, ", received ", value, " at row ", row, ".");
+    STD_TORCH_CHECK(value < shape.batch * shape.anchors,
+                    "align_conv: index must lie below images * anchors = ", shape.batch * shape.anchors, ", received ",
+                    value, " at row ", row, ".");
     if (value < 0 || !keep(row)) continue;
     if (value < image_begin || value >= image_begin + shape.anchors) {
       image = value / shape.anchors;
@@ -133,7 +134,11 @@ struct Inputs {
 
 Inputs prepare(const std::vector<Tensor>& features, const std::vector<int64_t>& strides, const Tensor& boxes,
                const Tensor& index, const std::vector<Tensor>& weight, const std::vector<Tensor>& bias) {
-  Inputs inputs{{}, {}, {}, torch::stable::contiguous(boxes), torch::stable::contiguous(index),
+  Inputs inputs{{},
+                {},
+                {},
+                torch::stable::contiguous(boxes),
+                torch::stable::contiguous(index),
                 check_align_conv(features, strides, boxes, index, weight, bias)};
   inputs.features = features;
   for (const Tensor& filters : weight) inputs.weight.push_back(torch::stable::contiguous(filters));
@@ -172,8 +177,8 @@ AlignConvProblem describe(const Inputs& inputs, const std::vector<int64_t>& stri
   problem.boxes_double = inputs.boxes.scalar_type() == ScalarType::Double;
   problem.rows = groups.rows.data();
   problem.group_start = groups.start.data();
-  const int64_t work = static_cast<int64_t>(groups.rows.size()) * shape.channels * shape.outputs * shape.kernel *
-                       shape.kernel;
+  const int64_t work =
+      static_cast<int64_t>(groups.rows.size()) * shape.channels * shape.outputs * shape.kernel * shape.kernel;
   problem.num_workers =
       static_cast<int>(std::clamp<int64_t>(work / kWorkPerThread, 1, torch::stable::get_num_threads()));
   problem.parallel = run_workers;

@@ -1,7 +1,7 @@
 // What the CPU kernels of AlignConv work on: plain pointers, so that they can be compiled once per instruction set.
 //
-// Legend: B images, F channels, H W cells of a level, N rows (anchors that are computed), K kernel side, T = K * K taps,
-// O outputs. A group is one aspect of one level: the rows that share filters.
+// Legend: B images, F channels, H W cells of a level, N rows (anchors that are computed), K kernel side, T = K * K
+// taps, O outputs. A group is one aspect of one level: the rows that share filters.
 #pragma once
 
 #include <cstdint>

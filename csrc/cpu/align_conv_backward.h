@@ -131,8 +131,8 @@ void feature_gradients(const AlignConvProblem& problem, const BackwardScratch<T>
   const int64_t taps = int64_t(problem.kernel) * problem.kernel;
   const int64_t stride = row_stride<T>(problem.channels), group_size = taps * problem.outputs * stride;
   const int64_t level_size = problem.aspects * group_size;
-  const int together = static_cast<int>(
-      maximum(1, minimum(problem.num_levels, kPackedBytes / (level_size * int64_t(sizeof(T))))));
+  const int together =
+      static_cast<int>(maximum(1, minimum(problem.num_levels, kPackedBytes / (level_size * int64_t(sizeof(T))))));
   T* turned = allocate<T>(problem, together * level_size);
   const int64_t width = slice_channels<T>(problem), slices = (problem.channels + width - 1) / width;
   for (int base = 0; base < problem.num_levels; base += together) {
@@ -154,9 +154,8 @@ void feature_gradients(const AlignConvProblem& problem, const BackwardScratch<T>
       const int64_t per_level = problem.batch * slices;
       for (int64_t task; (task = to_compute.next()) < levels * per_level;) {
         const int64_t level = task / per_level, begin = task % slices * width;
-        feature_gradient<T, S>(problem, static_cast<int>(base + level),
-                               static_cast<int32_t>(task % per_level / slices), begin,
-                               minimum(width, problem.channels - begin), turned + level * level_size, stride,
+        feature_gradient<T, S>(problem, static_cast<int>(base + level), static_cast<int32_t>(task % per_level / slices),
+                               begin, minimum(width, problem.channels - begin), turned + level * level_size, stride,
                                scratch[worker]);
       }
     });

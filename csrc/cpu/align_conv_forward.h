@@ -103,7 +103,8 @@ void forward_groups(const AlignConvProblem& problem, int first_group, int last_g
   Counter to_pack, to_compute;
   const auto place = [&](int group) {  // of the group's filters, among the groups that have rows
     T* at = packed;
-    for (int g = first_group; g < group; ++g) at += problem.group_start[g + 1] > problem.group_start[g] ? group_size : 0;
+    for (int g = first_group; g < group; ++g)
+      at += problem.group_start[g + 1] > problem.group_start[g] ? group_size : 0;
     return at;
   };
   run_parallel(problem, [&](int) {
@@ -111,8 +112,8 @@ void forward_groups(const AlignConvProblem& problem, int first_group, int last_g
       const int group = first_group + static_cast<int>(task / vectors);
       if (problem.group_start[group] == problem.group_start[group + 1]) continue;
       const AlignConvLevel& level = problem.levels[group / problem.aspects];
-      const S* weight = static_cast<const S*>(level.weight) +
-                        group % problem.aspects * problem.outputs * problem.channels * taps;
+      const S* weight =
+          static_cast<const S*>(level.weight) + group % problem.aspects * problem.outputs * problem.channels * taps;
       pack_filters<T, S>(problem, weight, task % vectors * Simd<T>::kWidth, place(group));
     }
   });

@@ -1,11 +1,10 @@
 // Gather and scatter of columns on a GPU: what the backward of AlignConv does around its matrix products, which stay in
 // ATen (model/ops/align_conv_cuda.py).
-#include "cuda/align_conv_columns.h"
-
 #include <torch/csrc/stable/library.h>
 
 #include <tuple>
 
+#include "cuda/align_conv_columns.h"
 #include "cuda/align_conv_tensors.h"
 #include "cuda/launch.h"
 
@@ -71,8 +70,7 @@ void gather(const DeviceInputs& inputs, const Tensor& columns) {
 Tensor align_conv_columns(std::vector<Tensor> features, std::vector<int64_t> strides, Tensor boxes, Tensor index,
                           int64_t aspects, int64_t kernel) {
   const DeviceInputs inputs = inputs_of(features, strides, boxes, index, aspects, kernel);
-  const Tensor columns =
-      torch::stable::new_empty(features[0], {index.numel(), kernel * kernel * features[0].size(1)});
+  const Tensor columns = torch::stable::new_empty(features[0], {index.numel(), kernel * kernel * features[0].size(1)});
   if (columns.numel() == 0) return columns;
   switch (features[0].scalar_type()) {
     case ScalarType::Float:

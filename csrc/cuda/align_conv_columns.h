@@ -23,10 +23,9 @@ REFINEDET_BOTH void gather_columns(const DeviceLevels& levels, const float* boxe
   }
   const DeviceLevel& level = levels.level[place.level];
   const float* box = boxes + row * 4;
-  const Sample sample =
-      make_sample(level, place.image,
-                  tap_corners(box, 1, tap / levels.kernel, levels.kernel, level.inverse_stride, level.height),
-                  tap_corners(box, 0, tap % levels.kernel, levels.kernel, level.inverse_stride, level.width));
+  const Sample sample = make_sample(
+      level, place.image, tap_corners(box, 1, tap / levels.kernel, levels.kernel, level.inverse_stride, level.height),
+      tap_corners(box, 0, tap % levels.kernel, levels.kernel, level.inverse_stride, level.width));
   const T* cells = static_cast<const T*>(level.cells) + chunk * Chunk<T>::kCount;
   uint4 words[4];
 #pragma unroll
@@ -47,10 +46,8 @@ REFINEDET_BOTH Target find_target(const DeviceLevels& levels, const float* boxes
   if (place.level < 0) return {};
   const DeviceLevel& level = levels.level[place.level];
   const float* box = boxes + row * 4;
-  const Corners<float> y =
-      tap_corners(box, 1, tap / levels.kernel, levels.kernel, level.inverse_stride, level.height);
-  const Corners<float> x =
-      tap_corners(box, 0, tap % levels.kernel, levels.kernel, level.inverse_stride, level.width);
+  const Corners<float> y = tap_corners(box, 1, tap / levels.kernel, levels.kernel, level.inverse_stride, level.height);
+  const Corners<float> x = tap_corners(box, 0, tap % levels.kernel, levels.kernel, level.inverse_stride, level.width);
   const int64_t base = level.grad_begin + int64_t(place.image) * level.height * level.width;
   const int64_t low = base + int64_t(y.low) * level.width, high = base + int64_t(y.high) * level.width;
   return {{low + x.low, low + x.high, high + x.low, high + x.high},

@@ -1,5 +1,5 @@
-// torch.ops.refinedet.align_conv on a GPU: order the rows and pack the filters, then one launch for all groups. The host
-// never waits, and the number of launches is fixed, so that it can be captured in a CUDA graph.
+// torch.ops.refinedet.align_conv on a GPU: order the rows and pack the filters, then one launch for all groups. The
+// host never waits, and the number of launches is fixed, so that it can be captured in a CUDA graph.
 #include <torch/csrc/stable/library.h>
 
 #include "cuda/align_conv_fused.h"
@@ -135,8 +135,8 @@ void run(const DeviceInputs& inputs, const AlignConvShape& shape, const std::vec
   const Tensor packed = torch::stable::new_empty(output, {shape.num_levels * pack.level_numbers});
   pack.packed = packed.mutable_data_ptr();
   // [order of the rows | counts of the blocks | starts of the groups]
-  const Tensor numbers = torch::stable::new_empty(
-      inputs.index, {num_rows + count_blocks * num_groups + num_groups + 1}, ScalarType::Int);
+  const Tensor numbers =
+      torch::stable::new_empty(inputs.index, {num_rows + count_blocks * num_groups + num_groups + 1}, ScalarType::Int);
   int32_t* order = static_cast<int32_t*>(numbers.mutable_data_ptr());
   int32_t* counts = order + num_rows;
   int32_t* group_start = counts + count_blocks * num_groups;

@@ -1,9 +1,9 @@
 // The bodies of the fused forward: sample a tile of rows into shared memory and multiply it by the filters there, on
 // tensor cores for 16-bit features. Columns never reach the memory of the GPU.
 //
-// A block computes kTileRows rows of one group for kTileOutputs outputs. It runs over stages of one tap and 128 bytes of
-// channels; the cells of the next stage are in flight while the current one is multiplied. Between two barriers every
-// thread calls one of the functions below, so that the tests can run them on the host, thread by thread.
+// A block computes kTileRows rows of one group for kTileOutputs outputs. It runs over stages of one tap and 128 bytes
+// of channels; the cells of the next stage are in flight while the current one is multiplied. Between two barriers
+// every thread calls one of the functions below, so that the tests can run them on the host, thread by thread.
 #pragma once
 
 #ifdef __CUDACC__
@@ -16,7 +16,7 @@ namespace refinedet {
 
 constexpr int kTileRows = 64, kTileOutputs = 96;
 constexpr int kFusedThreads = 256;
-constexpr int kStageBytes = 128;            // of channels
+constexpr int kStageBytes = 128;               // of channels
 constexpr int kStagePitch = kStageBytes + 16;  // keeps the rows of a tile in different banks
 constexpr int kMaxKernel = 7, kMaxGroups = 64;
 
@@ -240,7 +240,8 @@ class TileSums {
 #endif
 };
 
-// fp32 has no tensor cores of full precision: thread t holds 4 rows from t / 16 * 4 on and every 16th output from t % 16.
+// fp32 has no tensor cores of full precision: thread t holds 4 rows from t / 16 * 4 on and every 16th output from t
+// % 16.
 template <>
 class TileSums<float> {
   float sums_[4][6] = {};
@@ -263,8 +264,8 @@ class TileSums<float> {
         const float4 right = *reinterpret_cast<const float4*>(filters + output * 16 * kStagePitch + piece * 16);
 #pragma unroll
         for (int row = 0; row < 4; ++row) {
-          sums_[row][output] += left[row].x * right.x + left[row].y * right.y + left[row].z * right.z +
-                                left[row].w * right.w;
+          sums_[row][output] +=
+              left[row].x * right.x + left[row].y * right.y + left[row].z * right.z + left[row].w * right.w;
         }
       }
     }

@@ -1,7 +1,7 @@
 // Bilinear samples on a GPU, 16 bytes of channels at a time. Everything here runs on the host too, for the tests.
 //
-// Legend: B images, F channels, H W cells of a level, N rows (anchors that are computed), K kernel side, T = K * K taps,
-// O outputs. A group is one aspect of one level: the rows that share filters.
+// Legend: B images, F channels, H W cells of a level, N rows (anchors that are computed), K kernel side, T = K * K
+// taps, O outputs. A group is one aspect of one level: the rows that share filters.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,9 +16,9 @@ namespace refinedet {
 
 // A level as the kernels see it; passed by value as a __grid_constant__, so that indexing it costs no local memory.
 struct DeviceLevel {
-  const void* cells;                             // channels of a cell are contiguous, 16-byte aligned
-  int64_t image_step, row_step, column_step;     // elements
-  int64_t grad_begin;                            // first pixel of the level in the gradient of all levels
+  const void* cells;                          // channels of a cell are contiguous, 16-byte aligned
+  int64_t image_step, row_step, column_step;  // elements
+  int64_t grad_begin;                         // first pixel of the level in the gradient of all levels
   int32_t height, width;
   float inverse_stride;
   int32_t anchor_begin;  // first anchor of the level in an image

@@ -26,7 +26,8 @@ inline Tensor sampled_layout(const Tensor& feature) {
   };
   if (readable(feature)) return feature;
   // [B, H, W, F] memory of its own, whatever the strides were.
-  Tensor cells = torch::stable::new_empty(feature, {feature.size(0), feature.size(2), feature.size(3), feature.size(1)});
+  Tensor cells =
+      torch::stable::new_empty(feature, {feature.size(0), feature.size(2), feature.size(3), feature.size(1)});
   Tensor view = torch::stable::transpose(torch::stable::transpose(cells, 1, 3), 2, 3);
   torch::stable::copy_(view, feature);
   return view;

@@ -10,10 +10,10 @@
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index,
                                                                                    void** ret_stream);
 
-#define REFINEDET_CUDA_CHECK(expression)                                                                         \
-  do {                                                                                                           \
-    const cudaError_t error = (expression);                                                                      \
-    STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error), " in " #expression);              \
+#define REFINEDET_CUDA_CHECK(expression)                                                            \
+  do {                                                                                              \
+    const cudaError_t error = (expression);                                                         \
+    STD_TORCH_CHECK(error == cudaSuccess, "CUDA: ", cudaGetErrorString(error), " in " #expression); \
   } while (false)
 
 namespace refinedet {

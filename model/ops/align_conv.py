@@ -7,6 +7,7 @@ K kernel side, O outputs.
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Sequence
 
 import torch
@@ -18,6 +19,9 @@ from model.ops.align_conv_reference import align_conv_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNELS = (3, 5, 7)
+
+# Registering twice is an error, and the first calls may come from several threads.
+_REGISTERING = threading.Lock()
 
 
 def align_conv(
@@ -137,8 +141,9 @@ def _pad_channels(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 @torch.compiler.assume_constant_result
 def _is_ready(device: str, dtype: torch.dtype) -> bool:
-    if not _register():
-        return False
+    with _REGISTERING:
+        if not _register():
+            return False
     # fp64 is for checking, which the reference does as well.
     return device == "cpu" or (device == "cuda" and library.describe().cuda and dtype != torch.float64)
 

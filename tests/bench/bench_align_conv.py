@@ -4,17 +4,19 @@
 
 Every repetition runs every case once, so that a busy machine slows all of them alike; the ratios are of medians. The
 peers do the same work: all levels, all aspects, location and class outputs together. torchvision gets its offsets ready
-made. `detector` compares whole-detector inference with the two heads, and runs on a GPU only.
+made. On a GPU, whole-detector inference at 320 pixels with either head is compared as well.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
 import gc
 import json
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -158,6 +160,24 @@ def make_cases(work: Workload) -> dict[str, Callable[[], None]]:
     }
 
 
+def make_detector_cases(device: torch.device) -> dict[str, Callable[[], None]]:
+    """Inference of one image of 320 pixels, with AlignConv and with the vanilla head."""
+    from model import RefineDet, RefineDetConfig
+
+    images = torch.randint(0, 256, (1, 3, 320, 320), dtype=torch.uint8, device=device)
+    cases = {}
+    for head in ("align", "vanilla"):
+        torch.manual_seed(0)
+        detector = RefineDet(RefineDetConfig(head=head)).to(device, memory_format=torch.channels_last).eval()
+
+        def run(detector: RefineDet = detector) -> None:
+            with torch.autocast("cuda", dtype=torch.bfloat16):
+                detector.detect(images)
+
+        cases[f"detector at 320, {head}"] = run
+    return cases
+
+
 def measure(cases: dict[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, list[float]]:
     """Milliseconds of every repetition of every case but the first, which warms up.
 
@@ -201,7 +221,7 @@ def measure_roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, f
 
 
 def measure_memory(work: Workload) -> dict[str, float]:
-    """MB beyond the inputs at the highest point of a call, its results included. Linux, or a GPU."""
+    """MB beyond inputs and results (output, gradients) at the highest point of a call. Linux, or a GPU."""
     results = {}
     for name, percent, train in (
         ("forward, 10 %", 10, False),
@@ -213,6 +233,9 @@ def measure_memory(work: Workload) -> dict[str, float]:
         levels = len(work.strides)
         features, weight, bias = tensors[:levels], tensors[levels : 2 * levels], tensors[2 * levels :]
         boxes = work.boxes[index]
+        results_mb = index.numel() * bias[0].shape[1] * bias[0].element_size() / 1e6
+        if train:  # and the gradient that comes in
+            results_mb = 2 * results_mb + sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 1e6
 
         def run(rows: slice = slice(None)) -> None:
             output = align_conv(features, work.strides, boxes[rows], index[rows], weight, bias)  # noqa: B023
@@ -225,22 +248,16 @@ def measure_memory(work: Workload) -> dict[str, float]:
             before = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             run()
-            results[name] = (torch.cuda.max_memory_allocated() - before) / 1e6
+            results[name] = (torch.cuda.max_memory_allocated() - before) / 1e6 - results_mb
         else:
             run(slice(8))
             # Memory that was freed but not returned would hide what the call needs.
-            ctypes_trim()
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             before = _status("VmRSS")
             run()
-            results[name] = (_status("VmHWM") - before) / 1e3
+            results[name] = (_status("VmHWM") - before) * 1.024e-3 - results_mb
     return results
-
-
-def ctypes_trim() -> None:
-    import ctypes
-
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _status(key: str) -> float:
@@ -290,24 +307,35 @@ def main() -> None:
     work = make_workload(arguments)
     memory = measure_memory(work)
     cases = {n: case for n, case in make_cases(work).items() if not any(part in n for part in arguments.skip)}
+    if device.type == "cuda":
+        cases.update(make_detector_cases(device))
     milliseconds = measure(cases, device, arguments.repeats)
     flops, bandwidth = measure_roofline(device, getattr(torch, arguments.dtype))
     medians = {name: statistics.median(times) for name, times in milliseconds.items()}
     floors = {f"AlignConv, {p} %": 1e3 * work.flops * p / 100 / flops for p in (100, 20, 10, 5)}
 
     machine = describe_machine(device)
-    print("\n".join(f"{key:13} {value}" for key, value in machine.items()))
-    print(f"{'workload':13} {arguments.size} pixels, {work.boxes.shape[0]} anchors, {arguments.channels} channels, "
-          f"K = {arguments.kernel}, {arguments.classes + 5} outputs, {arguments.dtype}, "
-          f"{'planar' if arguments.planar else 'channels-last'}, {work.flops / 1e9:.1f} GFLOP")  # fmt: skip
-    print(f"\n{'case':46} {'median ms':>10} {'min':>9} {'max':>9} {'of vanilla':>11} {'deform / this':>14}")
+    lines = [f"{key:13} {value}" for key, value in machine.items()]
+    lines.append(
+        f"{'workload':13} {arguments.size} pixels, {work.boxes.shape[0]} anchors, {arguments.channels} channels, "
+        f"K = {arguments.kernel}, {arguments.classes + 5} outputs, {arguments.dtype}, "
+        f"{'planar' if arguments.planar else 'channels-last'}, {work.flops / 1e9:.1f} GFLOP"
+    )
+    lines.append(f"\n{'case':46} {'median ms':>10} {'min':>9} {'max':>9} {'of vanilla':>11} {'deform / this':>14}")
     for name, times in milliseconds.items():
         deform = "deform_conv2d, forward + backward" if "backward" in name else "deform_conv2d"
-        print(f"{name:46} {medians[name]:10.2f} {min(times):9.2f} {max(times):9.2f} "
-              f"{_ratio(medians, name, 'vanilla convolution'):>11} {_ratio(medians, deform, name):>14}")  # fmt: skip
-    print(f"\nroofline: {flops / 1e9:.0f} GFLOP/s (matrix product), {bandwidth / 1e9:.1f} GB/s (copy); floor ms "
-          + ", ".join(f"{name}: {value:.2f}" for name, value in floors.items()))  # fmt: skip
-    print("peak extra memory, results included: " + ", ".join(f"{name}: {mb:.0f} MB" for name, mb in memory.items()))
+        lines.append(
+            f"{name:46} {medians[name]:10.2f} {min(times):9.2f} {max(times):9.2f} "
+            f"{_ratio(medians, name, 'vanilla convolution'):>11} {_ratio(medians, deform, name):>14}"
+        )
+    lines.append(
+        f"\nroofline: {flops / 1e9:.0f} GFLOP/s (matrix product), {bandwidth / 1e9:.1f} GB/s (copy); floor ms "
+        + ", ".join(f"{name}: {value:.2f}" for name, value in floors.items())
+    )
+    lines.append(
+        "peak memory beyond inputs and results: " + ", ".join(f"{name}: {mb:.0f} MB" for name, mb in memory.items())
+    )
+    sys.stdout.write("\n".join(lines) + "\n")
     if arguments.json:
         report = {
             "machine": machine,

@@ -1,0 +1,77 @@
+"""The operators' library: what it says of itself, and what happens where it is missing or broken."""
+
+from __future__ import annotations
+
+import logging
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+import model.ops
+from model.ops import align_conv as align_conv_module
+from model.ops import library
+from tests.model.ops.align_conv_cases import make_case
+
+
+@pytest.fixture
+def looked_up_afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    caches = (library.describe, library.is_loaded, align_conv_module._register)
+    for function in caches:
+        function.cache_clear()
+    yield
+    monkeypatch.undo()
+    for function in caches:
+        function.cache_clear()
+
+
+def test_describes_what_is_built() -> None:
+    status = library.describe()
+    if not status.loaded:
+        pytest.skip(status.reason)
+    assert status.path is not None
+    assert status.path.is_file()
+    assert status.reason.startswith("The operators are built for the CPU")
+    assert status.oldest_torch == "2.11"
+    assert bool(status.architectures) == (len(status.compilers) == 2)
+    assert library.cpu_capability() in ("baseline", "avx2", "avx512")
+    assert not library.use_cpu_capability("a CPU of the future")
+
+
+@pytest.mark.usefixtures("looked_up_afresh")
+def test_missing_library_is_one_warning_and_the_reference(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(model.ops, "__path__", [str(tmp_path)])
+    case = make_case(dtype=torch.float64)
+    with caplog.at_level(logging.WARNING):
+        first = align_conv_module.align_conv(*case.arguments())
+        second = align_conv_module.align_conv(*case.arguments())
+    torch.testing.assert_close(first, align_conv_module.align_conv_reference(*case.arguments()))
+    assert torch.equal(first, second)
+    assert [record.message.split(";")[0] for record in caplog.records] == [
+        "The operators are not built (librefinedet.so is in none of the places of model.ops)"
+    ]
+    assert library.BUILD_COMMAND in caplog.text
+
+
+@pytest.mark.usefixtures("looked_up_afresh")
+def test_broken_library_is_described_not_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / library.LIBRARY_NAME).write_bytes(b"not a library")
+    monkeypatch.setattr(model.ops, "__path__", [str(tmp_path)])
+    status = library.describe()
+    assert not status.loaded
+    assert "cannot be loaded on torch" in status.reason
+    assert library.BUILD_COMMAND in status.reason
+
+
+@pytest.mark.skipif(not library.describe().loaded, reason=library.describe().reason)
+def test_found_from_anywhere(tmp_path: Path) -> None:
+    code = "from model.ops import library; print(library.describe().path)"
+    found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
+    if found.returncode != 0 and "No module named 'model'" in found.stderr:
+        pytest.skip("the package is not installed in this environment")
+    assert found.stdout.strip() == str(library.describe().path), found.stderr
