@@ -28,6 +28,7 @@ logger = logging.getLogger(__name__)
 
 FORMAT = 1
 MANIFEST = "manifest.json"
+REJECTED = "rejected.json"
 _ATTEMPTS = 4
 _FIRST_PAUSE_S = 1.0
 
@@ -94,32 +95,42 @@ def find_checkpoint(run_dir: str) -> tuple[Checkpoint | None, list[Rejected]]:
     return None, rejected
 
 
+def set_aside(rejected: Rejected) -> None:
+    """Let a damaged checkpoint not count as committed any more; its files stay until newer ones are."""
+    storage.write_json(storage.join(rejected.path, REJECTED), {"faults": list(rejected.faults)})
+    storage.remove(storage.join(rejected.path, MANIFEST))
+
+
 def prune(run_dir: str, keep_last: int, keep_best: int) -> None:
     """Remove checkpoints but the newest and those of the best scores; and what is older and was never committed."""
-    committed: dict[int, float | None] = {}
-    folders = dict(_folders(run_dir))
-    for step, path in folders.items():
-        if storage.exists(storage.join(path, MANIFEST)):
-            committed[step] = storage.read_json(storage.join(path, MANIFEST)).get("score")
-    if not committed:
+    scores = _scores(run_dir)
+    if not scores:
         return
-    scored = sorted((step for step in committed if committed[step] is not None), key=lambda s: (committed[s], s))
-    keep = set(sorted(committed)[-keep_last:]) | set(scored[len(scored) - keep_best :])
-    for step, path in folders.items():
-        if step not in keep and step < max(committed):
+    ranked = sorted((step for step in scores if scores[step] is not None), key=lambda step: (scores[step], step))
+    keep = set(sorted(scores)[-keep_last:]) | set(ranked[len(ranked) - keep_best :])
+    for step, path in _folders(run_dir):
+        if step not in keep and step < max(scores):
             storage.remove(storage.join(path, MANIFEST))  # first: half a checkpoint must not count as one
             storage.remove(path)
 
 
 def best_checkpoint(run_dir: str) -> str | None:
     """The committed checkpoint with the highest score; None without a validation."""
-    best: tuple[float, int, str] | None = None
+    folders = dict(_folders(run_dir))
+    scored = [(score, step) for step, score in _scores(run_dir).items() if score is not None]
+    return folders[max(scored)[1]] if scored else None
+
+
+def _scores(run_dir: str) -> dict[int, float | None]:
+    """Score of every committed checkpoint, by step; None where it has none."""
+    scores: dict[int, float | None] = {}
     for step, path in _folders(run_dir):
         if storage.exists(storage.join(path, MANIFEST)):
-            score = storage.read_json(storage.join(path, MANIFEST)).get("score")
-            if score is not None:
-                best = max(best or (score, step, path), (score, step, path))
-    return best[2] if best else None
+            try:
+                scores[step] = storage.read_json(storage.join(path, MANIFEST)).get("score")
+            except ValueError:
+                scores[step] = None
+    return scores
 
 
 class CheckpointWriter:
@@ -249,7 +260,7 @@ class CheckpointWriter:
         storage.write_manifest(storage.join(self._path(step), MANIFEST), files, format=FORMAT, step=step, **facts)
         try:
             prune(self.run_dir, *self.keep)
-        except OSError as error:
+        except Exception as error:  # file systems raise what they like; this checkpoint is committed all the same
             logger.warning("old checkpoints could not be removed: %s", error)
 
 

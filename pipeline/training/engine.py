@@ -50,7 +50,8 @@ def deepspeed_config(
     bucket = max(2, min(_BUCKET_ELEMENTS, parameters + parameters % 2))
     zero: dict[str, Any] = {"stage": spec.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if spec.zero_stage > 0:
-        zero["overlap_comm"] = device.type == "cuda" and plan.world_size > 1
+        # At stage 1 reduction would no longer be apart from backward, and its gradients need to be complete first.
+        zero["overlap_comm"] = spec.zero_stage == 2 and device.type == "cuda" and plan.world_size > 1
         zero["compute_grad_norm"] = spec.gradient_clip is not None  # the loop computes it for its own check
     return {
         "train_batch_size": plan.global_batch,
@@ -160,11 +161,12 @@ class Engine:
         self.parameters = {name: p for name, p in self.detector.named_parameters() if p.requires_grad}
         self.base_optimizer = make_optimizer(groups, spec, world.device)
         elements = sum(parameter.numel() for parameter in self.parameters.values())
-        self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
-            model=self.objective,
-            optimizer=self.base_optimizer,
-            config=deepspeed_config(spec, plan, self.precision, world.device, elements),
-        )
+        with _environment(LOCAL_RANK=str(world.device.index or 0)):  # DeepSpeed takes it for the device's index
+            self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
+                model=self.objective,
+                optimizer=self.base_optimizer,
+                config=deepspeed_config(spec, plan, self.precision, world.device, elements),
+            )
         self.deepspeed.enable_backward_allreduce = False  # `reduce` does it
         if spec.channels_last and spec.zero_stage == 0:  # not before: DeepSpeed broadcasts contiguous weights only
             self.detector.to(memory_format=torch.channels_last)  # pyright: ignore
@@ -286,7 +288,7 @@ def _import_deepspeed() -> Any:
     write to stdout; and, on a CPU, compile a shared-memory operator that only inference calls: a minute on the first
     start, behind a lock that a killed build leaves for ever. It asks `__compatible_ops__` whether it can.
     """
-    with _without_mlflow(), _without_compiler():
+    with _without_mlflow(), _environment(TORCHDYNAMO_DISABLE="1"):
         import deepspeed
         import deepspeed.ops
         import deepspeed.runtime.zero.muon.muon_optimizer
@@ -313,12 +315,15 @@ def _without_mlflow() -> Iterator[None]:
 
 
 @contextmanager
-def _without_compiler() -> Iterator[None]:
-    before = os.environ.get("TORCHDYNAMO_DISABLE")
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+def _environment(**values: str) -> Iterator[None]:
+    """Set environment variables for a while."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
     try:
         yield
     finally:
-        os.environ.pop("TORCHDYNAMO_DISABLE")
-        if before is not None:
-            os.environ["TORCHDYNAMO_DISABLE"] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

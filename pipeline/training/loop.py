@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
@@ -72,7 +73,7 @@ def train(
     checkpoint could not be written.
     """
     plan = plan_batches(spec, world.size)
-    torch.use_deterministic_algorithms(spec.deterministic)
+    _configure_torch(spec.deterministic)
     seed_everything(seed, world.rank)
     checkpoint = choose_checkpoint(run_dir, world, on_event)
     saved = StateReader(checkpoint) if checkpoint else None
@@ -229,6 +230,13 @@ def train(
             best=world.broadcast_object(best_checkpoint(run_dir) if world.is_main else None),
             metrics=dict(metrics),
         )
+
+
+def _configure_torch(deterministic: bool) -> None:
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic  # images are all of one size
 
 
 def _next_batch(

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeline.errors import UserError
 from pipeline.training.batches import BatchPlan
-from pipeline.training.checkpoint import Checkpoint, find_checkpoint
+from pipeline.training.checkpoint import Checkpoint, find_checkpoint, set_aside
 from pipeline.training.engine import Engine
 from pipeline.training.records import Event
 from pipeline.training.schedule import Schedule
@@ -19,8 +19,10 @@ if TYPE_CHECKING:
 
 
 def choose_checkpoint(run_dir: str, world: World, on_event: Callable[[Event], None]) -> Checkpoint | None:
-    """Rank 0 looks, and all ranks take what it found. Collective."""
+    """Rank 0 looks, sets damaged ones aside, and all ranks take what it found. Collective."""
     found, rejected = world.broadcast_object(find_checkpoint(run_dir) if world.is_main else (None, []))
+    for bad in rejected if world.is_main else ():
+        set_aside(bad)
     for bad in rejected:
         on_event(Event("passed_over", bad.step, str(bad), {"checkpoint": bad.path, "faults": list(bad.faults)}))
     return found

@@ -66,7 +66,7 @@ class World:
         """Replace tensors of one dtype by those of rank `source`."""
         if self.size == 1 or not tensors:
             return
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors])
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(self.device)
         dist.broadcast(flat, source)
         _scatter_flat(flat, tensors)
 
@@ -74,8 +74,8 @@ class World:
         """Replace tensors of one dtype by their mean over the ranks."""
         if self.size == 1 or not tensors:
             return
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).double()  # the mean of equals is equal
-        dist.all_reduce(flat)
+        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(self.device, torch.float64)
+        dist.all_reduce(flat)  # in double precision, so that the mean of equals is equal
         _scatter_flat(flat / self.size, tensors)
 
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
+from model import RefineDetConfig, Targets
 from pipeline.data import Batch, Cursor
 from pipeline.training import BatchPlan
 
@@ -97,3 +98,40 @@ class TinyStream:
 
     def close(self) -> None:
         pass
+
+    @staticmethod
+    def targets_of(values: list[float]) -> list[TinyTargets]:
+        return [TinyTargets(torch.tensor(value)) for value in values]
+
+
+SMALL_REFINEDET = RefineDetConfig(
+    num_classes=2,
+    input_size=64,
+    backbone="test_resnet",
+    tcb_channels=16,
+    prediction_block=False,
+    norm="frozen",
+    tcb_norm=False,
+)
+"""A real detector of the smallest size, 0.1 s a step. Statistics of two images on 1 x 1 cells would be chaos."""
+
+
+class SquareStream(TinyStream):
+    """64-pixel noise with one square in every image, its class its brightness; for `SMALL_REFINEDET`."""
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in super().__iter__():
+            step = batch.epoch * self.batches_per_epoch + batch.index
+            generator = torch.Generator().manual_seed(step * 64 + batch.image_ids[0])
+            images = torch.randint(100, 156, (len(batch), 3, 64, 64), generator=generator, dtype=torch.uint8)
+            targets = []
+            for image in images:
+                side, x, y, label = (int(torch.randint(*span, (), generator=generator)) for span in SPANS)
+                image[:, y : y + side, x : x + side] = 255 * (label - 1)
+                box = torch.tensor([[x, y, x + side, y + side]], dtype=torch.float32)
+                targets.append(Targets(box, torch.tensor([label])))
+            yield replace(batch, images=images.contiguous(memory_format=torch.channels_last), targets=tuple(targets))
+
+
+SPANS = ((16, 32), (0, 32), (0, 32), (1, 3))
+"""of side, x, y and class"""

@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from pipeline import storage
-from pipeline.training import World, find_checkpoint
+from pipeline.training import Event, World, find_checkpoint
 from pipeline.training import checkpoint as checkpoints
 from pipeline.training.checkpoint import CheckpointWriter, best_checkpoint
+from pipeline.training.resume import choose_checkpoint
 from pipeline.training.state import assign_owners, capture_rng, restore_rng
 
 
@@ -71,6 +72,23 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(writer: CheckpointWriter, t
         "remove": "is missing",
         "manifest": "manifest.json cannot be read",
     }[damage] in str(rejected)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_never_crowds_out_a_good_one(
+    writer: CheckpointWriter, world: World, tmp_path: Path
+) -> None:
+    save(writer, 1)
+    save(writer, 9)
+    (tmp_path / "checkpoints" / "step-9" / "manifest.json").write_text("{")
+    events: list[Event] = []
+    found = choose_checkpoint(str(tmp_path), world, events.append)
+    assert found is not None
+    assert (found.step, [event.kind for event in events]) == (1, ["passed_over"])
+    save(writer, 2)
+    save(writer, 3)
+    assert steps(tmp_path) == ["step-2", "step-3", "step-9"]
+    save(writer, 10)
+    assert steps(tmp_path) == ["step-10", "step-3"]
 
 
 def test_a_short_outage_is_waited_out(

@@ -5,6 +5,7 @@ A fork server imports torch and DeepSpeed once; workers are forked from it in mi
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import multiprocessing
@@ -21,10 +22,11 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 
+from model import RefineDet, detection_loss
 from pipeline.spec import Training
 from pipeline.training import Event, StepRecord, StopSignals, TrainResult, World, open_world, train
 from pipeline.training.engine import _import_deepspeed
-from tests.training.fakes import TinyDetector, TinyStream, tiny_loss
+from tests.training.fakes import SMALL_REFINEDET, SquareStream, TinyDetector, TinyStream, tiny_loss
 
 os.environ["DS_ACCELERATOR"] = "cpu"
 _import_deepspeed()
@@ -66,12 +68,17 @@ class Outcome:
     error: str = ""
 
 
-def run_workers(folder: Path, size: int, spec: Training = TINY, fault: Fault | None = None) -> list[Outcome]:
-    """Run `size` ranks to their end in `folder`, and tell what each did. Frozen ones are killed at the end."""
+def run_workers(
+    folder: Path, size: int, spec: Training = TINY, fault: Fault | None = None, *, refinedet: bool = False
+) -> list[Outcome]:
+    """Run `size` ranks to their end in `folder`, and tell what each did. Frozen ones are killed at the end.
+
+    refinedet   train a real detector, of the smallest size
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.training.workers"])
     told = Path(tempfile.mkdtemp(dir=folder.parent))
-    arguments = (str(folder), str(told), size, spec, fault)
+    arguments = (str(folder), str(told), size, spec, fault, refinedet)
     processes = [context.Process(target=_work, args=(rank, *arguments), daemon=True) for rank in range(size)]
     for process in processes:
         process.start()
@@ -99,7 +106,7 @@ def _outcome(told: Path, rank: int, exit_code: int | None) -> Outcome:
     return Outcome(exit_code, kinds["step"], kinds["event"], (kinds["result"] or [None])[0], "".join(kinds["error"]))
 
 
-def _work(rank: int, folder: str, told: str, size: int, spec: Training, fault: Fault | None) -> None:
+def _work(rank: int, folder: str, told: str, size: int, spec: Training, fault: Fault | None, refinedet: bool) -> None:
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
     os.environ |= {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
@@ -121,7 +128,9 @@ def _work(rank: int, folder: str, told: str, size: int, spec: Training, fault: F
 
         try:
             with open_world("cpu") as world, StopSignals() as stop:
-                result = _train(spec, world, folder, hurt, observe, lambda event: tell("event", vars(event)), stop)
+                result = _train(
+                    spec, world, folder, hurt, refinedet, observe, lambda event: tell("event", vars(event)), stop
+                )
             tell("result", vars(result))
         except Exception as error:
             tell("error", f"{type(error).__name__}: {error}")
@@ -130,15 +139,25 @@ def _work(rank: int, folder: str, told: str, size: int, spec: Training, fault: F
 
 
 def _train(
-    spec: Training, world: World, folder: str, hurt: Fault | None, observe: Any, on_event: Any, stop: StopSignals
+    spec: Training,
+    world: World,
+    folder: str,
+    hurt: Fault | None,
+    refinedet: bool,
+    observe: Any,
+    on_event: Any,
+    stop: StopSignals,
 ) -> TrainResult:
+    torch.manual_seed(0)
     return train(
         spec,
         seed=3,
         world=world,
-        detector=TinyDetector(),
-        loss=tiny_loss,
-        make_stream=lambda start, plan: HurtStream(start, plan, world.rank, hurt),  # type: ignore[arg-type]
+        detector=RefineDet(SMALL_REFINEDET) if refinedet else TinyDetector(),
+        loss=functools.partial(detection_loss, config=SMALL_REFINEDET) if refinedet else tiny_loss,
+        make_stream=lambda start, plan: (
+            SquareStream(start, plan, world.rank) if refinedet else HurtStream(start, plan, world.rank, hurt)
+        ),  # type: ignore[arg-type]
         run_dir=folder,
         observer=observe,
         on_event=on_event,

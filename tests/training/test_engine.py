@@ -1,0 +1,175 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from pipeline.errors import UserError
+from pipeline.spec import Training
+from pipeline.training import World, plan_batches
+from pipeline.training.engine import Engine, LossScale, deepspeed_config, resolve_precision
+from pipeline.training.optimizers import group_parameters, import_apex_sgd
+from tests.training.fakes import TinyDetector, TinyStream, tiny_loss
+
+CPU = torch.device("cpu")
+SPEC = Training(global_batch=4, micro_batch=2, precision="fp32")
+
+
+def run_steps(engine: Engine, plan: Any, steps: int, rate: float = 0.05) -> None:
+    from pipeline.data import Cursor
+
+    batches = iter(TinyStream(Cursor(), plan, 0))
+    for _ in range(steps):
+        for part in range(plan.accumulation):
+            batch = next(batches)
+            total, _ = engine.forward(batch.images, batch.targets)
+            engine.backward(total, last=part == plan.accumulation - 1)
+            engine.reduce()
+        engine.update(rate)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("clip", [None, 0.05])
+@pytest.mark.parametrize("biases", [(1.0, 1.0), (2.0, 0.0)])
+def test_an_engine_takes_the_steps_of_plain_sgd(
+    world: World, stage: int, clip: float | None, biases: tuple[float, float]
+) -> None:
+    spec = SPEC.model_copy(
+        update={
+            "zero_stage": stage,
+            "gradient_clip": clip,
+            "bias_lr_multiplier": biases[0],
+            "bias_decay_multiplier": biases[1],
+        }
+    )
+    plan = plan_batches(spec, 1)
+    engine = Engine(TinyDetector(), tiny_loss, spec, plan, world)
+    run_steps(engine, plan, 4)
+
+    from pipeline.data import Cursor
+
+    plain = TinyDetector()
+    groups = [
+        {"params": [p for n, p in plain.named_parameters() if not n.endswith("bias")], "weight_decay": 5e-4},
+        {"params": [p for n, p in plain.named_parameters() if n.endswith("bias")], "weight_decay": 5e-4 * biases[1]},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=0.05, momentum=0.9)
+    optimizer.param_groups[1]["lr"] = 0.05 * biases[0]
+    batches = iter(TinyStream(Cursor(), plan, 0))
+    for _ in range(4):
+        optimizer.zero_grad(set_to_none=False)
+        for _ in range(plan.accumulation):
+            batch = next(batches)
+            (tiny_loss(plain(batch.images), batch.targets).total / plan.accumulation).backward()  # type: ignore[arg-type]
+        for parameter in plain.parameters():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        if clip:
+            nn.utils.clip_grad_norm_(plain.parameters(), clip)
+        optimizer.step()
+    for name, parameter in plain.named_parameters():
+        torch.testing.assert_close(engine.parameters[name], parameter, atol=1e-6, rtol=1e-5)
+    engine.close()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_discarded_step_leaves_no_trace(world: World, stage: int) -> None:
+    spec = SPEC.model_copy(update={"zero_stage": stage})
+    plan = plan_batches(spec, 1)
+    engine = Engine(TinyDetector(), tiny_loss, spec, plan, world)
+    run_steps(engine, plan, 2)
+    before = {name: parameter.detach().clone() for name, parameter in engine.parameters.items()}
+    momentum = {name: value.clone() for name, _, value in engine.momentum()}
+    images = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
+    for part in range(plan.accumulation):
+        total, _ = engine.forward(images, TinyStream.targets_of([torch.nan, 1.0]))
+        engine.backward(total, last=part == plan.accumulation - 1)
+        engine.reduce()
+    assert not torch.isfinite(engine.squared_norm())
+    assert "body.0.weight" in engine.non_finite_gradients()
+    engine.discard()
+    assert all(torch.equal(engine.parameters[name], value) for name, value in before.items())
+    assert all(torch.equal(value, momentum[name]) for name, _, value in engine.momentum())
+    run_steps(engine, plan, 1)
+    assert all(bool(torch.isfinite(parameter).all()) for parameter in engine.parameters.values())
+    engine.close()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_activations_stay_channels_last(world: World, stage: int) -> None:
+    """ZeRO keeps weights flat, in the plain layout; convolutions follow the layout of the images all the same."""
+    spec = SPEC.model_copy(update={"zero_stage": stage})
+    plan = plan_batches(spec, 1)
+    engine = Engine(TinyDetector(), tiny_loss, spec, plan, world)
+    layouts = []
+    engine.detector.body[2].register_forward_hook(  # type: ignore[index]
+        lambda module, inputs, output: layouts.append(output.is_contiguous(memory_format=torch.channels_last))
+    )
+    run_steps(engine, plan, 2)
+    assert layouts == [True] * 4
+    assert engine.parameters["body.0.weight"].is_contiguous(memory_format=torch.channels_last) == (stage == 0)
+    engine.close()
+
+
+def test_the_config_of_deepspeed_says_what_the_spec_says() -> None:
+    spec = Training(global_batch=32, micro_batch=4, zero_stage=2, gradient_clip=3.0)
+    config = deepspeed_config(spec, plan_batches(spec, 2), "bf16", CPU, 1001)
+    assert config["train_batch_size"] == 32
+    assert config["gradient_accumulation_steps"] == 4
+    assert config["gradient_clipping"] == 3.0
+    assert config["torch_autocast"] == {"enabled": True, "dtype": "bfloat16"}
+    assert config["zero_optimization"]["stage"] == 2
+    assert config["zero_optimization"]["reduce_bucket_size"] == 1002
+    plain = Training()
+    assert deepspeed_config(plain, plan_batches(plain, 1), "fp32", CPU, 10)["gradient_clipping"] == 0.0
+
+
+def test_auto_is_bf16_only_where_the_processor_computes_in_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+    assert resolve_precision(Training(), CPU) == "fp32"
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
+    assert resolve_precision(Training(), CPU) == "bf16"
+    assert resolve_precision(Training(precision="fp32"), CPU) == "fp32"
+    with pytest.raises(UserError, match="fp16 needs CUDA"):
+        resolve_precision(Training(precision="fp16"), CPU)
+
+
+def test_biases_have_their_own_group_where_the_spec_says_so() -> None:
+    detector = TinyDetector()
+    (together,) = group_parameters(detector, Training())
+    assert len(together["params"]) == len(list(detector.parameters()))
+    weights, biases = group_parameters(detector, Training(bias_lr_multiplier=2, bias_decay_multiplier=0))
+    assert (biases["lr_multiplier"], biases["weight_decay"]) == (2, 0)
+    assert len(weights["params"]) + len(biases["params"]) == len(together["params"])
+
+
+def test_another_package_named_apex_is_told_from_nvidias(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    cuda = torch.device("cuda")
+    with pytest.raises(UserError, match="needs CUDA, and this worker is on cpu"):
+        import_apex_sgd(CPU)
+    monkeypatch.setitem(sys.modules, "apex", None)
+    with pytest.raises(UserError, match="which is not installed"):
+        import_apex_sgd(cuda)
+    stranger = ModuleType("apex")
+    stranger.__file__ = str(tmp_path / "apex.py")
+    monkeypatch.setitem(sys.modules, "apex", stranger)
+    with pytest.raises(UserError, match="is another project of that name"):
+        import_apex_sgd(cuda)
+
+
+def test_the_loss_scale_halves_on_overflow_and_grows_again() -> None:
+    scale = LossScale(enabled=True, patience=3)
+    start = scale.value
+    scale.update(overflow=True)
+    assert scale.value == start / 2
+    for _ in range(3):
+        scale.update(overflow=False)
+    assert scale.value == start
+    scale.value = 2.0**-10
+    with pytest.raises(FloatingPointError, match="diverged"):
+        scale.update(overflow=True)
