@@ -7,9 +7,9 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from synthetic import CLASSES, images, write_run
 
 from pipeline.tracking.report import build_report, duration
+from tests.tracking.synthetic import CLASSES, images, write_run
 
 FILES = (
     "spec.yaml",
