@@ -58,7 +58,8 @@ class Store:
 @pytest.fixture
 def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     pytest.importorskip("moto", reason="needs moto's S3 server")
-    pytest.importorskip("s3fs", reason="needs s3fs")
+    s3fs = pytest.importorskip("s3fs", reason="needs s3fs")
+    s3fs.S3FileSystem.clear_instance_cache()  # one that was made before keeps its endpoint
     store = Store()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{store.port}")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
@@ -66,6 +67,7 @@ def store(monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
     monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
     yield store
     store.kill()
+    s3fs.S3FileSystem.clear_instance_cache()
 
 
 @pytest.fixture
