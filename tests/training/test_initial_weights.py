@@ -72,7 +72,7 @@ def test_the_wrong_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read"):
         read_weights(str(tmp_path / "nowhere.pth"))
     (tmp_path / "cut.safetensors").write_bytes(b"\x10\x00\x00")
-    with pytest.raises(UserError, match="cut.safetensors"):
+    with pytest.raises(UserError, match=r"cut\.safetensors"):
         read_weights(str(tmp_path / "cut.safetensors"))
     torch.save({"unrelated.weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="none of the tensors"):
