@@ -74,6 +74,9 @@ def check_spec(spec: JobSpec) -> None:
     plan_batches(spec.training, minimum_workers(spec.cluster))
     if not spec.data.train:
         raise UserError("data.train is empty: name at least one split to train on.")
+    weights = spec.training.init_weights
+    if weights and not storage.exists(storage.absolute(weights)):
+        raise UserError(f"training.init_weights: there is no {weights!r}; give a file or URI of weights.")
 
 
 @contextmanager

@@ -17,7 +17,6 @@ from pipeline.cluster.drills import SPEC, Bench
 
 pytestmark = pytest.mark.dist
 
-QUICK_DRILLS = ("driver-kill",)
 SPARSE_IDS = {1, 3, 7, 20, 90}
 
 
@@ -104,9 +103,8 @@ def test_a_job_runs_end_to_end_and_is_not_done_twice(tmp_path: Path, coco: Path)
     assert len(json.loads((tmp_path / "seen" / "detections.json").read_text())) == 2
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[] if name in QUICK_DRILLS else pytest.mark.slow) for name in DRILLS]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRILLS)
 def test_a_drill_passes(bench: Bench, name: str) -> None:
     bench.checks.clear()
     DRILLS[name](bench)
