@@ -12,7 +12,7 @@ from tests.training.golden import CASES, GOLDEN, describe_machine, train_losses
 pytestmark = pytest.mark.dist
 TOLERANCE = {"fp32": 0.02, "bf16": 0.1}
 """Elsewhere sums are rounded otherwise, and an anchor may match, or a negative be mined, that was not."""
-SLOW = {("fp32", 0), ("bf16", 0), ("bf16", 2)}
+SLOW = {("fp32", 0), ("bf16", 0), ("bf16", 1), ("bf16", 2)}
 
 
 @pytest.mark.parametrize(

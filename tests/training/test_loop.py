@@ -27,7 +27,7 @@ SPEC = Training(
 )
 
 
-def run(world: World, folder: Path, spec: Training = SPEC, **options: Any) -> tuple[TrainResult, list[StepRecord]]:
+def run(world: World, folder: Path | str, spec: Training = SPEC, **options: Any) -> tuple[TrainResult, list[StepRecord]]:
     records: list[StepRecord] = []
     stream = options.pop("stream", {})
     result = train(
@@ -96,3 +96,29 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(world: World, tmp_path
     assert [record.step for record in records if not record.applied] == [7]
     assert records[-1].skipped_steps == 1
     assert [event.step for event in events if event.kind == "skipped"] == [7]
+
+
+def test_a_run_may_live_behind_a_uri(world: World) -> None:
+    folder = "memory://runs/uri"
+    first, before = run(world, folder, stop_requested=stop_after([], 7))
+    second, after = run(world, folder)
+    assert (first.status, second.status) == ("stopped", "finished")
+    assert [record.step for record in before + after] == list(range(1, 16))
+    assert second.weights == "memory://runs/uri/weights.safetensors"
+
+
+def test_validation_sees_the_average_and_its_score_chooses_the_best(world: World, tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"validate_every_epochs": 1, "keep_last": 1, "ema_decay": 0.9})
+    seen: list[torch.Tensor] = []
+
+    def validate(detector: torch.nn.Module, epochs: int) -> dict[str, float]:
+        assert not detector.training
+        seen.append(detector.rare.weight.detach().clone())  # type: ignore[union-attr, operator]
+        return {"AP": {1: 0.2, 2: 0.6, 3: 0.4}[epochs], "AP50": 1.0}
+
+    result, records = run(world, tmp_path, spec, validate=validate)
+    assert result.metrics["AP"] == 0.4
+    assert result.best == str(tmp_path / "checkpoints" / "step-10")
+    assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-10", "step-15"]
+    assert torch.equal(weights(tmp_path)["rare.weight"], seen[-1])
+    assert records[4].times.validation > 0
