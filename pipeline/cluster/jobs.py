@@ -221,10 +221,9 @@ def check_paths(spec: JobSpec) -> None:
 def stage_code(folder: Path, spec: JobSpec) -> None:
     """What travels: the packages, the operators as built here, the resolved spec. Nothing else of this checkout."""
     import model.ops.library
-    import pipeline
 
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
-    shutil.copytree(Path(next(iter(pipeline.__path__))), folder / "pipeline", ignore=ignore)
+    shutil.copytree(Path(__file__).parent.parent, folder / "pipeline", ignore=ignore)
     shutil.copytree(Path(model.ops.library.__file__).parent.parent, folder / "model", ignore=ignore)
     built = model.ops.library.describe().path
     if built is not None and not (folder / "model" / "ops" / built.name).exists():
