@@ -7,7 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <cstring>
+#include <memory>
 #include <numeric>
 #include <tuple>
 #include <vector>
@@ -98,16 +98,19 @@ Merged merge(const Inputs& inputs, const MergeRule& rule,
   const int64_t num_groups = static_cast<int64_t>(sorted.start.size()) - 1;
   const float* boxes = static_cast<const float*>(inputs.boxes.const_data_ptr());
   const float* scores = static_cast<const float*>(inputs.scores.const_data_ptr());
-  std::vector<int64_t> index(makes_boxes ? 0 : num_boxes), counts(num_groups);
-  std::vector<float> out_boxes(makes_boxes ? 4 * spread * num_boxes : 0), out_scores(spread * num_boxes);
+  std::vector<int64_t> counts(num_groups);
+  // Not vectors, which would be filled with zeros first.
+  const std::unique_ptr<int64_t[]> index(new int64_t[makes_boxes ? 0 : num_boxes]);
+  const std::unique_ptr<float[]> out_boxes(new float[makes_boxes ? 4 * spread * num_boxes : 0]);
+  const std::unique_ptr<float[]> out_scores(new float[spread * num_boxes]);
   const int64_t grain = num_boxes ? std::max<int64_t>(1, kBoxesPerThread * num_groups / num_boxes) : int64_t(1);
   torch::stable::parallel_for(0, num_groups, grain, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
       const int64_t first = sorted.start[g];
       const MergeGroup group{boxes, scores, sorted.members.data() + first, sorted.start[g + 1] - first};
-      const MergeOutput output{index.data() + (makes_boxes ? 0 : first),
-                               out_boxes.data() + (makes_boxes ? 4 * spread * first : 0),
-                               out_scores.data() + spread * first};
+      const MergeOutput output{index.get() + (makes_boxes ? 0 : first),
+                               out_boxes.get() + (makes_boxes ? 4 * spread * first : 0),
+                               out_scores.get() + spread * first};
       counts[g] = kernel(group, rule, output);
     }
   });
@@ -126,14 +129,14 @@ Merged merge(const Inputs& inputs, const MergeRule& rule,
   int64_t place = 0;
   for (int64_t g = 0; g < num_groups; place += counts[g++]) {
     const int64_t first = sorted.start[g], count = counts[g];
-    std::copy_n(out_scores.data() + spread * first, count, to_scores + place);
+    std::copy_n(out_scores.get() + spread * first, count, to_scores + place);
     if (makes_boxes) {
-      std::copy_n(out_boxes.data() + 4 * spread * first, 4 * count,
+      std::copy_n(out_boxes.get() + 4 * spread * first, 4 * count,
                   static_cast<float*>(merged.boxes.mutable_data_ptr()) + 4 * place);
       std::fill_n(static_cast<int64_t*>(merged.groups.mutable_data_ptr()) + place, count,
                   numbers[sorted.members[first]]);
     } else {
-      std::copy_n(index.data() + first, count, static_cast<int64_t*>(merged.index.mutable_data_ptr()) + place);
+      std::copy_n(index.get() + first, count, static_cast<int64_t*>(merged.index.mutable_data_ptr()) + place);
     }
   }
   return merged;

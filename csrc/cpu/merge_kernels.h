@@ -6,97 +6,15 @@
 #pragma once
 
 #include <algorithm>
-#include <cfloat>
 #include <cstdint>
-#include <cstdlib>
 #include <cstring>
-#include <new>
 
 #include "cpu/merge.h"
-#include "cpu/merge_vector.h"
+#include "cpu/merge_columns.h"
+#include "cpu/merge_soft_nms.h"
 
 namespace refinedet {
 namespace {
-
-constexpr float kGone = -FLT_MAX;  // score of a box that was taken or dropped
-
-// Memory of one call. A type of this file, so that no code of the standard library is compiled for one instruction set
-// and linked into another's.
-template <typename T>
-class Buffer {
- public:
-  explicit Buffer(int64_t size) : values_(static_cast<T*>(std::aligned_alloc(64, (size * sizeof(T) + 64) / 64 * 64))) {
-    if (values_ == nullptr) throw std::bad_alloc();
-  }
-  ~Buffer() { std::free(values_); }
-  Buffer(const Buffer&) = delete;
-  Buffer& operator=(const Buffer&) = delete;
-
-  T* get() { return values_; }
-  T& operator[](int64_t i) { return values_[i]; }
-
- private:
-  T* values_;
-};
-
-// The boxes that are left, in columns, padded to whole vectors.
-class Columns {
- public:
-  enum { kX1, kY1, kX2, kY2, kArea, kScore, kNumColumns };
-
-  explicit Columns(int64_t capacity)
-      : capacity_((capacity + kWidth - 1) / kWidth * kWidth), ids_(capacity_), values_(capacity_ * kNumColumns) {}
-
-  float* operator[](int column) { return values_.get() + column * capacity_; }
-  int64_t* ids() { return ids_.get(); }
-  int64_t size() const { return size_; }
-
-  void append(const float* box, float score, int64_t id, float one) {
-    for (int i = 0; i < 4; ++i) (*this)[i][size_] = box[i];
-    (*this)[kArea][size_] = (box[2] - box[0] + one) * (box[3] - box[1] + one);
-    (*this)[kScore][size_] = score;
-    ids_[size_++] = id;
-  }
-
-  void move(int64_t from, int64_t to) {
-    for (int column = 0; column < kNumColumns; ++column) (*this)[column][to] = (*this)[column][from];
-    ids_[to] = ids_[from];
-  }
-
-  // To the next whole vector, with boxes that nothing overlaps and that are gone.
-  void set_size(int64_t size) {
-    size_ = size;
-    for (int64_t i = size; i < capacity_ && i % kWidth; ++i) {
-      for (int column = 0; column < kNumColumns; ++column) (*this)[column][i] = 0;
-      (*this)[kScore][i] = kGone;
-    }
-  }
-
- private:
-  int64_t capacity_, size_ = 0;
-  Buffer<int64_t> ids_;
-  Buffer<float> values_;
-};
-
-// One box, in every lane.
-struct First {
-  Floats x1, y1, x2, y2, area, one;
-
-  First(Columns& left, int64_t i, float plus_one)
-      : First(left[0][i], left[1][i], left[2][i], left[3][i], left[Columns::kArea][i], plus_one) {}
-  First(float x1, float y1, float x2, float y2, float area, float plus_one)
-      : x1(fill(x1)), y1(fill(y1)), x2(fill(x2)), y2(fill(y2)), area(fill(area)), one(fill(plus_one)) {}
-};
-
-// IoU of a vector of boxes, from `i` on, with one; 0 where both are empty.
-inline Floats overlap(Columns& left, int64_t i, const First& first) {
-  const Floats zero{};
-  const Floats width = vmax(vmin(load(left[2] + i), first.x2) - vmax(load(left[0] + i), first.x1) + first.one, zero);
-  const Floats height = vmax(vmin(load(left[3] + i), first.y2) - vmax(load(left[1] + i), first.y1) + first.one, zero);
-  const Floats shared = width * height;
-  const Floats both = load(left[Columns::kArea] + i) + first.area - shared;
-  return reinterpret_cast<Floats>(reinterpret_cast<Ints>(shared / both) & (both > zero));
-}
 
 // Members by descending score; equal ones stay in the order of the input.
 void append_sorted(const MergeGroup& group, float one, Columns& left) {
@@ -161,65 +79,6 @@ int64_t nms(const MergeGroup& group, const MergeRule& rule, const MergeOutput& o
   while (left.size()) {
     output.index[count++] = left.ids()[0];
     take_near<true>(left, rule.iou, one, [](int64_t, float) {});
-  }
-  return count;
-}
-
-int64_t soft_nms(const MergeGroup& group, const MergeRule& rule, const MergeOutput& output) {
-  const float one = rule.plus_one ? 1.0f : 0.0f;
-  Columns left(group.count);
-  int64_t best = -1;
-  for (int64_t i = 0; i < group.count; ++i) {
-    const int64_t member = group.members[i];
-    if (!(group.scores[member] >= rule.score_threshold)) continue;
-    left.append(group.boxes + 4 * member, group.scores[member], member, one);
-    if (best < 0 || group.scores[member] > left[Columns::kScore][best]) best = left.size() - 1;
-  }
-  left.set_size(left.size());
-
-  const Floats limit = fill(rule.iou), sigma = fill(rule.sigma), lowest = fill(rule.score_threshold),
-               gone = fill(kGone);
-  const Floats ones = fill(1.0f);
-  int64_t count = 0;
-  while (best >= 0) {
-    float* scores = left[Columns::kScore];
-    output.index[count] = left.ids()[best];
-    output.scores[count++] = scores[best];
-    scores[best] = kGone;
-    const First first(left, best, one);
-    // Lower, drop, and find the next best, the first of equals, in one pass.
-    Floats top = gone;
-    Ints place = lanes(), top_place{}, live{};
-    for (int64_t i = 0; i < left.size(); i += kWidth, place += kWidth) {
-      const Floats overlaps = overlap(left, i, first), score = load(scores + i);
-      const Floats lowered = rule.gaussian ? score * exp_negative(overlaps * overlaps / sigma)
-                                           : (overlaps > limit ? score * (ones - overlaps) : score);
-      const Ints stays = (score >= lowest) & (lowered >= lowest);
-      const Floats updated = stays ? lowered : gone;
-      store(scores + i, updated);
-      live -= stays;
-      const Ints better = updated > top;
-      top = better ? updated : top;
-      top_place = better ? place : top_place;
-    }
-    best = -1;
-    int64_t num_live = 0;
-    for (int lane = 0; lane < kWidth; ++lane) {
-      num_live += live[lane];
-      if (top[lane] == kGone) continue;
-      if (best < 0 || top[lane] > scores[best] || (top[lane] == scores[best] && top_place[lane] < best)) {
-        best = top_place[lane];
-      }
-    }
-    if (4 * num_live < 3 * left.size() && left.size() > 2 * kWidth) {
-      int64_t kept = 0;
-      for (int64_t i = 0, moved_best = best; i < left.size(); ++i) {
-        if (scores[i] == kGone) continue;
-        if (i == moved_best) best = kept;
-        left.move(i, kept++);
-      }
-      left.set_size(kept);
-    }
   }
   return count;
 }

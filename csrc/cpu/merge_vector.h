@@ -24,15 +24,29 @@ inline Ints lanes() {
 
 #ifdef REFINEDET_X86_TARGETS
 #if REFINEDET_VECTOR_BYTES == 32
+inline float largest(Floats v) {
+  v = __builtin_ia32_maxps256(v, __builtin_shuffle(v, Ints{4, 5, 6, 7, 0, 1, 2, 3}));
+  v = __builtin_ia32_maxps256(v, __builtin_shuffle(v, Ints{2, 3, 0, 1, 6, 7, 4, 5}));
+  return __builtin_ia32_maxps256(v, __builtin_shuffle(v, Ints{1, 0, 3, 2, 5, 4, 7, 6}))[0];
+}
 inline Floats vmin(Floats a, Floats b) { return __builtin_ia32_minps256(a, b); }
 inline Floats vmax(Floats a, Floats b) { return __builtin_ia32_maxps256(a, b); }
 inline unsigned signs(Ints mask) { return __builtin_ia32_movmskps256(reinterpret_cast<Floats>(mask)); }
 #else
+inline float largest(Floats v) {
+  v = __builtin_ia32_maxps(v, __builtin_shuffle(v, Ints{2, 3, 0, 1}));
+  return __builtin_ia32_maxps(v, __builtin_shuffle(v, Ints{1, 0, 3, 2}))[0];
+}
 inline Floats vmin(Floats a, Floats b) { return __builtin_ia32_minps(a, b); }
 inline Floats vmax(Floats a, Floats b) { return __builtin_ia32_maxps(a, b); }
 inline unsigned signs(Ints mask) { return __builtin_ia32_movmskps(reinterpret_cast<Floats>(mask)); }
 #endif
 #else
+inline float largest(Floats values) {
+  float result = values[0];
+  for (int lane = 1; lane < kWidth; ++lane) result = values[lane] > result ? values[lane] : result;
+  return result;
+}
 inline Floats vmin(Floats a, Floats b) { return a < b ? a : b; }
 inline Floats vmax(Floats a, Floats b) { return a > b ? a : b; }
 inline unsigned signs(Ints mask) {

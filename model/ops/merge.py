@@ -135,7 +135,8 @@ def _checked(boxes: Tensor, scores: Tensor, groups: Tensor | None) -> tuple[Tens
             raise ValueError(f"{name} must be [{len(boxes)}] as there are boxes, received {list(values.shape)}.")
     if groups.is_floating_point():
         raise ValueError(f"groups must be integers, received {groups.dtype}.")
-    if not (torch.isfinite(boxes).all() and torch.isfinite(scores).all()):
+    # A sum is finite only if its terms are, and quick; one of huge terms may overflow, so they are looked at then.
+    if not all(values.sum().isfinite() or values.isfinite().all() for values in (boxes, scores)):
         raise ValueError("boxes and scores must be finite, received NaN or infinity.")
     return boxes.detach(), scores.detach(), groups
 

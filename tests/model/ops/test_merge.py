@@ -216,3 +216,16 @@ def test_direct_calls_of_the_operators_are_checked():
         torch.ops.refinedet.nms(boxes, scores[:2], groups, 0.5, False)
     with pytest.raises(RuntimeError, match="float32"):
         torch.ops.refinedet.nms(boxes.double(), scores, groups, 0.5, False)
+
+
+def test_coordinates_near_the_end_of_the_numbers(implementation):
+    """Sides and areas overflow; what comes out is among what went in, and nothing is read that is not there."""
+    boxes = torch.tensor([[-3e38, -3e38, 3e38, 3e38], [0, 0, 1, 1], [3e38, 3e38, 3.1e38, 3.1e38], [0, 0, 1e-38, 1e-38]])
+    scores = torch.tensor([0.9, 0.8, 0.7, 0.6])
+    with np.errstate(all="ignore"):
+        for gaussian in (False, True):
+            index, lowered = merge.soft_nms(boxes, scores, gaussian=gaussian)
+            assert set(index.tolist()) <= {0, 1, 2, 3}
+            assert lowered.isfinite().all()
+        assert len(merge.nms(boxes, scores, iou=0.5)) <= 4
+        assert len(merge.vote(boxes, scores, soft=True)[1]) <= 8
