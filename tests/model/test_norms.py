@@ -59,6 +59,7 @@ def _run_rank(rank: int, folder: str, images: torch.Tensor) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.timeout(900)  # two fresh processes that import torch, on a machine that may be busy
 def test_two_ranks_normalise_as_one_batch(tmp_path: Path):
     images = torch.randn(3, 3, 6, 6, generator=torch.Generator().manual_seed(0))
     mp.spawn(_run_rank, args=(str(tmp_path), images), nprocs=2)
