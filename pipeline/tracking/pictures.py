@@ -153,7 +153,8 @@ def _draw_label(
     taken: Sequence[_Rectangle],
 ) -> _Rectangle:
     """Put a label at the first place around its box that hides no other label; the place is returned."""
-    left, top, right, bottom = draw.textbbox((0, 0), text, font=font)
+    left, _, right, _ = draw.textbbox((0, 0), text, font=font)
+    _, top, _, bottom = draw.textbbox((0, 0), "Hg", font=font)  # one height for all, whatever their letters
     pad_x, pad_y = 5, 3
     wide, high = right - left + 2 * pad_x, bottom - top + 2 * pad_y
     x0, y0, x1, y1 = box

@@ -35,6 +35,7 @@ logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
 MODE_TITLES = {"single": "Single scale", "multiscale": "Multi-scale"}
+_ROUTINE_EVENTS = ("preflight", "started", "saved", "validated")
 _METRIC_MEANINGS = {
     "AP": "IoU 0.50 to 0.95",
     "AP50": "IoU 0.50",
@@ -83,6 +84,8 @@ def _environment() -> jinja2.Environment:
 
 def _content(run: RunFolder, load_images: LoadImages | None) -> dict[str, Any]:
     modes = list(run.evaluations)
+    classes, events = _class_rows(run), ledger_events(run)
+    measured = [row for row in classes if any(value is not None for value in row["values"])]
     return {
         "run": run,
         "modes": [(mode, MODE_TITLES[mode]) for mode in modes],
@@ -90,14 +93,16 @@ def _content(run: RunFolder, load_images: LoadImages | None) -> dict[str, Any]:
         "tiles": _tiles(run),
         "facts": _facts(run),
         "metrics": _metric_rows(run),
-        "classes": _class_rows(run),
+        "classes": measured,
+        "num_empty_classes": len(classes) - len(measured),
         "precision_recall": Markup(_precision_recall(run)),
         "merge_rules": _rule_table(run.merge_rules),
         "gallery": _gallery(run, load_images),
         "curves": [Markup(chart) for chart in curves(run) if chart],
         "step_bar": Markup(step_bar(run)),
         "ledger_bar": Markup(ledger_bar(run)),
-        "ledger_events": ledger_events(run),
+        "events": events,
+        "notable_events": [event for event in events if event["kind"] not in _ROUTINE_EVENTS],
         "spec_text": yaml.safe_dump(run.spec, sort_keys=False, allow_unicode=True) if run.spec else "",
         "environment": _environment_groups(run),
         "files": _files(run),

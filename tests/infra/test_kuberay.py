@@ -78,15 +78,12 @@ def schemas(shared_dir) -> dict[str, jsonschema.Draft7Validator]:
 
 @pytest.mark.parametrize("kind", ["job", "cluster"])
 @pytest.mark.parametrize(
-    "options",
+    ("options", "cluster"),
     [
-        {},
-        {"queue": "team-a", "spot": "gke", "namespace": "vision", "service_account": "trainer"},
-        {"volume_claim": "runs", "spot": "karpenter", "secrets": ("only",)},
+        ({}, {"workers": {"min": 4, "max": 24}, "labels": {"zone": "a"}}),
+        ({"queue": "team-a", "spot": "gke", "namespace": "vision", "service_account": "trainer"}, {}),
+        ({"volume_claim": "runs", "spot": "karpenter", "secrets": ("only",)}, {"gpus_per_worker": 0}),
     ],
-)
-@pytest.mark.parametrize(
-    "cluster", [{}, {"gpus_per_worker": 0}, {"workers": {"min": 4, "max": 24}, "labels": {"a": "b"}}]
 )
 def test_manifests_are_what_the_definitions_allow(schemas, kind, options, cluster):
     for name, document in _documents(_spec(**cluster), kind=kind, **options).items():
