@@ -1,6 +1,7 @@
 """Detections, COCO and VOC evaluation, multi-scale testing. Pure functions; pieces make them restartable."""
 
 from pipeline.evaluation.coco import METRIC_NAMES, CocoMetrics, accumulate, evaluate_coco
+from pipeline.evaluation.comparison import MERGE_RULES, compare_rules, detect_by_rules, format_comparison
 from pipeline.evaluation.detect import detect_piece
 from pipeline.evaluation.detections import DetectionTable
 from pipeline.evaluation.files import evaluate_files
@@ -27,6 +28,7 @@ from pipeline.evaluation.validation import validate
 from pipeline.evaluation.voc import VocMetrics, evaluate_voc, write_voc_files
 
 __all__ = [
+    "MERGE_RULES",
     "METRIC_NAMES",
     "CocoMetrics",
     "DetectionTable",
@@ -35,12 +37,15 @@ __all__ = [
     "Piece",
     "VocMetrics",
     "accumulate",
+    "compare_rules",
     "describe_cost",
+    "detect_by_rules",
     "detect_piece",
     "estimate_cost",
     "evaluate_coco",
     "evaluate_files",
     "evaluate_voc",
+    "format_comparison",
     "match",
     "merge_pieces",
     "missing_pieces",

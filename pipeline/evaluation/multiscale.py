@@ -5,7 +5,7 @@ An image is decoded once for all passes. Passes are batched by the size they war
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 
@@ -87,21 +87,32 @@ def multiscale_samples(
     autocast: torch.dtype | None = None,
 ) -> DetectionTable:
     """As `multiscale_piece`, of any samples."""
-    passes, rule = resolve_passes(multiscale, model.config), resolve_merge(multiscale)
-    num_looks = sum(1 + one.flip for one in passes)
+    rule = resolve_merge(multiscale)
+    num_looks = sum(1 + one.flip for one in resolve_passes(multiscale, model.config))
     tables = []
+    for batch, found in look_many_times(model, samples, multiscale, autocast):
+        merged = merge_boxes(rule, found.boxes, found.scores, found.labels, found.image, num_looks=num_looks)
+        tables.append(as_table(Found(*merged), batch, categories))
+    return DetectionTable.concatenate(tables)
+
+
+def look_many_times(
+    model: RefineDet, samples: Iterable[Sample], multiscale: Multiscale, autocast: torch.dtype | None = None
+) -> Iterator[tuple[list[Sample], Found]]:
+    """Batches of samples, and what all passes found in them, not merged yet."""
+    passes = resolve_passes(multiscale, model.config)
     with evaluating(model):
         for batch in batched(samples, multiscale.batch_size * _BATCHES_DECODED):
             looks = [found for one in passes for found in _look_once(model, batch, one, multiscale, autocast)]
-            found = Found(
-                torch.cat([one.boxes for one in looks]),
-                torch.cat([one.scores for one in looks]),
-                torch.cat([one.labels for one in looks]),
-                torch.cat([one.image for one in looks]),
+            yield (
+                batch,
+                Found(
+                    torch.cat([one.boxes for one in looks]),
+                    torch.cat([one.scores for one in looks]),
+                    torch.cat([one.labels for one in looks]),
+                    torch.cat([one.image for one in looks]),
+                ),
             )
-            merged = merge_boxes(rule, found.boxes, found.scores, found.labels, found.image, num_looks=num_looks)
-            tables.append(as_table(Found(*merged), batch, categories))
-    return DetectionTable.concatenate(tables)
 
 
 def _look_once(

@@ -11,10 +11,14 @@ import torch
 from model import RefineDet, RefineDetConfig
 from pipeline.data import EvaluationSamples, ShardSet, prepare_shards, write_coco_annotations
 from pipeline.evaluation import (
+    MERGE_RULES,
     GroundTruth,
     accumulate,
+    compare_rules,
+    detect_by_rules,
     detect_piece,
     evaluate_coco,
+    format_comparison,
     match,
     merge_pieces,
     multiscale_piece,
@@ -121,3 +125,17 @@ def test_multiscale_of_a_real_model(model, shards, truth):
     boxes[:, 2:] += boxes[:, :2]
     assert boxes.min() >= 0
     assert boxes.max() <= 96
+
+
+def test_every_merge_rule_from_one_look(model, shards, truth):
+    multiscale = Multiscale(passes=(Pass(size=64), Pass(size=128)), merge=MERGE_RULES["box voting"])
+    positions = range(shards.num_samples)
+    tables = detect_by_rules(model, shards, positions, multiscale=multiscale)
+    assert tables.keys() == MERGE_RULES.keys()
+    assert tables["box voting"].rows() == multiscale_piece(model, shards, positions, multiscale=multiscale).rows()
+    metrics = compare_rules(truth, tables)
+    ap = [one.values["AP"] for one in metrics.values()]
+    assert ap == sorted(ap, reverse=True)
+    lines = format_comparison(metrics).splitlines()
+    assert len(lines) == 1 + len(MERGE_RULES)
+    assert len({len(line) for line in lines}) == 1
