@@ -100,6 +100,3 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.keys)
-
-    def pin_memory(self) -> Batch:
-        return replace(self, images=self.images.pin_memory())

@@ -6,13 +6,14 @@ micro-batches, so nothing has to be agreed on between workers, ranks or nodes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import cv2
 import numpy as np
 import torch
+from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
 from model.structures import Targets
@@ -151,20 +152,52 @@ class Augmenter:
         return View(turn, image, boxes, labels, sample.key, sample.image_id, sample.fault)
 
 
-def collate(views: Iterable[View]) -> Iterator[Batch]:
+class Packed(NamedTuple):
+    """A micro-batch on its way from a worker. One tensor, in shared memory; the many small arrays travel by value."""
+
+    images: Tensor
+    boxes: Sequence[np.ndarray]
+    labels: Sequence[np.ndarray]
+    keys: Sequence[str]
+    image_ids: Sequence[int]
+    faults: Sequence[BadSample]
+    epoch: int
+    index: int
+    part: int
+
+
+def collate(views: Iterable[View]) -> Iterator[Packed]:
     """Gather the views of a micro-batch."""
     gathered: list[View] = []
     for view in views:
         gathered.append(view)
         if view.turn.last:
-            yield Batch(
+            yield Packed(
                 images=stack_images([view.image for view in gathered]),
-                targets=tuple(Targets(torch.from_numpy(v.boxes), torch.from_numpy(v.labels)) for v in gathered),
-                keys=tuple(view.key for view in gathered),
-                image_ids=tuple(view.image_id for view in gathered),
+                boxes=[view.boxes for view in gathered],
+                labels=[view.labels for view in gathered],
+                keys=[view.key for view in gathered],
+                image_ids=[view.image_id for view in gathered],
+                faults=[view.fault for view in gathered if view.fault],
                 epoch=view.turn.epoch,
                 index=view.turn.index,
                 part=view.turn.part,
-                faults=tuple(view.fault for view in gathered if view.fault),
             )
             gathered = []
+
+
+def unpack(packed: Packed) -> Batch:
+    """The micro-batch as training takes it."""
+    return Batch(
+        images=packed.images,
+        targets=tuple(
+            Targets(torch.from_numpy(boxes), torch.from_numpy(labels))
+            for boxes, labels in zip(packed.boxes, packed.labels, strict=True)
+        ),
+        keys=tuple(packed.keys),
+        image_ids=tuple(packed.image_ids),
+        epoch=packed.epoch,
+        index=packed.index,
+        part=packed.part,
+        faults=tuple(packed.faults),
+    )

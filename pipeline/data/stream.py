@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
+import threading
 from collections.abc import Iterator
 from functools import partial
 from multiprocessing.context import BaseContext
@@ -16,7 +18,7 @@ from pipeline.data.cache import node_cache
 from pipeline.data.faults import FaultLog
 from pipeline.data.index import ShardSet
 from pipeline.data.samples import BadSample, Batch, Cursor
-from pipeline.data.stages import Augmenter, Plan, Schedule, collate, copy_ahead, read_samples
+from pipeline.data.stages import Augmenter, Packed, Plan, Schedule, collate, copy_ahead, read_samples, unpack
 from pipeline.errors import UserError
 from pipeline.spec import Augmentation
 
@@ -115,9 +117,10 @@ class TrainingStream:
     def _deliver(self) -> Iterator[Batch]:
         epoch, index = self._cursor
         part = 0
-        batches = iter(self._loader())
+        loaded = iter(self._loader())
         try:
-            for batch in batches:
+            for packed in loaded:
+                batch = unpack(packed)
                 assert (batch.epoch, batch.index, batch.part) == (epoch, index, part), "the loader changed the order"
                 for fault in batch.faults:
                     self._faults.add(fault)
@@ -127,7 +130,7 @@ class TrainingStream:
                     epoch, index = self._cursor = self._normalised(Cursor(epoch, index + 1))
                 yield batch
         finally:
-            del batches  # ends the workers
+            del loaded  # ends the workers
 
     def _loader(self) -> WebLoader:
         plan = self._plan
@@ -143,6 +146,8 @@ class TrainingStream:
         return WebLoader(
             pipeline,
             batch_size=None,
+            collate_fn=_as_it_is,
+            worker_init_fn=_end_with_parent if self._workers else None,
             num_workers=self._workers,
             pin_memory=torch.cuda.is_available(),
             **options,
@@ -151,6 +156,26 @@ class TrainingStream:
     def _normalised(self, cursor: Cursor) -> Cursor:
         epochs, batch = divmod(cursor.batch, self.batches_per_epoch)
         return Cursor(cursor.epoch + epochs, batch)
+
+
+def _as_it_is(packed: Packed) -> Packed:
+    return packed
+
+
+def _end_with_parent(worker: int) -> None:
+    """In a worker: end when the training process does, however it does.
+
+    torch looks whether the worker's parent has changed, but that is the fork server, and it stays as long as its
+    children do: after a SIGKILL of the training process they would keep each other alive for ever.
+    """
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+
+        def watch() -> None:
+            parent.join()
+            os._exit(1)
+
+        threading.Thread(target=watch, daemon=True, name=f"parent of data worker {worker}").start()
 
 
 def _fork_server() -> BaseContext:
