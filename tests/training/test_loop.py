@@ -27,7 +27,9 @@ SPEC = Training(
 )
 
 
-def run(world: World, folder: Path | str, spec: Training = SPEC, **options: Any) -> tuple[TrainResult, list[StepRecord]]:
+def run(
+    world: World, folder: Path | str, spec: Training = SPEC, **options: Any
+) -> tuple[TrainResult, list[StepRecord]]:
     records: list[StepRecord] = []
     stream = options.pop("stream", {})
     result = train(
