@@ -4,7 +4,8 @@
 
 Peers: soft-NMS as the classical loop over rows of (x1, y1, x2, y2, score), compiled here with `g++ -O2`; voting in
 NumPy as the authors' test code does it (argsort, delete, stack); NMS by torchvision's batched_nms. Times include the
-Python call and the grouping by class; the peers get their boxes sorted into classes already.
+Python call and the grouping by class; the peers get their boxes sorted into classes already. They are CPU time of all
+threads, so that a busy machine counts less.
 """
 
 from __future__ import annotations
@@ -126,9 +127,9 @@ def measure(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
-            times[name].append(time.perf_counter() - start)
+            times[name].append(time.process_time() - start)
     return {name: seconds[1:] for name, seconds in times.items()}
 
 
