@@ -61,7 +61,9 @@ def write_submission(
     table = table.select(order)
     rank = np.arange(len(table)) - np.searchsorted(table.image_id, table.image_id)
     table = table.select(rank < MAX_DETECTIONS)
-    rounded = DetectionTable(table.image_id, table.category_id, table.bbox.round(1), table.score.round(5))
+    boxes = table.bbox.round(1)
+    boxes[:, 2:] = np.maximum(boxes[:, 2:], 0.1)  # rounding leaves no box without area
+    rounded = DetectionTable(table.image_id, table.category_id, boxes, table.score.round(5))
     stem = f"detections_{split}_{name}_results"
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:

@@ -1,0 +1,86 @@
+"""Evaluation from files alone, and the file for COCO's server."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+
+import pytest
+from jsonschema import validate
+
+from pipeline.errors import UserError
+from pipeline.evaluation import evaluate_files, write_submission
+from pipeline.evaluation.judge import judge_by_pycocotools
+from pipeline.evaluation.submission import ROW_SCHEMA
+
+from .random_truth import random_truth
+
+
+@pytest.fixture
+def files(tmp_path) -> tuple[str, str]:
+    truth, rows = random_truth(3, images=6, categories=5, detections=30)
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "detections.json").write_text(json.dumps(rows))
+    return str(tmp_path / "detections.json"), str(tmp_path / "truth.json")
+
+
+def test_files_give_pycocotools_numbers(files):
+    detections, annotations = files
+    metrics = evaluate_files(detections, annotations)
+    with open(annotations) as truth, open(detections) as rows:
+        assert metrics.to_json()["coco"] == judge_by_pycocotools(json.load(truth), json.load(rows))
+    assert json.loads(json.dumps(metrics.to_json()))["curves"]["recall"][:3] == [0, 0.01, 0.02]
+    assert 0 <= evaluate_files(detections, annotations, rule="voc2012").to_json()["voc2012"]["mAP"] <= 1
+
+
+def test_files_that_are_missing_cut_or_swapped_are_named(files, tmp_path):
+    detections, annotations = files
+    with pytest.raises(UserError, match=r"there is no file .*none\.json"):
+        evaluate_files(str(tmp_path / "none.json"), annotations)
+    with pytest.raises(UserError, match="is not a COCO instances file"):
+        evaluate_files(annotations, detections)
+    with pytest.raises(UserError, match="received an annotation file"):
+        evaluate_files(annotations, annotations)
+    content = (tmp_path / "detections.json").read_bytes()
+    (tmp_path / "detections.json").write_bytes(content[: len(content) // 2])
+    with pytest.raises(UserError, match=r"detections.json is not whole JSON"):
+        evaluate_files(detections, annotations)
+    with pytest.raises(UserError, match="received coco2"):
+        evaluate_files(detections, annotations, rule="coco2")  # pyright: ignore[reportArgumentType]
+
+
+ROW = {"image_id": 7, "category_id": 90, "bbox": [1.04, 2.06, 30.55, 4.0], "score": 0.123456789}
+
+
+def test_the_servers_file(tmp_path):
+    rows = [{**ROW, "score": k / 200} for k in range(150)]
+    path = write_submission(str(tmp_path), "refinedet-1024", rows, image_ids=[7, 8])
+    assert path.endswith("detections_test-dev2017_refinedet-1024_results.zip")
+    with zipfile.ZipFile(path) as archive:
+        assert archive.namelist() == ["detections_test-dev2017_refinedet-1024_results.json"]
+        written = json.loads(archive.read(archive.namelist()[0]))
+    validate(written, ROW_SCHEMA)
+    assert len(written) == 100
+    assert min(row["score"] for row in written) == 0.25
+    assert written[0]["bbox"] == [1.0, 2.1, 30.6, 4.0]
+    with open(path, "rb") as file:
+        first = file.read()
+    write_submission(str(tmp_path), "refinedet-1024", rows, image_ids=[7, 8])
+    with open(path, "rb") as file:
+        assert file.read() == first
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"image_id": 9}, "not in the test set"),
+        ({"category_id": 91}, r"none of COCO's ids 1\.\.90"),
+        ({"score": 1.5}, r"outside 0\.\.1"),
+        ({"bbox": [1, 1, 0, 4]}, "no area"),
+    ],
+)
+def test_what_the_server_would_refuse(tmp_path, change, said):
+    with pytest.raises(UserError, match=said):
+        write_submission(str(tmp_path), "a", [ROW, {**ROW, **change}], image_ids=[7])
+    with pytest.raises(UserError, match="letters, digits"):
+        write_submission(str(tmp_path), "a_b/c", [ROW], image_ids=[7])
