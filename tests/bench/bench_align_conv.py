@@ -1,6 +1,6 @@
 """AlignConv beside what it replaces, in one run: the vanilla convolution, torchvision's `deform_conv2d`, the roofline.
 
-    python tests/bench/bench_align_conv.py [--device cuda --dtype bfloat16] [--json OUT]
+    python -m tests.bench.bench_align_conv [--device cuda --dtype bfloat16] [--json OUT]
 
 Every repetition runs every case once, so that a busy machine slows all of them alike; the ratios are of medians. The
 peers do the same work: all levels, all aspects, location and class outputs together. torchvision gets its offsets ready
