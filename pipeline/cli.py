@@ -90,7 +90,7 @@ def status(name: RunOrJob, address: Dashboard = None) -> None:
     client = JobsClient(address)
     found = client.find(name)
     typer.echo(f"{found.id}  {found.status.lower()}  run {found.run} at {found.home}")
-    lines = [line for chunk in client.logs(found.id) for line in chunk.splitlines() if line.strip()]
+    lines = [line for line in client.read_logs(found.id).splitlines() if line.strip()]
     for line in lines[-5:]:
         typer.echo(f"  {line}")
 
@@ -119,12 +119,11 @@ def logs(
     if follow:
         _follow(client, name)
     else:
-        for chunk in client.logs(name):
-            typer.echo(chunk, nl=False)
+        typer.echo(client.read_logs(name), nl=False)
 
 
 def _follow(client: JobsClient, name: str) -> None:
-    for chunk in client.logs(name, follow=True):
+    for chunk in client.follow_logs(name):
         typer.echo(chunk, nl=False)
     found = client.wait(name)
     if found.status != "SUCCEEDED":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,8 @@ import model.ops
 logger = logging.getLogger(__name__)
 
 LIBRARY_NAME = "librefinedet.so"
+CARRIED = "operators"
+"""folder beside the package `model` in which a submitted job carries the library of the machine it came from"""
 BUILD_COMMAND = "uv pip install --no-build-isolation --no-deps -e ."
 
 
@@ -43,9 +46,7 @@ class LibraryStatus:
 @functools.cache
 def describe() -> LibraryStatus:
     """Load the library where it is built, and say what it holds; never raises."""
-    # An editable install puts the library into site-packages, which is then one more place of this package.
-    paths = [Path(place) / LIBRARY_NAME for place in model.ops.__path__]
-    path = next((path for path in paths if path.is_file()), None)
+    path = next((path for path in _places() if path.is_file()), None)
     if path is None:
         reason = f"The operators are not built ({LIBRARY_NAME} is in none of the places of model.ops); "
         return LibraryStatus(loaded=False, reason=f"{reason}build them with `{BUILD_COMMAND}`.")
@@ -72,6 +73,19 @@ def describe() -> LibraryStatus:
         oldest_torch=oldest_torch,
         reason=reason + ".",
     )
+
+
+def _places() -> list[Path]:
+    """Where the library may be, best first.
+
+    An editable install puts it into site-packages, which is then one more place of this package. The code of a job that
+    was submitted to a cluster lies in a folder of its own: there, the library that the node's image was built with, for
+    its GPUs, comes before the one that travelled.
+    """
+    own = [Path(place) for place in model.ops.__path__]
+    installed = [Path(place) / "model" / "ops" for place in sys.path]
+    carried = [place.parents[1] / CARRIED for place in own]
+    return [place / LIBRARY_NAME for place in (*own, *installed, *carried)]
 
 
 @functools.cache

@@ -12,8 +12,8 @@ from rich.table import Table
 
 from model.config import RefineDetConfig
 from model.cost import ModelCost, count_cost
+from pipeline.cluster.capacity import minimum_workers
 from pipeline.cluster.progress import describe_duration
-from pipeline.cluster.session import minimum_workers
 from pipeline.errors import UserError
 from pipeline.spec import JobSpec, Training
 from pipeline.training import BatchPlan, make_schedule, plan_batches

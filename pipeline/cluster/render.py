@@ -16,7 +16,7 @@ from typing import Any, Literal
 import ray
 import yaml
 
-from pipeline.cluster.session import maximum_workers, minimum_workers
+from pipeline.cluster.capacity import maximum_workers, minimum_workers
 from pipeline.errors import UserError
 from pipeline.spec import JobSpec
 from pipeline.spec_files import dump_spec

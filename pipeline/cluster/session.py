@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import signal
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
+from pipeline.cluster.capacity import check_capacity, nodes_of
 from pipeline.cluster.logs import restore_loggers
 from pipeline.errors import UserError
-from pipeline.spec import Cluster, Workers
+from pipeline.spec import Cluster
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +30,8 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver of training watches, and saves first
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # its 2 s are lost at every end, good or bad
     # The default start timeout, 60 s, is less than a loaded node takes to import torch and DeepSpeed.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
 }
@@ -45,11 +49,13 @@ def ray_session(cluster: Cluster, address: str | None = None) -> Iterator[None]:
     for name, value in _ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     import ray  # reads the environment when it is imported
+    from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
         raise AssertionError("one session at a time in a process")
     if address not in ("local", "auto"):
         _check_reachable(address)
+    on_sigterm = signal.getsignal(signal.SIGTERM)
     try:
         _connect(address)
     except (ConnectionError, TimeoutError, ValueError) as error:
@@ -57,19 +63,22 @@ def ray_session(cluster: Cluster, address: str | None = None) -> Iterator[None]:
             f"There is no Ray cluster to be reached at {address!r} ({_first_line(error)}); check the address with "
             "`ray status`, or leave out --address to run here."
         ) from error
+    except AuthenticationError as error:
+        raise UserError(
+            f"The cluster at {address!r} refused the authentication token; set RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN "
+            "or RAY_AUTH_TOKEN_PATH to the cluster's."
+        ) from error
     except RuntimeError as error:
         message = _first_line(error)
         if "Version mismatch" in str(error):
             message = " ".join(str(error).split())
             raise UserError(f"The cluster at {address!r} runs another version: {message}; install the same.") from error
-        if "authentication" in str(error).lower() or "token" in str(error).lower():
-            raise UserError(
-                f"The cluster at {address!r} refused the authentication token ({message}); set RAY_AUTH_TOKEN, or "
-                "RAY_AUTH_TOKEN_PATH, to the cluster's."
-            ) from error
         raise
+    finally:
+        signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler, which ray.init installs, ends without saving
     try:
-        check_resources(cluster, ray.cluster_resources())
+        nodes = nodes_of(ray.nodes(), alive="Alive", resources="Resources", labels="Labels")
+        check_capacity(cluster, nodes)
         yield
     finally:
         ray.shutdown()
@@ -92,32 +101,6 @@ def _connect(address: str) -> None:
             if "timed out during startup" not in str(error) or attempt + 1 == _LOCAL_STARTS:
                 raise
             logger.warning("the local Ray node did not start in time; trying again")
-
-
-def check_resources(cluster: Cluster, there: Mapping[str, float]) -> None:
-    """Refuse a job that the cluster cannot hold, naming the resource; Ray would wait for ever.
-
-    A cluster that scales itself up (`ray up`, KubeRay) may grow: there, the wait is bounded by
-    `cluster.resource_timeout_s`, and this check is left to it.
-    """
-    if os.environ.get("RAY_ENABLE_AUTOSCALER_V2") == "1" or there.get("refinedet_autoscaling"):
-        return
-    workers = minimum_workers(cluster)
-    for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
-        needed, available = workers * each, there.get(resource, 0.0)
-        if needed > available:
-            raise UserError(
-                f"{workers} workers with {each:g} {resource} each need {needed:g} {resource}, the cluster has "
-                f"{available:g}; lower cluster.workers or cluster.{resource.lower()}s_per_worker, or add nodes."
-            )
-
-
-def minimum_workers(cluster: Cluster) -> int:
-    return cluster.workers.min if isinstance(cluster.workers, Workers) else cluster.workers
-
-
-def maximum_workers(cluster: Cluster) -> int:
-    return cluster.workers.max if isinstance(cluster.workers, Workers) else cluster.workers
 
 
 def _check_reachable(address: str) -> None:

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline.cluster.jobs import JobsClient, check_paths, stage_code
+from pipeline.cluster.jobs import JobsClient
+from pipeline.cluster.submission import check_spec, stage_code
 from pipeline.errors import UserError
 from pipeline.spec import JobSpec
 from pipeline.spec_files import parse_spec
@@ -21,7 +22,13 @@ def make_spec(**changes) -> JobSpec:
 def test_the_code_and_the_spec_travel_and_nothing_else(tmp_path: Path) -> None:
     spec = make_spec()
     stage_code(tmp_path, spec)
-    assert {path.name for path in tmp_path.iterdir()} == {"model", "pipeline", "job.yaml"}
+    assert {path.name for path in tmp_path.iterdir()} == {
+        "model",
+        "pipeline",
+        "operators",
+        "sitecustomize.py",
+        "job.yaml",
+    }
     assert parse_spec(yaml.safe_load((tmp_path / "job.yaml").read_text()), source="job.yaml") == spec
     assert (tmp_path / "pipeline" / "tracking" / "report.html.j2").is_file()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
@@ -40,11 +47,11 @@ def test_the_code_and_the_spec_travel_and_nothing_else(tmp_path: Path) -> None:
 )
 def test_a_relative_path_means_nothing_on_a_cluster(changes: dict, key: str) -> None:
     with pytest.raises(UserError, match=key):
-        check_paths(make_spec(**changes))
+        check_spec(make_spec(**changes))
 
 
 def test_uris_and_absolute_paths_are_taken() -> None:
-    check_paths(make_spec(runs="s3://bucket/runs", data={"format": "coco", "root": "/data/coco", "train": []}))
+    check_spec(make_spec(runs="s3://bucket/runs", data={"format": "coco", "root": "/data/coco", "train": []}))
 
 
 @pytest.mark.parametrize("address", ["ray://head:10001", "ftp://head", "http://"])

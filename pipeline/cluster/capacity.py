@@ -1,0 +1,111 @@
+"""Whether a cluster can hold a job, by its nodes: said before anything waits for what will never come."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from pipeline.errors import UserError
+from pipeline.spec import Cluster, Workers
+
+AUTOSCALING = "refinedet_autoscaling"
+"""resource of the head of a cluster that adds nodes by itself: there, what is missing may still come"""
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node that is alive: its resources in all, used or not, and its labels."""
+
+    resources: Mapping[str, float]
+    labels: Mapping[str, str]
+
+    def slots(self, cluster: Cluster) -> int:
+        """Workers that it can hold."""
+        fits = [
+            int(self.resources.get(name, 0.0) / each + 1e-6)
+            for name, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker))
+            if each
+        ]
+        return min(fits)
+
+
+def minimum_workers(cluster: Cluster) -> int:
+    return cluster.workers.min if isinstance(cluster.workers, Workers) else cluster.workers
+
+
+def maximum_workers(cluster: Cluster) -> int:
+    return cluster.workers.max if isinstance(cluster.workers, Workers) else cluster.workers
+
+
+def check_capacity(cluster: Cluster, nodes: Sequence[Node]) -> None:
+    """Refuse a job that the cluster cannot hold, naming the resource and how much of it there is.
+
+    Ray would wait for ever. A cluster that scales itself up (`ray up`, KubeRay) may grow: there, the wait is bounded by
+    `cluster.resource_timeout_s`, and this check is left to it.
+    """
+    if os.environ.get("RAY_ENABLE_AUTOSCALER_V2") == "1" or any(node.resources.get(AUTOSCALING) for node in nodes):
+        return
+    workers = minimum_workers(cluster)
+    fitting = [node for node in nodes if _has_labels(node, cluster.labels)]
+    where = "the cluster"
+    if cluster.labels:
+        wanted = _shown(cluster.labels)
+        if not fitting:
+            there = {f"{key}={value}" for node in nodes for key, value in node.labels.items() if "ray.io/" not in key}
+            raise UserError(
+                f"cluster.labels asks for nodes with {wanted}, and none of the {len(nodes)} nodes has them (their "
+                f"labels: {', '.join(sorted(there)) or 'none'}); change cluster.labels, or start nodes with --labels."
+            )
+        where = f"the nodes with {wanted}"
+    for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
+        needed = workers * each
+        available = sum(node.resources.get(resource, 0.0) for node in fitting)
+        if needed > available + 1e-6:
+            raise UserError(
+                f"{workers} workers with {each:g} {resource} each need {needed:g} {resource}, and there are "
+                f"{available:g} in {where}; lower cluster.workers or cluster.{resource.lower()}s_per_worker, or add "
+                "nodes."
+            )
+    _check_placement(cluster, workers, sorted((node.slots(cluster) for node in fitting), reverse=True))
+
+
+def _check_placement(cluster: Cluster, workers: int, slots: Sequence[int]) -> None:
+    """`slots`: workers that each node can hold, most first."""
+    each = f"{cluster.cpus_per_worker:g} CPU" + (
+        f" and {cluster.gpus_per_worker:g} GPU" * bool(cluster.gpus_per_worker)
+    )
+    nodes = sum(count > 0 for count in slots)
+    if cluster.placement == "STRICT_PACK" and slots[0] < workers:
+        raise UserError(
+            f"cluster.placement STRICT_PACK wants {workers} workers with {each} each on one node, the largest holds "
+            f"{slots[0]}; lower cluster.workers, or take PACK."
+        )
+    if cluster.placement == "STRICT_SPREAD" and nodes < workers:
+        raise UserError(
+            f"cluster.placement STRICT_SPREAD wants {workers} nodes that hold a worker with {each}, there are {nodes}; "
+            "lower cluster.workers, take SPREAD, or add nodes."
+        )
+    if sum(slots) < workers:
+        raise UserError(
+            f"{workers} workers with {each} each do not fit: the nodes hold {', '.join(map(str, slots))} of them; "
+            "lower cluster.workers or what each asks for, or add nodes."
+        )
+
+
+def _has_labels(node: Node, labels: Mapping[str, str]) -> bool:
+    """As far as it can be told here: Ray's own operators (!value, in(...)) are left to Ray."""
+    return all(value.startswith(("!", "in(")) or node.labels.get(key) == value for key, value in labels.items())
+
+
+def _shown(labels: Mapping[str, str]) -> str:
+    return ", ".join(f"{key}={value}" for key, value in labels.items())
+
+
+def nodes_of(entries: Iterable[Mapping[str, object]], *, alive: str, resources: str, labels: str) -> list[Node]:
+    """Nodes out of Ray's own descriptions, whose keys differ by the interface that gives them."""
+    return [
+        Node(dict(entry[resources] or {}), dict(entry[labels] or {}))  # type: ignore[call-overload]
+        for entry in entries
+        if entry[alive] in (True, "ALIVE")
+    ]

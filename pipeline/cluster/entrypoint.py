@@ -1,0 +1,27 @@
+"""The first module that a submitted job runs, on whatever Python the cluster has: it checks that, and nothing else.
+
+It imports nothing of this project before the check, so that an older Python says what is wrong instead of stumbling.
+"""
+
+import os
+import runpy
+import sys
+
+PYTHON_VARIABLE = "REFINEDET_PYTHON"
+"""environment: the Python that the job was submitted from, as in 3.11"""
+
+
+def main() -> None:
+    here = "%d.%d" % sys.version_info[:2]  # noqa: UP031 - runs on any Python
+    wanted = os.environ.get(PYTHON_VARIABLE, here)
+    if here != wanted:
+        sys.stderr.write(
+            "refinedet: the cluster runs Python %s, the job was submitted from %s; submit from an environment with "  # noqa: UP031
+            "Python %s, or use an image with %s.\n" % (here, wanted, here, wanted)
+        )
+        sys.exit(2)
+    runpy.run_module("pipeline.cli", run_name="__main__")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,123 @@
+"""What travels with a submitted job: the packages, the operators as built here, the resolved spec. Never a secret."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.cluster.entrypoint import PYTHON_VARIABLE
+from pipeline.errors import UserError
+from pipeline.spec import JobSpec
+from pipeline.spec_files import dump_spec, parse_spec
+
+SPEC_FILE = "job.yaml"
+# exec: the stop signal reaches Python, not a shell.
+ENTRYPOINT = f"exec python -m pipeline.cluster.entrypoint launch {SPEC_FILE}"
+STOP_MARGIN_S = 30
+_RUN_KEY, _HOME_KEY, _SPEC_KEY = "refinedet.run", "refinedet.home", "refinedet.spec"
+
+# Python runs this at every start. Where the project is installed for development on the nodes, its finder would put
+# that code before the one that travelled.
+_SITE = """import sys
+
+sys.meta_path[:] = [
+    finder
+    for finder in sys.meta_path
+    if "editable" not in type(finder).__module__ or finder.find_spec("pipeline.cluster.entrypoint", None) is None
+]
+"""
+
+
+def home_of(spec: JobSpec) -> str:
+    """Where the run lives, whoever works on it."""
+    return f"{spec.runs.rstrip('/')}/{spec.name}"
+
+
+def describe_job(spec: JobSpec) -> dict[str, str]:
+    """What the cluster keeps beside the job: so a run is found by its name, and goes on from any machine."""
+    return {_RUN_KEY: spec.name, _HOME_KEY: home_of(spec), _SPEC_KEY: dump_spec(spec)}
+
+
+def described_run(metadata: dict[str, str]) -> tuple[str, str] | None:
+    """(name, home) of the run that a job works on; None for a job of somebody else."""
+    return (metadata[_RUN_KEY], metadata.get(_HOME_KEY, "")) if _RUN_KEY in metadata else None
+
+
+def described_spec(metadata: dict[str, str]) -> JobSpec | None:
+    """The spec a job was submitted with; None where it is not known."""
+    text = metadata.get(_SPEC_KEY)
+    return parse_spec(yaml.safe_load(text), source="the submitted job") if text else None
+
+
+def check_spec(spec: JobSpec) -> None:
+    """Refuse what could not work on a cluster: relative paths, and secrets, which everybody there could read."""
+    from pipeline.tracking import redact
+
+    plain = spec.model_dump(mode="json")
+    hidden = redact(plain)
+    if hidden != plain:
+        raise UserError(
+            f"{_first_difference(plain, hidden)} holds what looks like a secret (a password or key), and a spec is "
+            "kept where many can read it; take it out, and set it in the cluster's environment "
+            "(AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD and the like)."
+        )
+    paths = {"runs": spec.runs, "data.shards": spec.data.shards, "training.init_weights": spec.training.init_weights}
+    if spec.data.format != "shapes":
+        paths["data.root"] = spec.data.root
+    for key, path in paths.items():
+        if path and "://" not in path and not os.path.isabs(path):
+            raise UserError(
+                f"{key} is the relative path {path!r}, which means nothing on a cluster; give a URI (s3://...) or an "
+                "absolute path that every node sees."
+            )
+
+
+def stage_code(folder: Path, spec: JobSpec) -> None:
+    """Fill an empty folder with all that a job needs of this checkout."""
+    import model.ops.library
+
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", model.ops.library.LIBRARY_NAME)
+    shutil.copytree(Path(__file__).parent.parent, folder / "pipeline", ignore=ignore)
+    shutil.copytree(Path(model.ops.library.__file__).parent.parent, folder / "model", ignore=ignore)
+    built = model.ops.library.describe().path
+    if built is not None:
+        # Beside the package, not in it: nodes whose image has operators of its own, for their GPUs, take those.
+        (folder / model.ops.library.CARRIED).mkdir()
+        shutil.copy(built, folder / model.ops.library.CARRIED / built.name)
+    (folder / "sitecustomize.py").write_text(_SITE, encoding="utf-8")
+    (folder / SPEC_FILE).write_text(dump_spec(spec), encoding="utf-8")
+
+
+def runtime_environment(spec: JobSpec, folder: Path) -> dict[str, Any]:
+    return {"working_dir": str(folder), "env_vars": stop_environment(spec) | {PYTHON_VARIABLE: _python()}}
+
+
+def stop_environment(spec: JobSpec) -> dict[str, str]:
+    """How Ray ends a job: with a signal that saves, and time for it. Its own 3 s would kill a job that is saving."""
+    return {
+        "RAY_JOB_STOP_SIGNAL": "SIGTERM",
+        "RAY_JOB_STOP_WAIT_TIME_S": str(int(spec.cluster.stop_grace_s) + STOP_MARGIN_S),
+        "PYTHONUNBUFFERED": "1",
+    }
+
+
+def _python() -> str:
+    return ".".join(platform.python_version_tuple()[:2])
+
+
+def _first_difference(value: Any, other: Any, key: str = "") -> str:
+    """The dotted key at which two JSON values differ first."""
+    if isinstance(value, dict) and isinstance(other, dict):
+        for name in value:
+            if value[name] != other[name]:
+                return _first_difference(value[name], other[name], f"{key}.{name}" if key else name)
+    if isinstance(value, list | tuple) and isinstance(other, list | tuple):
+        for index, pair in enumerate(zip(value, other, strict=True)):
+            if pair[0] != pair[1]:
+                return _first_difference(*pair, f"{key}[{index}]")
+    return key
