@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -15,7 +15,7 @@ from pipeline.spec_files import load_spec
 
 if TYPE_CHECKING:
     from pipeline.cluster.jobs import JobsClient
-    from pipeline.evaluation import CocoMetrics
+    from pipeline.evaluation import Metrics
 
 app = typer.Typer(
     help="RefineDet++ as a distributed training pipeline.",
@@ -37,6 +37,7 @@ Dashboard = Annotated[
 Weights = Annotated[str | None, typer.Option(help="other weights, file or URI; default: the run's")]
 Shards = Annotated[str | None, typer.Option(help="other shards, folder or URI; default: the run's validation shards")]
 Output = Annotated[str | None, typer.Option(help="folder for the results; default: the run's")]
+Json = Annotated[Path | None, typer.Option("--json", help="write the numbers, by class and size, and curves here too")]
 RunOrJob = Annotated[str, typer.Argument(metavar="NAME", help="a run's name (its last job), or a job's id")]
 
 
@@ -207,22 +208,29 @@ def evaluate(
     overrides: Overrides = None,
     detections: Annotated[str | None, typer.Option(help="instead of a run: COCO results JSON")] = None,
     annotations: Annotated[str | None, typer.Option(help="instead of a run: COCO instances JSON")] = None,
+    rule: Annotated[
+        str | None, typer.Option(help="coco, voc2007 or voc2012; default: as the data set")
+    ] = None,
     weights: Weights = None,
     shards: Shards = None,
     output: Output = None,
     address: Address = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the numbers here too")] = None,
+    json_file: Json = None,
 ) -> None:
-    """COCO's twelve numbers, of a run's weights or of a detections file."""
-    if run is None:
-        if not (detections and annotations):
-            raise UserError("evaluate takes a run's folder, or --detections FILE and --annotations FILE.")
-        from pipeline.evaluation import evaluate_coco
-        from pipeline.evaluation.truth import read_json_file
+    """COCO's twelve numbers or VOC's mAP, of a run's weights or of a detections file."""
+    if run and not (detections or annotations):
+        from pipeline.cluster.evaluate import evaluate_run
 
-        metrics = evaluate_coco(annotations, read_json_file(detections, "detections"))
+        changes = [*(overrides or ()), *([f"evaluation.rule={rule}"] if rule else ())]
+        metrics = evaluate_run(
+            run, "single", overrides=changes, weights=weights, shards=shards, output=output, address=address
+        )
+    elif detections and annotations and not run:
+        from pipeline.evaluation import evaluate_files
+
+        metrics = evaluate_files(detections, annotations, rule=rule or "coco")
     else:
-        metrics = _evaluate_run(run, "single", overrides, weights, shards, output, address)
+        raise UserError("evaluate takes either a run's folder, or --detections FILE and --annotations FILE.")
     _print_metrics(metrics, json_file)
 
 
@@ -234,38 +242,18 @@ def multiscale(
     shards: Shards = None,
     output: Output = None,
     address: Address = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="write the numbers here too")] = None,
+    json_file: Json = None,
 ) -> None:
-    """COCO's twelve numbers of a run's weights, tested at several scales and mirrored."""
-    _print_metrics(_evaluate_run(run, "multiscale", overrides, weights, shards, output, address), json_file)
-
-
-def _evaluate_run(
-    run: str,
-    mode: Literal["single", "multiscale"],
-    overrides: list[str] | None,
-    weights: str | None,
-    shards: str | None,
-    output: str | None,
-    address: str | None,
-) -> CocoMetrics | None:
+    """The numbers of a run's weights, tested at several scales and mirrored; what it costs is said first."""
     from pipeline.cluster.evaluate import evaluate_run
-    from pipeline.cluster.progress import ProgressDisplay
 
-    with ProgressDisplay() as display:
-        return evaluate_run(
-            run,
-            mode,
-            overrides=overrides or (),
-            weights=weights,
-            shards=shards,
-            output=output,
-            address=address,
-            display=display,
-        )
+    metrics = evaluate_run(
+        run, "multiscale", overrides=overrides or (), weights=weights, shards=shards, output=output, address=address
+    )
+    _print_metrics(metrics, json_file)
 
 
-def _print_metrics(metrics: CocoMetrics | None, json_file: Path | None) -> None:
+def _print_metrics(metrics: Metrics | None, json_file: Path | None) -> None:
     if metrics is None:
         return
     for name, value in metrics.values.items():

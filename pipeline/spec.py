@@ -170,6 +170,8 @@ class Evaluation(Section):
     """a piece is the unit that is handed to a worker and committed"""
     merge: MergeRule | None = None
     """default: the model's own inference (section IV-H)"""
+    rule: Literal["coco", "voc2007", "voc2012"] | None = None
+    """whose average precision counts; default: coco, and for voc the year's: 11 points in 2007, the area after"""
 
 
 class Pass(Section):
@@ -191,6 +193,8 @@ class Multiscale(Section):
     """own passes instead of a recipe's"""
     merge: MergeRule | None = None
     """default: vote for voc, soft_vote for coco"""
+    compare_rules: bool = False
+    """also measure every merge rule, on the same passes: `merge_rules` in metrics.json"""
     batch_size: PositiveInt = 8
 
     @model_validator(mode="after")
@@ -236,7 +240,11 @@ class Cluster(Section):
     max_failures: NonNegativeInt = 3
     """worker or node failures survived before the job fails"""
     resource_timeout_s: PositiveFloat = 300
-    """how long to wait for workers to be placed"""
+    """how long to wait for workers to be placed, also after a node was lost"""
+    resize_interval_s: PositiveFloat = 60
+    """elastic workers: how often to look whether more can be placed; the job saves before it grows"""
+    leave_out_stalled: bool = True
+    """a node that held up a step is left out of the restart, where the other nodes can hold the workers"""
     stop_grace_s: PositiveFloat = 120
     """time to save after a stop, before the worker is killed"""
 

@@ -5,35 +5,37 @@ A worker that dies costs the piece it held; a piece that is committed is never d
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import threading
+import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from pipeline import storage
+from pipeline.cluster.capacity import minimum_workers
+from pipeline.cluster.detection_job import DetectionJob, write_results
 from pipeline.cluster.logs import log_folder, log_to_file
 from pipeline.cluster.run import Run
-from pipeline.cluster.session import minimum_workers
 from pipeline.errors import JobError, StoppedError, UserError
 from pipeline.evaluation import (
-    CocoMetrics,
     DetectionTable,
     GroundTruth,
-    Matches,
+    Metrics,
     Piece,
-    accumulate,
+    accumulate_by_rule,
+    best_first,
+    detect_by_rules,
     detect_piece,
-    match,
+    match_by_rule,
     merge_pieces,
-    multiscale_piece,
     read_piece,
+    resolve_merge,
     split_into_pieces,
     write_piece,
 )
@@ -41,71 +43,34 @@ from pipeline.spec_files import parse_spec
 
 logger = logging.getLogger(__name__)
 
-Mode = Literal["single", "multiscale"]
 _POLL_S = 0.5
+_OWN = ""  # stands for the job's own merge rule among those that are compared
 
 
 @dataclass(frozen=True)
-class DetectionJob:
-    """What is detected with what: everything that a piece depends on is in `fingerprint`.
+class Detected:
+    """What came of a stage.
 
-    weights    safetensors file of a detector that the run's spec describes
-    shards     folder of the shards with the images
-    truth      COCO instances file of those images, in the shards' order
-    output     folder that detections/, metrics.json and the pieces come to lie in
+    metrics        None where the truth has no annotations, as test-dev's
+    by_merge_rule  of the rules that were compared, best first
+    num_detections in the results file
+    files          written, relative to the job's output
+    again          files of pieces that were there, but damaged or of another evaluation, and were done again
     """
 
-    mode: Mode
-    weights: str
-    shards: str
-    truth: str
-    output: str
-    image_ids: tuple[int, ...]
-    fingerprint: str
-
-    @property
-    def folder(self) -> str:
-        """Of the committed pieces."""
-        return storage.join(self.output, "detections", self.mode)
-
-    @property
-    def detections(self) -> str:
-        """The finished COCO results file."""
-        return storage.join(self.output, "detections", f"{self.mode}.json")
+    metrics: Metrics | None
+    by_merge_rule: Mapping[str, Metrics]
+    num_detections: int
+    files: Sequence[str]
+    again: Sequence[str]
 
 
-def make_detection_job(
-    run: Run, mode: Mode, *, weights: str | None = None, shards: str | None = None, output: str | None = None
-) -> tuple[DetectionJob, dict[str, Any]]:
-    """The job of a run's own weights and validation shards, or of others; and the inputs it depends on, as JSON.
+@dataclass(frozen=True)
+class _Answer:
+    """What a worker says of a piece that is committed: its matches by merge rule (none without truth)."""
 
-    Raises UserError where there are no weights.
-    """
-    from pipeline.data import open_shards, write_coco_annotations
-
-    weights = weights or run.weights
-    if not storage.exists(weights):
-        raise UserError(f"There are no weights at {weights}; run the stage train first, or name others.")
-    output = output or run.path
-    truth = run.ground_truth("val")
-    if shards or not storage.exists(truth):
-        truth = storage.join(output, "ground_truth.json")
-        write_coco_annotations(open_shards(shards or storage.join(run.shards, "val")), truth)
-    shards = shards or storage.join(run.shards, "val")
-    spec = run.spec
-    inputs = {
-        "weights": storage.digest_file(weights).sha256,
-        "shards": open_shards(shards).digest,
-        "spec": storage.digest_json(
-            {
-                "model": asdict(spec.model),
-                "evaluation": spec.evaluation.model_dump(mode="json"),
-                "multiscale": spec.multiscale.model_dump(mode="json") if spec.multiscale and mode != "single" else None,
-            }
-        ),
-    }
-    image_ids = tuple(image["id"] for image in storage.read_json(truth)["images"])
-    return DetectionJob(mode, weights, shards, truth, output, image_ids, storage.digest_json(inputs)), inputs
+    matches: dict[str, Any] = field(default_factory=dict)
+    again: str | None = None
 
 
 def run_detection(
@@ -114,87 +79,108 @@ def run_detection(
     *,
     on_progress: Callable[[int, int], None],
     stop_requested: threading.Event,
-) -> tuple[CocoMetrics | None, int]:
-    """Detect every image once, write the results file and metrics.json.
+) -> Detected:
+    """Detect every image once; write the results file, metrics.json and what a server takes.
 
-    returns  the metrics (None where the truth has no annotations, as test-dev's) and the number of detections
+    Raises StoppedError when asked to stop, JobError where workers die more often than `cluster.max_failures`.
     """
-    truth_json = storage.read_json(job.truth)
-    truth = GroundTruth.of(truth_json) if truth_json["annotations"] else None
+    instances = storage.read_json(job.truth)
+    truth = GroundTruth.of(instances) if instances["annotations"] else None
     pieces = split_into_pieces(len(job.image_ids), run.spec.evaluation.images_per_piece)
-    matches = []
+    answers: dict[int, _Answer] = {}
     done = 0
-    for piece, found in _work_through(run, job, truth, pieces, stop_requested):
+    for piece, answer in _work_through(run, job, truth, pieces, stop_requested):
         done += len(piece.positions)
-        matches.append(found)
+        answers[piece.index] = answer
         on_progress(done, len(job.image_ids))
-    tables = [read_piece(job.folder, piece, fingerprint=job.fingerprint) for piece in pieces]
-    merged = merge_pieces([table for table in tables if table is not None], job.image_ids)
-    storage.write_bytes(job.detections, json.dumps(merged.rows()).encode())
-    if truth is None:
-        return None, len(merged)
-    metrics = accumulate(truth, matches)
-    path = storage.join(job.output, "metrics.json")
-    known = storage.read_json(path) if storage.exists(path) else {}
-    storage.write_json(path, {**known, job.mode: metrics.to_json()})
-    return metrics, len(merged)
+    ordered = [answers[piece.index] for piece in pieces]
+
+    def measure(rule: str) -> Metrics | None:
+        if truth is None:
+            return None
+        return accumulate_by_rule(job.measure, truth, [answer.matches[rule] for answer in ordered])
+
+    tables = []
+    for piece in pieces:
+        table = read_piece(job.folder, piece, fingerprint=job.fingerprint)
+        if table is None:
+            raise JobError(f"{storage.join(job.folder, piece.name)} was damaged after it was committed; run it again")
+        tables.append(table)
+    merged = merge_pieces(tables, job.image_ids)
+    metrics = measure(_OWN)
+    compared = {name: measure(name) for name in job.merge_rules}
+    by_rule = best_first({name: one for name, one in compared.items() if one is not None})
+    files = write_results(job, instances, merged, metrics, by_rule)
+    return Detected(metrics, by_rule, len(merged), files, [answer.again for answer in ordered if answer.again])
 
 
 def _work_through(
-    run: Run, job: DetectionJob, truth: GroundTruth | None, pieces: tuple[Piece, ...], stop: threading.Event
-):
-    """Yield (piece, what its worker returned), in the order of pieces finished."""
+    run: Run, job: DetectionJob, truth: GroundTruth | None, pieces: Sequence[Piece], stop: threading.Event
+) -> Iterator[tuple[Piece, _Answer]]:
+    """Yield (piece, what its worker said), in the order of pieces finished.
+
+    A piece goes to a worker that has started: where the cluster holds fewer workers than were asked for, those that
+    it holds do the work.
+    """
     cluster = run.spec.cluster
     count = min(cluster.evaluation_workers or minimum_workers(cluster), len(pieces))
     shared_truth = ray.put(truth)
-    failures = 0
+    waiting = deque(pieces)
+    idle: list[tuple[int, Any]] = []  # by number, and the worker
+    held: dict[Any, tuple[int, Any, Piece | None]] = {}  # by what the worker is to answer; no piece: that it started
+    failures, started, began = 0, False, time.monotonic()
 
-    def start_worker(number: int) -> Any:
+    def start_worker(number: int) -> None:
         worker = _DetectionWorker.options(  # type: ignore[attr-defined]
             num_cpus=cluster.cpus_per_worker,
             num_gpus=cluster.gpus_per_worker,
             scheduling_strategy="SPREAD" if "SPREAD" in cluster.placement else "DEFAULT",
             label_selector=cluster.labels or None,
-        )
-        return worker.remote(run.spec.model_dump(mode="json"), job, shared_truth, number)
+        ).remote(run.spec.model_dump(mode="json"), job, shared_truth, number)
+        held[worker.start.remote()] = (number, worker, None)
 
-    waiting = deque(pieces)
-    idle = deque((number, start_worker(number)) for number in range(count))
-    held: dict[Any, tuple[int, Any, Piece]] = {}
+    for number in range(count):
+        start_worker(number)
     try:
-        while waiting or held:
+        while waiting or any(piece for _, _, piece in held.values()):
             while waiting and idle:
-                number, worker = idle.popleft()
+                number, worker = idle.pop()
                 piece = waiting.popleft()
                 held[worker.work.remote(piece)] = (number, worker, piece)
             ready, _ = ray.wait(list(held), timeout=_POLL_S)
             if stop.is_set():
-                raise StoppedError(
-                    f"{len(waiting) + len(held)} of {len(pieces)} pieces are left; the same command goes on"
+                left = len(waiting) + sum(piece is not None for _, _, piece in held.values())
+                raise StoppedError(f"{left} of {len(pieces)} pieces are left; the same command goes on")
+            if not started and time.monotonic() - began > cluster.resource_timeout_s:
+                raise JobError(
+                    f"no evaluation worker was placed within cluster.resource_timeout_s {cluster.resource_timeout_s:g} "
+                    f"s: each needs {cluster.cpus_per_worker:g} CPU and {cluster.gpus_per_worker:g} GPU"
                 )
             for ref in ready:
                 number, worker, piece = held.pop(ref)
+                what = piece.name if piece else "no piece"
                 try:
                     answer = ray.get(ref)
                 except RayActorError as error:
                     failures += 1
                     if failures > cluster.max_failures:
                         raise JobError(
-                            f"evaluation workers died {failures} times, the last with {piece.name} in hand: {error}"
+                            f"evaluation workers died {failures} times, the last with {what} in hand: {error}"
                         ) from error
-                    logger.warning("evaluation worker %d died; %s is handed out again", number, piece.name)
-                    waiting.appendleft(piece)
-                    idle.append((number, start_worker(number)))
+                    logger.warning("evaluation worker %d died with %s in hand; it is started again", number, what)
+                    if piece:
+                        waiting.appendleft(piece)
+                    start_worker(number)
                     continue
                 except RayTaskError as error:
                     cause = error.cause if isinstance(error.cause, UserError) else None
-                    raise UserError(str(cause)) if cause else JobError(f"{piece.name}: {error.cause}") from error
+                    raise UserError(str(cause)) if cause else JobError(f"{what}: {error.cause}") from error
+                started = True
                 idle.append((number, worker))
-                yield piece, answer
+                if piece:
+                    yield piece, answer
     finally:
-        for _, worker in idle:
-            ray.kill(worker)
-        for _, worker, _ in held.values():
+        for worker in [worker for _, worker in idle] + [worker for _, worker, _ in held.values()]:
             ray.kill(worker)
 
 
@@ -208,36 +194,59 @@ class _DetectionWorker:
         self._job, self._truth = job, truth
         self._model: Any = None
 
-    def work(self, piece: Piece) -> Matches | None:
+    def start(self) -> None:
+        """Returns once the worker is there."""
+
+    def work(self, piece: Piece) -> _Answer:
         """Commit a piece; returns its matches with the truth."""
         job = self._job
-        table = read_piece(job.folder, piece, fingerprint=job.fingerprint)
-        if table is None:
-            table = self._detect(piece)
-            write_piece(job.folder, piece, table, fingerprint=job.fingerprint)
+        tables, again = self._committed(piece)
+        if tables is None:
+            logger.info("%s: detecting on %d images", piece.name, len(piece.positions))
+            tables = self._detect(piece)
+            for name in job.merge_rules:
+                write_piece(job.rule_folder(name), piece, tables[name], fingerprint=job.rule_fingerprint(name))
+            write_piece(job.folder, piece, tables[_OWN], fingerprint=job.fingerprint)  # last: it says that all are
+            logger.info("%s: committed", piece.name)
         if self._truth is None:
-            return None
-        return match(self._truth, table, job.image_ids[piece.start : piece.stop])
+            return _Answer(again=again)
+        ids = job.image_ids[piece.start : piece.stop]
+        found = {name: match_by_rule(job.measure, self._truth, table, ids) for name, table in tables.items()}
+        return _Answer(found, again)
 
-    def _detect(self, piece: Piece) -> DetectionTable:
+    def _committed(self, piece: Piece) -> tuple[dict[str, DetectionTable] | None, str | None]:
+        """The piece's detections by merge rule, None where one is not there; and the file that is there but no good."""
+        job = self._job
+        places = {_OWN: (job.folder, job.fingerprint)}
+        places |= {name: (job.rule_folder(name), job.rule_fingerprint(name)) for name in job.merge_rules}
+        tables = {}
+        for name, (folder, fingerprint) in places.items():
+            table = read_piece(folder, piece, fingerprint=fingerprint)
+            if table is None:
+                path = storage.join(folder, piece.name)
+                return None, path if storage.exists(path) else None
+            tables[name] = table
+        return tables, None
+
+    def _detect(self, piece: Piece) -> dict[str, DetectionTable]:
         from pipeline.data import open_shards
 
-        spec = self._run.spec
-        shards = open_shards(self._job.shards)
-        model = self._loaded_model()
-        if job_multiscale := (spec.multiscale if self._job.mode == "multiscale" else None):
-            return multiscale_piece(model, shards, piece.positions, multiscale=job_multiscale)
-        return detect_piece(model, shards, piece.positions, evaluation=spec.evaluation)
+        spec, shards, model = self._run.spec, open_shards(self._job.shards), self._loaded_model()
+        if self._job.mode == "single":
+            return {_OWN: detect_piece(model, shards, piece.positions, evaluation=spec.evaluation)}
+        assert spec.multiscale is not None
+        rules = {_OWN: resolve_merge(spec.multiscale), **self._job.merge_rules}
+        return detect_by_rules(model, shards, piece.positions, multiscale=spec.multiscale, rules=rules)
 
     def _loaded_model(self) -> Any:
         if self._model is None:
             import torch
-            from safetensors.torch import load
 
             from model import RefineDet, load_weights
+            from pipeline.training.initial_weights import read_weights
 
             device = "cuda" if self._run.spec.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu"
             model = RefineDet(self._run.spec.model)
-            load_weights(model, load(storage.read_bytes(self._job.weights)))
+            load_weights(model, read_weights(self._job.weights, "weights"))
             self._model = model.to(device).to(memory_format=torch.channels_last).eval()
         return self._model

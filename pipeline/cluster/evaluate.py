@@ -1,34 +1,61 @@
-"""`refinedet evaluate RUN` and `refinedet multiscale RUN`: measure a run again, or other weights on other shards."""
+"""Measuring a run: what the stages of a launch and the commands `evaluate` and `multiscale` have in common."""
 
 from __future__ import annotations
 
 import os
 import threading
 from collections.abc import Sequence
-from typing import Literal
+from typing import TYPE_CHECKING
 
 from pipeline import storage
+from pipeline.cluster.detection_job import DetectionJob, Mode, make_detection_job
 from pipeline.cluster.logs import log_folder, log_to_file
 from pipeline.cluster.progress import ProgressDisplay
 from pipeline.cluster.run import Run
 from pipeline.cluster.session import ray_session
 from pipeline.errors import UserError
-from pipeline.evaluation import CocoMetrics
+from pipeline.evaluation import Metrics, describe_cost, format_comparison, resolve_passes
 from pipeline.spec_files import load_spec
+
+if TYPE_CHECKING:
+    from pipeline.cluster.detection_stage import Detected
+
+# What says how the work is done, and nothing of what comes out: these may be set without --output.
+_HARMLESS = ("cluster.", "evaluation.images_per_piece=", "tracking.")
+
+
+def detect_and_measure(run: Run, job: DetectionJob, *, display: ProgressDisplay, stop: threading.Event) -> Detected:
+    """Run a stage under `display.stage(...)`, and say what it costs and what came of it."""
+    from pipeline.cluster.detection_stage import run_detection
+
+    if job.mode == "multiscale":
+        assert run.spec.multiscale is not None
+        passes = resolve_passes(run.spec.multiscale, run.spec.model)
+        cost = describe_cost(passes, input_size=run.spec.model.input_size, num_images=len(job.image_ids))
+        display.note(f"  {cost}")
+    found = run_detection(
+        run,
+        job,
+        on_progress=lambda done, total: display.update(done, total, unit="images"),
+        stop_requested=stop,
+    )
+    if found.again:
+        display.warn(f"done again, as damaged or of other settings: {_named(found.again)}")
+    display.done(f"{_outcome(found.metrics)}  {found.num_detections} detections{_for_server(job, found.files)}")
+    return found
 
 
 def evaluate_run(
     folder: str,
-    mode: Literal["single", "multiscale"],
+    mode: Mode,
     *,
     overrides: Sequence[str] = (),
     weights: str | None = None,
     shards: str | None = None,
     output: str | None = None,
     address: str | None = None,
-    display: ProgressDisplay,
-) -> CocoMetrics | None:
-    """Detect and measure with a run's spec, on a cluster or here.
+) -> Metrics | None:
+    """Detect and measure with a run's spec, on a cluster or here, and say how far it is.
 
     folder   of the run
     weights  other weights, file or URI; default: the run's
@@ -43,11 +70,10 @@ def evaluate_run(
     spec = load_spec(path, [f"runs={parent}", f"name={name}", *overrides])
     if mode == "multiscale" and spec.multiscale is None:
         raise UserError("The run's spec has no `multiscale`; give a recipe, as in multiscale.recipe=coco512.")
-    if (weights or shards or overrides) and not output:
+    changes = [override for override in overrides if not override.strip().startswith(_HARMLESS)]
+    if (weights or shards or changes) and not output:
         raise UserError("Other weights, shards or settings need --output FOLDER, so that the run's own results stay.")
     run = Run(spec)
-    from pipeline.cluster.detection_stage import make_detection_job, run_detection
-
     log_to_file(os.path.join(log_folder(run.path), "evaluate.log"), who="driver")
     job, _ = make_detection_job(
         run,
@@ -56,13 +82,32 @@ def evaluate_run(
         shards=storage.absolute(shards) if shards else None,
         output=storage.absolute(output) if output else None,
     )
-    display.stage("evaluate" if mode == "single" else mode, unit="images")
-    with ray_session(spec.cluster, address):
-        metrics, count = run_detection(
-            run,
-            job,
-            on_progress=lambda done, total: display.update(done, total, unit="images"),
-            stop_requested=threading.Event(),
-        )
-    display.done(f"{count} detections at {job.detections}")
-    return metrics
+    with ProgressDisplay() as display:
+        display.stage("evaluate" if mode == "single" else mode, unit="images")
+        # Evaluation needs one worker to be placed, however many the training had.
+        with ray_session(spec.cluster.model_copy(update={"workers": 1}), address):
+            found = detect_and_measure(run, job, display=display, stop=threading.Event())
+        if found.by_merge_rule:
+            display.note(f"\n{format_comparison(found.by_merge_rule)}\n")
+    return found.metrics
+
+
+def _outcome(metrics: Metrics | None) -> str:
+    if metrics is None:
+        return "the data set has no annotations to measure by;"
+    shown = [(name, metrics.values[name]) for name in ("AP", "AP50", "mAP") if name in metrics.values]
+    return "  ".join(f"{name} {value:.3f}" for name, value in shown)
+
+
+def _for_server(job: DetectionJob, files: Sequence[str]) -> str:
+    """Where the files are that a server takes: the zip, or the folder of VOC's text files."""
+    made = [file for file in files if file.startswith("submission/")]
+    if not made:
+        return ""
+    place = made[0] if len(made) == 1 else made[0].partition("/results/")[0]
+    return f"  for the server: {storage.join(job.output, place)}"
+
+
+def _named(paths: Sequence[str]) -> str:
+    more = f" and {len(paths) - 3} more" if len(paths) > 3 else ""
+    return ", ".join(paths[:3]) + more

@@ -12,11 +12,12 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from pipeline import storage
+from pipeline.cluster.capacity import minimum_workers
 from pipeline.cluster.environment import describe_environment
 from pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
 from pipeline.cluster.progress import ProgressDisplay, summary_table
 from pipeline.cluster.run import Run
-from pipeline.cluster.session import minimum_workers, ray_session
+from pipeline.cluster.session import ray_session
 from pipeline.errors import StoppedError, UserError
 from pipeline.spec import JobSpec
 
@@ -189,7 +190,8 @@ class _Job:
     # --- evaluate, multiscale
 
     def _detect(self, mode: Literal["single", "multiscale"]) -> None:
-        from pipeline.cluster.detection_stage import make_detection_job, run_detection
+        from pipeline.cluster.detection_job import make_detection_job
+        from pipeline.cluster.evaluate import detect_and_measure
 
         stage = "evaluate" if mode == "single" else "multiscale"
         if not self.spec.data.val or (mode == "multiscale" and self.spec.multiscale is None):
@@ -199,28 +201,10 @@ class _Job:
         if self.run.stage_is_done(stage, inputs):
             self.display.done("done before")
             return
-        if mode == "multiscale":
-            self._say_cost(len(job.image_ids))
-        metrics, count = run_detection(
-            self.run,
-            job,
-            on_progress=lambda done, total: self._progress(done, total, "images"),
-            stop_requested=self.stop,
-        )
-        if metrics is None:
-            self.display.done(f"{count} detections; the data set has no annotations to measure by")
-        else:
-            self.tracker.log_metrics(0, {f"{mode}/{name}": value for name, value in metrics.values.items()})
-            self.display.done(f"AP {metrics.values['AP']:.3f}  AP50 {metrics.values['AP50']:.3f}  {count} detections")
-        self.run.commit_stage(stage, inputs, [f"detections/{mode}.json"])
-
-    def _say_cost(self, num_images: int) -> None:
-        from pipeline.evaluation import describe_cost, resolve_passes
-
-        assert self.spec.multiscale is not None
-        passes = resolve_passes(self.spec.multiscale, self.spec.model)
-        cost = describe_cost(passes, input_size=self.spec.model.input_size, num_images=num_images)
-        self.display.note(f"  {cost}")
+        found = detect_and_measure(self.run, job, display=self.display, stop=self.stop)
+        if found.metrics is not None:
+            self.tracker.log_metrics(0, {f"{mode}/{name}": value for name, value in found.metrics.values.items()})
+        self.run.commit_stage(stage, inputs, list(found.files))
 
     # --- report
 
@@ -266,18 +250,15 @@ class _Job:
         self._print_summary()
 
     def _print_summary(self) -> None:
-        path = self.run.file("metrics.json")
-        if storage.exists(path):
-            metrics = storage.read_json(path)
-            names = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
-            rows = [
-                {"": {"single": "single scale", "multiscale": "multi-scale"}[mode]}
-                | {name: f"{metrics[mode]['coco'][name]:.3f}" for name in names}
-                for mode in ("single", "multiscale")
-                if mode in metrics
-            ]
-            self.display.note("")
-            self.display.console.print(summary_table(f"Run {self.spec.name}", ["", *names], rows))
+        from pipeline.tracking import merge_rule_rows, summary_rows
+
+        for title, rows in (
+            (f"Run {self.spec.name}", summary_rows(self.run.path)),
+            ("Merge rules, multi-scale", merge_rule_rows(self.run.path)),
+        ):
+            if rows:
+                self.display.note("")
+                self.display.console.print(summary_table(title, list(rows[0]), rows))
         self.display.note("")
         for what, where in (
             ("report", self.run.file("report.html")),

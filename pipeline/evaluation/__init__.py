@@ -1,11 +1,19 @@
 """Detections, COCO and VOC evaluation, multi-scale testing. Pure functions; pieces make them restartable."""
 
 from pipeline.evaluation.coco import METRIC_NAMES, CocoMetrics, accumulate, evaluate_coco
-from pipeline.evaluation.comparison import MERGE_RULES, compare_rules, detect_by_rules, format_comparison
+from pipeline.evaluation.comparison import (
+    MERGE_RULES,
+    best_first,
+    compare_rules,
+    detect_by_rules,
+    format_comparison,
+    rules_to_compare,
+)
 from pipeline.evaluation.detect import detect_piece
 from pipeline.evaluation.detections import DetectionTable
 from pipeline.evaluation.files import evaluate_files
 from pipeline.evaluation.matching import Matches, match
+from pipeline.evaluation.measures import Metrics, Rule, accumulate_by_rule, evaluate_by_rule, match_by_rule
 from pipeline.evaluation.multiscale import (
     describe_cost,
     estimate_cost,
@@ -25,7 +33,7 @@ from pipeline.evaluation.pieces import (
 from pipeline.evaluation.submission import write_submission
 from pipeline.evaluation.truth import GroundTruth
 from pipeline.evaluation.validation import validate
-from pipeline.evaluation.voc import VocMetrics, evaluate_voc, write_voc_files
+from pipeline.evaluation.voc import VocMatches, VocMetrics, accumulate_voc, evaluate_voc, match_voc, write_voc_files
 
 __all__ = [
     "MERGE_RULES",
@@ -34,25 +42,35 @@ __all__ = [
     "DetectionTable",
     "GroundTruth",
     "Matches",
+    "Metrics",
     "Piece",
+    "Rule",
+    "VocMatches",
     "VocMetrics",
     "accumulate",
+    "accumulate_by_rule",
+    "accumulate_voc",
+    "best_first",
     "compare_rules",
     "describe_cost",
     "detect_by_rules",
     "detect_piece",
     "estimate_cost",
+    "evaluate_by_rule",
     "evaluate_coco",
     "evaluate_files",
     "evaluate_voc",
     "format_comparison",
     "match",
+    "match_by_rule",
+    "match_voc",
     "merge_pieces",
     "missing_pieces",
     "multiscale_piece",
     "read_piece",
     "resolve_merge",
     "resolve_passes",
+    "rules_to_compare",
     "split_into_pieces",
     "validate",
     "write_detections",

@@ -14,7 +14,15 @@ from typing import Any
 import numpy as np
 
 from pipeline.evaluation.detections import DetectionTable
-from pipeline.evaluation.matching import AREA_RANGES, IOU_THRESHOLDS, MAX_DETECTIONS, RECALLS, Matches, match
+from pipeline.evaluation.matching import (
+    AREA_RANGES,
+    IOU_THRESHOLDS,
+    MAX_DETECTIONS,
+    RECALLS,
+    Matches,
+    check_images_once,
+    match,
+)
 from pipeline.evaluation.truth import GroundTruth
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
@@ -53,14 +61,7 @@ class CocoMetrics:
 def accumulate(truth: GroundTruth, matches: Iterable[Matches]) -> CocoMetrics:
     """Metrics from the matches of all images, in any order."""
     matches = list(matches)
-    images = np.concatenate([part.images for part in matches]) if matches else np.zeros(0, np.int64)
-    unique, counts = np.unique(images, return_counts=True)
-    if (counts > 1).any() or not np.array_equal(unique, truth.image_ids):
-        twice, missing = int((counts > 1).sum()), len(np.setdiff1d(truth.image_ids, unique))
-        raise ValueError(
-            f"every image must be matched exactly once: {twice} came more than once, {missing} of "
-            f"{len(truth.image_ids)} are missing"
-        )
+    check_images_once(truth, (part.images for part in matches))
     positives = np.sum([part.positives for part in matches], axis=0)  # [K, A]
     category, score, image_id, rank, true, false = (
         np.concatenate([getattr(part, name) for part in matches])

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 from pipeline.errors import UserError
-from pipeline.evaluation.coco import CocoMetrics, evaluate_coco
 from pipeline.evaluation.detections import DetectionTable
+from pipeline.evaluation.measures import Metrics, check_rule, evaluate_by_rule
 from pipeline.evaluation.truth import GroundTruth, read_json_file
-from pipeline.evaluation.voc import VocMetrics, evaluate_voc
 
 
-def evaluate_files(
-    detections: str, annotations: str, *, rule: Literal["coco", "voc2007", "voc2012"] = "coco"
-) -> CocoMetrics | VocMetrics:
+def evaluate_files(detections: str, annotations: str, *, rule: str = "coco") -> Metrics:
     """Metrics of the results file `detections` against the COCO instances file `annotations`.
 
+    rule  coco; voc2007 (11 points) or voc2012 (area), which leave `difficult` (or `ignore`) annotations out
     UserError where a file is missing, cut short or not what it should be.
     """
-    if rule not in ("coco", "voc2007", "voc2012"):
-        raise UserError(f"the rule must be coco, voc2007 or voc2012, received {rule}")
+    checked = check_rule(rule)
     truth = GroundTruth.of(annotations)
     rows: Any = read_json_file(detections, "detections")
     if not isinstance(rows, list):
@@ -28,5 +25,4 @@ def evaluate_files(
             f"detections: {detections} holds no list of detections, received {kind}; give the results file, "
             "[{image_id, category_id, bbox, score}, ...]"
         )
-    table = DetectionTable.of(rows)
-    return evaluate_coco(truth, table) if rule == "coco" else evaluate_voc(truth, table, rule=rule)
+    return evaluate_by_rule(checked, truth, DetectionTable.of(rows))

@@ -7,7 +7,7 @@ tie the later one), an object that counts before an ignored one; a crowd can be 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -106,6 +106,17 @@ def match(truth: GroundTruth, detections: DetectionTable, image_ids: Sequence[in
         true=true,
         false=false,
     )
+
+
+def check_images_once(truth: GroundTruth, parts: Iterable[np.ndarray]) -> None:
+    """ValueError unless the image ids of `parts` are the truth's, each exactly once."""
+    unique, counts = np.unique(np.concatenate([np.zeros(0, np.int64), *parts]), return_counts=True)
+    if (counts > 1).any() or not np.array_equal(unique, truth.image_ids):
+        twice, missing = int((counts > 1).sum()), len(np.setdiff1d(truth.image_ids, unique))
+        raise ValueError(
+            f"every image must be matched exactly once: {twice} came more than once, {missing} of "
+            f"{len(truth.image_ids)} are missing"
+        )
 
 
 def check_known(truth: GroundTruth, images: np.ndarray, detections: DetectionTable) -> None:

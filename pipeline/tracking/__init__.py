@@ -14,13 +14,14 @@ if TYPE_CHECKING:
     from pipeline.tracking.redaction import redact, redact_text
     from pipeline.tracking.report import build_report
     from pipeline.tracking.runs import RunTracker
-    from pipeline.tracking.summary import summary_rows
+    from pipeline.tracking.summary import merge_rule_rows, summary_rows
 
 _HOMES = {
     "Boxes": "pictures",
     "RunTracker": "runs",
     "build_report": "report",
     "draw_detections": "pictures",
+    "merge_rule_rows": "summary",
     "package_model": "packaging",
     "redact": "redaction",
     "redact_text": "redaction",
@@ -32,6 +33,7 @@ __all__ = [
     "RunTracker",
     "build_report",
     "draw_detections",
+    "merge_rule_rows",
     "package_model",
     "redact",
     "redact_text",

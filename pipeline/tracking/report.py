@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 REPORT_FILE = "report.html"
 MODE_TITLES = {"single": "Single scale", "multiscale": "Multi-scale"}
 _ROUTINE_EVENTS = ("preflight", "started", "saved", "validated")
+_RULE_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "mAP")
 _METRIC_MEANINGS = {
     "AP": "IoU 0.50 to 0.95",
     "AP50": "IoU 0.50",
@@ -93,6 +94,7 @@ def _content(run: RunFolder, load_images: LoadImages | None) -> dict[str, Any]:
         "tiles": _tiles(run),
         "facts": _facts(run),
         "metrics": _metric_rows(run),
+        "unmeasured": read_ground_truth(run.path).get("annotations") == [],
         "classes": measured,
         "num_empty_classes": len(classes) - len(measured),
         "precision_recall": Markup(_precision_recall(run)),
@@ -254,7 +256,7 @@ def _rule_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Columns and rows of the comparison of merge rules; the best of each column is marked."""
     if not rows:
         return {}
-    columns = [name for name in rows[0] if name in _METRIC_MEANINGS]
+    columns = [name for name in _RULE_COLUMNS if name in rows[0]]
     label = next((name for name in ("rule", "method", "name") if name in rows[0]), "name")
     best = {name: max(row.get(name) or 0 for row in rows) for name in columns}
     body = [
@@ -304,4 +306,7 @@ def _files(run: RunFolder) -> list[str]:
     """Files of the run that a reader may want, relative to the report."""
     names = ["spec.yaml", "metrics.json", "metrics.jsonl", "detections/single.json", "detections/multiscale.json"]
     names += ["ground_truth.json", "weights.safetensors", "ledger.json", "environment.json"]
+    for mode in MODES:  # what a server takes: a zip, or a folder of text files
+        folder = f"submission/{mode}"
+        names += [f"{folder}/{name}" for name in storage.list_folder(storage.join(run.path, folder))]
     return [name for name in names if storage.exists(storage.join(run.path, name))]

@@ -22,6 +22,7 @@ logger = logging.getLogger(__name__)
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MODES = ("single", "multiscale")
+_RULES = ("coco", "voc2007", "voc2012")
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,9 @@ def read_run(path: str) -> RunFolder:
         steps=steps,
         validations=validations,
         evaluations=evaluations,
-        merge_rules=[dict(row) for row in rules if isinstance(row, Mapping)] if isinstance(rules, list) else [],
+        merge_rules=[
+            {**row, **_measured(row)} for row in (rules if isinstance(rules, list) else []) if isinstance(row, Mapping)
+        ],
         ledger=_read(path, "ledger.json", missing, dict),
         environment=redact(_read(path, "environment.json", missing, dict)),
         missing=missing,
@@ -161,7 +164,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _evaluation(content: Mapping[str, Any]) -> Evaluation:
-    values = content.get("coco") or content.get("voc") or content
+    values = next((content[rule] for rule in _RULES if isinstance(content.get(rule), Mapping)), content)
     rows = content.get("per_class") or {}
     if isinstance(rows, list):  # [{"name": ..., "AP": ...}, ...]
         rows = {str(row.get("name")): row for row in rows if isinstance(row, Mapping)}

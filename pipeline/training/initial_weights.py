@@ -24,16 +24,17 @@ _NESTED_UNDER = ("state_dict", "model", "model_state", "module")
 _SHOWN = 8
 
 
-def read_weights(uri: str) -> dict[str, Tensor]:
+def read_weights(uri: str, what: str = "training.init_weights") -> dict[str, Tensor]:
     """A state dict from safetensors, or from a torch file that holds tensors only.
 
+    what  names the weights in messages
     Raises UserError where there is no such file, or where it holds anything else.
     """
     try:
         content = storage.read_bytes(uri)
     except OSError as error:
         raise UserError(
-            f"training.init_weights: {uri!r} cannot be read ({error.strerror or error}); give a file or URI of weights."
+            f"{what}: {uri!r} cannot be read ({error.strerror or error}); give a file or URI of weights."
         ) from None
     try:
         if uri.endswith(".safetensors"):
@@ -41,10 +42,10 @@ def read_weights(uri: str) -> dict[str, Tensor]:
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(
-            f"training.init_weights: {uri!r} holds no weights that can be read safely "
+            f"{what}: {uri!r} holds no weights that can be read safely "
             f"({' '.join(str(error).split())[:200]}); give safetensors, or a torch file of tensors alone."
         ) from None
-    return _tensors(state, uri)
+    return _tensors(state, uri, what)
 
 
 def load_initial_weights(detector: RefineDet, uri: str) -> LoadReport:
@@ -66,13 +67,13 @@ def load_initial_weights(detector: RefineDet, uri: str) -> LoadReport:
     return report
 
 
-def _tensors(state: Any, uri: str) -> dict[str, Tensor]:
+def _tensors(state: Any, uri: str, what: str) -> dict[str, Tensor]:
     for name in _NESTED_UNDER:
         if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
             state = state[name]
             break
     if not isinstance(state, Mapping):
-        raise UserError(f"training.init_weights: {uri!r} holds a {type(state).__name__}, no state dict of tensors.")
+        raise UserError(f"{what}: {uri!r} holds a {type(state).__name__}, no state dict of tensors.")
     tensors = {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
     if all(name.startswith("module.") for name in tensors):
         tensors = {name.removeprefix("module."): value for name, value in tensors.items()}

@@ -166,11 +166,48 @@ def test_images_come_as_arrays(run):
     assert picture.dtype == np.uint8
 
 
-def test_the_summary_has_a_row_an_evaluation(run, tmp_path):
+def test_vocs_mean_average_precision_is_shown(run):
     from pipeline.tracking import summary_rows
+
+    curve = [1.0, 0.5, 0.0]
+    metrics = {
+        mode: {
+            "voc2007": {"mAP": value},
+            "per_class": {"lens": {"AP": value}},
+            "curves": {"recall": [0, 0.5, 1], "precision50": {"lens": curve}},
+        }
+        for mode, value in (("single", 0.811), ("multiscale", 0.836))
+    }
+    rules = [{"rule": "box voting", "mAP": 0.836}, {"rule": "NMS 0.45", "mAP": 0.822}]
+    (run / "metrics.json").write_text(json.dumps({**metrics, "merge_rules": rules}))
+    page = _page(run)
+    assert '<div class="figure">0.811</div><div><b>mAP</b>' in page
+    assert ">+0.025<" in page
+    assert "Precision over recall" in page
+    assert ">0.822<" in page
+    assert "AP50" not in page.split("<h2>Training</h2>")[0]
+    assert summary_rows(str(run)) == [{"": "Single scale", "mAP": "0.811"}, {"": "Multi-scale", "mAP": "0.836"}]
+
+
+def test_a_data_set_without_annotations_is_not_called_unmeasured_yet(run):
+    (run / "metrics.json").unlink()
+    (run / "submission" / "single").mkdir(parents=True)
+    (run / "submission" / "single" / "detections_test-dev2017_a_results.zip").write_bytes(b"zip")
+    truth = json.loads((run / "ground_truth.json").read_text())
+    (run / "ground_truth.json").write_text(json.dumps({**truth, "annotations": []}))
+    page = _page(run)
+    assert "no annotations to measure by" in page
+    assert "detections_test-dev2017_a_results.zip" in page
+
+
+def test_the_summary_has_a_row_an_evaluation(run, tmp_path):
+    from pipeline.tracking import merge_rule_rows, summary_rows
 
     rows = summary_rows(str(run))
     assert [row[""] for row in rows] == ["Single scale", "Multi-scale"]
     assert rows[1]["AP"] == "0.524"
     assert rows[1]["APl"] == "–"
     assert summary_rows(str(tmp_path / "nowhere")) == []
+    assert [row[""] for row in merge_rule_rows(str(run))] == ["nms", "soft_vote", "wbf"]
+    assert merge_rule_rows(str(run))[0]["AP"] == "0.512"
+    assert merge_rule_rows(str(tmp_path / "nowhere")) == []

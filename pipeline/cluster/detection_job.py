@@ -1,0 +1,183 @@
+"""What the evaluate and multiscale stages detect with what, and the files that come of it."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from pipeline import storage
+from pipeline.cluster.run import Run
+from pipeline.errors import UserError
+from pipeline.evaluation import DetectionTable, Metrics, Rule, rules_to_compare, write_submission, write_voc_files
+from pipeline.spec import JobSpec, MergeRule
+
+Mode = Literal["single", "multiscale"]
+_LAST_COCO_ID = 90
+
+
+@dataclass(frozen=True)
+class DetectionJob:
+    """What is detected with what: everything that a piece depends on is in `fingerprint`.
+
+    weights      file of a detector that the run's spec describes
+    shards       folder of the shards with the images
+    truth        COCO instances file of those images, in the shards' order
+    output       folder that detections/, metrics.json and the pieces come to lie in
+    measure      whose average precision counts
+    merge_rules  to be compared on the same passes, by name
+    format       of the data set: coco, voc or shapes
+    image_set    VOC's year and list, as in VOC2012/test
+    """
+
+    mode: Mode
+    name: str
+    weights: str
+    shards: str
+    truth: str
+    output: str
+    image_ids: tuple[int, ...]
+    fingerprint: str
+    measure: Rule
+    merge_rules: Mapping[str, MergeRule]
+    format: str
+    image_set: str
+
+    @property
+    def folder(self) -> str:
+        """Of the committed pieces."""
+        return storage.join(self.output, "detections", self.mode)
+
+    def rule_folder(self, name: str) -> str:
+        """Of the committed pieces of one of `merge_rules`."""
+        return storage.join(self.folder, re.sub(r"[^a-z0-9.+]+", "-", name.lower()))
+
+    def rule_fingerprint(self, name: str) -> str:
+        return storage.digest_json([self.fingerprint, self.merge_rules[name].model_dump(mode="json")])
+
+    @property
+    def detections(self) -> str:
+        """The finished COCO results file."""
+        return storage.join(self.output, "detections", f"{self.mode}.json")
+
+
+def make_detection_job(
+    run: Run, mode: Mode, *, weights: str | None = None, shards: str | None = None, output: str | None = None
+) -> tuple[DetectionJob, dict[str, Any]]:
+    """The job of a run's own weights and validation shards, or of others; and the inputs it depends on, as JSON.
+
+    Raises UserError where there are no weights, or where they or the shards are of another model.
+    """
+    from pipeline.data import open_shards, write_coco_annotations
+
+    spec = run.spec
+    found = open_shards(shards or storage.join(run.shards, "val"))
+    if found.num_classes != spec.model.num_classes:
+        raise UserError(
+            f"The shards {found.url} have {found.num_classes} categories, the model has {spec.model.num_classes}; "
+            "give shards of the data set that it was trained on."
+        )
+    if weights:
+        _check_weights(weights, spec)
+    elif not storage.exists(run.weights):
+        raise UserError(f"There are no weights at {run.weights}; run the stage train first, or name others.")
+    weights = weights or run.weights
+    output = output or run.path
+    truth = run.ground_truth("val")
+    if shards or not storage.exists(truth):
+        truth = storage.join(output, "ground_truth.json")
+        write_coco_annotations(found, truth)
+    multiscale = spec.multiscale if mode == "multiscale" else None
+    settings = {
+        "model": asdict(spec.model),
+        "evaluation": spec.evaluation.model_dump(mode="json", exclude={"rule"}),
+        "multiscale": multiscale.model_dump(mode="json", exclude={"compare_rules"}) if multiscale else None,
+    }
+    detected = {
+        "weights": storage.digest_file(weights).sha256,
+        "shards": found.digest,
+        "spec": storage.digest_json(settings),
+    }
+    own_set = spec.data.val[0].set if spec.data.val and not shards else None
+    measure: Rule = spec.evaluation.rule or _usual_rule(found.format, own_set)
+    job = DetectionJob(
+        mode=mode,
+        name=spec.name,
+        weights=weights,
+        shards=found.url,
+        truth=truth,
+        output=output,
+        image_ids=tuple(image["id"] for image in storage.read_json(truth)["images"]),
+        fingerprint=storage.digest_json(detected),
+        measure=measure,
+        merge_rules=rules_to_compare(multiscale) if multiscale and multiscale.compare_rules else {},
+        format=found.format,
+        image_set=own_set or f"VOC{measure[3:] if measure != 'coco' else 2012}/test",
+    )
+    compared = {name: job.rule_fingerprint(name) for name in job.merge_rules}
+    return job, {**detected, "measure": measure, "merge_rules": storage.digest_json(compared)}
+
+
+def _usual_rule(data_format: str, image_set: str | None) -> Rule:
+    if data_format != "voc":
+        return "coco"
+    return "voc2007" if image_set and image_set.startswith("VOC2007") else "voc2012"
+
+
+def _check_weights(path: str, spec: JobSpec) -> None:
+    """UserError unless the file holds every tensor of the spec's model."""
+    from model import RefineDet, load_weights
+    from pipeline.training.initial_weights import read_weights
+
+    report = load_weights(RefineDet(spec.model), read_weights(path, "--weights"))
+    unfit = [*report.missing, *report.reshaped]
+    if unfit:
+        raise UserError(
+            f"--weights: {path} does not fit the run's model: {len(unfit)} of its tensors are not there in that shape, "
+            f"such as {unfit[0]}; give weights of the same spec, or change model.* to theirs."
+        )
+
+
+def write_results(
+    job: DetectionJob,
+    truth: Mapping[str, Any],
+    detections: DetectionTable,
+    metrics: Metrics | None,
+    by_merge_rule: Mapping[str, Metrics],
+) -> list[str]:
+    """Write the detections, what a server takes, and metrics.json; returns the files but the last, below `output`.
+
+    truth          the COCO instances
+    by_merge_rule  best first
+    """
+    storage.write_bytes(job.detections, json.dumps(detections.rows()).encode())
+    path = storage.join(job.output, "metrics.json")
+    known = storage.read_json(path) if storage.exists(path) else {}
+    known.pop(job.mode, None)
+    if metrics is not None:
+        known[job.mode] = metrics.to_json()
+    if job.mode == "multiscale":
+        known.pop("merge_rules", None)
+        if by_merge_rule:
+            known["merge_rules"] = [{"rule": name, **one.values} for name, one in by_merge_rule.items()]
+    if known or storage.exists(path):
+        storage.write_json(path, known)
+    return [f"detections/{job.mode}.json", *_write_for_server(job, truth, detections)]
+
+
+def _write_for_server(job: DetectionJob, truth: Mapping[str, Any], detections: DetectionTable) -> list[str]:
+    """VOC's text files, in the folders that its server wants in the archive; COCO's zip for a set without truth."""
+    if job.format == "voc":
+        year, _, image_set = job.image_set.rpartition("/")
+        folder = f"submission/{job.mode}/results/{year}/Main"
+        names = write_voc_files(storage.join(job.output, folder), truth, detections, image_set=image_set)
+        return [f"{folder}/{name}" for name in names]
+    ids = [category["id"] for category in truth["categories"]]
+    if truth["annotations"] or job.format != "coco" or max(ids) > _LAST_COCO_ID:
+        return []
+    name = re.sub(r"[^A-Za-z0-9-]+", "-", job.name) + ("-multiscale" if job.mode == "multiscale" else "")
+    folder = f"submission/{job.mode}"
+    path = write_submission(storage.join(job.output, folder), name, detections, image_ids=job.image_ids)
+    return [f"{folder}/{path.rpartition('/')[2]}"]

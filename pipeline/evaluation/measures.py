@@ -1,0 +1,40 @@
+"""COCO's and VOC's rules behind one pair of functions: matching where the detections are, accumulating in one place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, get_args
+
+from pipeline.errors import UserError
+from pipeline.evaluation.coco import CocoMetrics, accumulate
+from pipeline.evaluation.detections import DetectionTable
+from pipeline.evaluation.matching import Matches, match
+from pipeline.evaluation.truth import GroundTruth
+from pipeline.evaluation.voc import VocMatches, VocMetrics, accumulate_voc, match_voc
+
+Rule = Literal["coco", "voc2007", "voc2012"]
+Metrics = CocoMetrics | VocMetrics
+
+
+def check_rule(rule: str) -> Rule:
+    """`rule`, if there is one of that name."""
+    if rule not in get_args(Rule):
+        raise UserError(f"the rule must be coco, voc2007 or voc2012, received {rule}")
+    return rule  # type: ignore[return-value]
+
+
+def match_by_rule(
+    rule: Rule, truth: GroundTruth, detections: DetectionTable, image_ids: Sequence[int] | None = None
+) -> Matches | VocMatches:
+    """What `rule` needs of the detections of `image_ids` (default: all images of the truth)."""
+    return match(truth, detections, image_ids) if rule == "coco" else match_voc(truth, detections, image_ids)
+
+
+def accumulate_by_rule(rule: Rule, truth: GroundTruth, matches: Iterable[Any]) -> Metrics:
+    """Metrics from what `match_by_rule` returned for the same rule, in the order of the images."""
+    return accumulate(truth, matches) if rule == "coco" else accumulate_voc(truth, matches, rule=rule)
+
+
+def evaluate_by_rule(rule: Rule, truth: GroundTruth, detections: DetectionTable) -> Metrics:
+    """Evaluate in one process."""
+    return accumulate_by_rule(rule, truth, [match_by_rule(rule, truth, detections)])
