@@ -67,7 +67,7 @@ def augment(
     boxes, labels = project_boxes(boxes, labels, window, size)
     pixels = _cut(image, window, draws[5:14] if settings.distort else None)
     interpolation = INTERPOLATIONS[int(draws[14] * len(INTERPOLATIONS)) if settings.random_interpolation else 0]
-    pixels = cv2.resize(pixels, (size, size), interpolation=interpolation)
+    pixels = _resize(pixels, size, interpolation)
     if settings.mirror and draws[15] < 0.5:
         pixels, boxes = cv2.flip(pixels, 1), mirror_boxes(boxes, size)
     return pixels, boxes, labels
@@ -145,6 +145,14 @@ def _cut(image: np.ndarray, window: Window, distortion: np.ndarray | None) -> np
         pixels = distort(pixels, distortion)
     border = (y1 - window.top, bottom - y2, x1 - window.left, right - x2)
     return cv2.copyMakeBorder(pixels, *border, cv2.BORDER_CONSTANT, value=MEAN_RGB) if any(border) else pixels
+
+
+def _resize(image: np.ndarray, size: int, interpolation: int) -> np.ndarray:
+    if interpolation != cv2.INTER_LANCZOS4:
+        return cv2.resize(image, (size, size), interpolation=interpolation)
+    # OpenCV's Lanczos is twice as fast in floating point; a value may round to its neighbour. add() saturates.
+    resized = cv2.resize(image.astype(np.float32), (size, size), interpolation=interpolation)
+    return cv2.add(resized, np.zeros(4), dtype=cv2.CV_8U)
 
 
 def distort(image: np.ndarray, draws: np.ndarray) -> np.ndarray:

@@ -90,13 +90,14 @@ def torchvision_images(folder: Path, size: int) -> Iterator[int]:
         ]
     )
     annotations = str(folder / "annotations" / "instances_train2017.json")
-    dataset = wrap_dataset_for_transforms_v2(
-        CocoDetection(str(folder / "train2017"), annotations, transforms=transform), target_keys=["boxes", "labels"]
-    )
+    photos = CocoDetection(str(folder / "train2017"), annotations, transforms=transform)
+    # RandomIoUCrop refuses a photo without objects, so torchvision's own recipe leaves those out.
+    with_objects = [index for index, image in enumerate(photos.ids) if photos.coco.getAnnIds(image)]
+    dataset = wrap_dataset_for_transforms_v2(photos, target_keys=["boxes", "labels"])
     order = np.random.default_rng(0)
     while True:
         images = []
-        for index in order.permutation(len(dataset)):
+        for index in order.permutation(with_objects):
             image, target = dataset[int(index)]
             if "boxes" in target:
                 images.append(image)
@@ -177,11 +178,15 @@ def write_large_index(folder: Path, cursors: list[Cursor], seed: int, batch: int
 
 
 LARGE_INDEX = """
-import json, os, resource, sys, time
+import json, os, sys, time
 from pipeline.data import open_shards
 from pipeline.data.order import EpochOrder
-from pipeline.data.stages import Plan
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+def resident_mb():
+    with open("/proc/self/statm") as file:
+        return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20
+
+before = resident_mb()
 began = time.perf_counter()
 shards = open_shards(sys.argv[1])
 opened = time.perf_counter() - began
@@ -191,9 +196,9 @@ for epoch, at in json.loads(sys.argv[2]):
     order = EpochOrder(shards.sizes, seed=0, epoch=epoch, window=4096, streams=16)
     entries = [shards.entry(int(position)) for position in order.positions(at * 32, (at + 1) * 32)]
     seeks.append(time.perf_counter() - began)
-after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+after = resident_mb()
 print(json.dumps({"samples": shards.num_samples, "open_s": opened, "worst_seek_s": max(seeks),
-                  "memory_mb": (after - before) / 1024, "process_mb": after / 1024}))
+                  "memory_mb": after - before, "process_mb": after}))
 """
 
 

@@ -142,9 +142,11 @@ def test_cropping_first_gives_the_same_pixels_as_the_written_order() -> None:
         crop = crop_window(canvas, boxes, draws[4], trials)
         left, top = crop.left - canvas.left, crop.top - canvas.top
         slow = slow[top : top + crop.height, left : left + crop.width]
-        slow = cv2.resize(slow, (96, 96), interpolation=INTERPOLATIONS[int(draws[14] * 5)])
+        interpolation = INTERPOLATIONS[int(draws[14] * 5)]
+        slow = cv2.resize(slow, (96, 96), interpolation=interpolation)
         slow = slow[:, ::-1] if draws[15] < 0.5 else slow
-        np.testing.assert_array_equal(fast, slow)
+        rounding = 1 if interpolation == cv2.INTER_LANCZOS4 else 0  # OpenCV's fixed point against floating point
+        assert np.abs(fast.astype(int) - slow.astype(int)).max() <= rounding
 
 
 def test_distortion_may_come_after_the_crop() -> None:
