@@ -27,10 +27,11 @@ def encode_boxes(boxes: Tensor, anchors: Tensor) -> Tensor:
     """
     boxes, anchors = boxes.float(), anchors.float()
     sides = anchors[..., 2:] - anchors[..., :2]
-    box_sides = boxes[..., 2:] - boxes[..., :2]
-    shift = (boxes[..., :2] + 0.5 * box_sides - anchors[..., :2] - 0.5 * sides) / sides
+    near, far = (boxes - anchors).chunk(2, dim=-1)  # corner by corner: coordinates around 1000 cancel without a loss
+    shift = 0.5 * (near + far) / sides
+    growth = (far - near) / sides
     variances = boxes.new_tensor(VARIANCES)
-    return torch.cat([shift, (box_sides / sides).log()], dim=-1) / variances
+    return torch.cat([shift, growth.log1p()], dim=-1) / variances
 
 
 def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
@@ -43,9 +44,9 @@ def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
     deltas, anchors = deltas.float(), anchors.float()
     sides = anchors[..., 2:] - anchors[..., :2]
     bound = math.log(MAX_SIDE_CHANGE)
-    centres = anchors[..., :2] + 0.5 * sides + VARIANCES[0] * deltas[..., :2] * sides
-    half = 0.5 * sides * (VARIANCES[2] * deltas[..., 2:]).clamp(-bound, bound).exp()
-    return torch.cat([centres - half, centres + half], dim=-1)
+    shift = VARIANCES[0] * deltas[..., :2] * sides
+    growth = 0.5 * sides * (VARIANCES[2] * deltas[..., 2:]).clamp(-bound, bound).expm1()
+    return anchors + torch.cat([shift - growth, shift + growth], dim=-1)
 
 
 def paired_overlaps(boxes: Tensor, anchors: Tensor) -> Tensor:
