@@ -47,13 +47,18 @@ def launch(
     overrides: Overrides = None,
     address: Address = None,
     stages: Annotated[str | None, typer.Option(help="comma-separated; default: all of them")] = None,
+    check_only: Annotated[bool, typer.Option("--preflight", help="place the workers, check them, and end")] = False,
 ) -> None:
     """Run a job's stages here, or on the cluster at ADDR; what is done already is not done again."""
     from pipeline.cluster.launch import STAGES, launch
+    from pipeline.cluster.preflight import preflight
     from pipeline.cluster.progress import ProgressDisplay
 
     spec = load_spec(job, overrides or ())
     with ProgressDisplay() as display:
+        if check_only:
+            preflight(spec, address=address, display=display)
+            return
         launch(spec, address=address, stages=stages.split(",") if stages else STAGES, display=display)
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from typing import Any, Literal
 
 from pipeline import storage
-from pipeline.cluster.capacity import minimum_workers
+from pipeline.cluster.capacity import maximum_workers, minimum_workers
 from pipeline.cluster.environment import describe_environment
 from pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
 from pipeline.cluster.progress import ProgressDisplay, summary_table
@@ -46,8 +46,9 @@ def launch(
     with ExitStack() as stack:
         stack.enter_context(run.open())
         log_to_file(os.path.join(log_folder(run.path), "launch.log"), who="driver")
-        stop = stack.enter_context(_stop_signals(display))
+        stop = stack.enter_context(stop_signals(display))
         stack.enter_context(ray_session(spec.cluster, address))
+        from pipeline.cluster.preflight import check_nodes
         from pipeline.tracking import RunTracker
 
         tracker = RunTracker(spec.tracking, name=spec.name, run_dir=run.path, runs=run.runs)
@@ -55,6 +56,7 @@ def launch(
         job = _Job(run, tracker, display, stop)
         try:
             job.begin()
+            check_nodes(run)
             for stage in STAGES:
                 if stage in stages:
                     job.run_stage(stage)
@@ -70,9 +72,9 @@ def launch(
 
 def check_spec(spec: JobSpec) -> None:
     """What can be known to be wrong before a worker starts, and without the data."""
-    from pipeline.training import plan_batches
+    from pipeline.training import possible_world_sizes
 
-    plan_batches(spec.training, minimum_workers(spec.cluster))
+    possible_world_sizes(spec.training, minimum_workers(spec.cluster), maximum_workers(spec.cluster))
     if not spec.data.train:
         raise UserError("data.train is empty: name at least one split to train on.")
     weights = spec.training.init_weights
@@ -81,7 +83,7 @@ def check_spec(spec: JobSpec) -> None:
 
 
 @contextmanager
-def _stop_signals(display: ProgressDisplay) -> Iterator[threading.Event]:
+def stop_signals(display: ProgressDisplay) -> Iterator[threading.Event]:
     """SIGINT and SIGTERM set the event; a second SIGINT ends at once."""
     stop = threading.Event()
 

@@ -7,6 +7,7 @@ last one says whether to stop.
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import ray
@@ -17,27 +18,42 @@ from pipeline.cluster.session import NAMESPACE
 
 logger = logging.getLogger(__name__)
 
+_LOOK_FOR_DRAINS_EVERY_S = 2.0
+
 
 class _Monitor:
     def __init__(self) -> None:
         self._messages: list[tuple[int, str, Any]] = []
         self._stop = False
+        self._draining: list[str] = []
+        self._looked = 0.0
 
     def push(self, rank: int, kind: str, content: Any) -> bool:
-        """Keep a message for the driver; returns whether the job is to stop."""
+        """Keep a message for the driver; returns whether the workers are to stop."""
         self._messages.append((rank, kind, content))
         return self._stop
 
-    def drain(self) -> list[tuple[int, str, Any]]:
+    def drain(self) -> tuple[list[tuple[int, str, Any]], list[str]]:
         messages, self._messages = self._messages, []
-        return messages
+        if time.monotonic() - self._looked > _LOOK_FOR_DRAINS_EVERY_S:
+            self._looked, self._draining = time.monotonic(), _draining_nodes()
+        return messages, self._draining
 
-    def request_stop(self) -> None:
-        self._stop = True
+    def set_stop(self, stop: bool) -> None:
+        self._stop = stop
+
+
+def _draining_nodes() -> list[str]:
+    """Ids of nodes that are about to be taken away. Ray Train asks Ray in the same way; there is no public one."""
+    try:
+        return list(ray._private.state.state.get_draining_nodes())  # type: ignore[attr-defined]
+    except Exception as error:  # another version of Ray: preemption is then a failure like others
+        logger.warning("Ray does not say which nodes drain: %s", error)
+        return []
 
 
 class Monitor:
-    """The driver's side."""
+    """The driver's side; one for all attempts of a job."""
 
     def __init__(self, run_path: str) -> None:
         self.name = f"monitor:{run_path}"
@@ -52,14 +68,19 @@ class Monitor:
             )
             .remote()
         )
-        ray.get(self._actor.drain.remote())
+        self.draining: set[str] = set()
+        """ids of nodes that are about to be taken away"""
+        self.drain()
 
     def drain(self) -> list[tuple[int, str, Any]]:
         """Messages since the last call: (rank, kind, content)."""
-        return ray.get(self._actor.drain.remote())
+        messages, draining = ray.get(self._actor.drain.remote())
+        self.draining = set(draining)
+        return messages
 
-    def request_stop(self) -> None:
-        ray.get(self._actor.request_stop.remote())
+    def set_stop(self, stop: bool) -> None:
+        """Whether the workers are to save and end."""
+        ray.get(self._actor.set_stop.remote(stop))
 
     def close(self) -> None:
         ray.kill(self._actor)  # type: ignore[arg-type] - a proxy is a handle

@@ -7,8 +7,12 @@ import logging
 import os
 import tempfile
 import time
+from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
+
+from rich.markup import escape
 
 from pipeline import storage
 from pipeline.cluster.progress import ProgressDisplay
@@ -21,6 +25,18 @@ logger = logging.getLogger(__name__)
 METRICS_LOG = "metrics.jsonl"
 EVENTS_LOG = "events.jsonl"
 _UPLOAD_INTERVAL_S = 60.0
+_TOLD = ("preflight", "resumed", "resized")
+_WARNED = (
+    "passed_over",
+    "skipped",
+    "save_failed",
+    "straggler",
+    "stalled",
+    "left_out",
+    "restarted",
+    "preempted",
+    "waiting",
+)
 
 
 class LinesLog:
@@ -70,6 +86,7 @@ class TrainingRecorder:
         self._metrics = LinesLog(run.file(METRICS_LOG))
         self._events = LinesLog(run.file(EVENTS_LOG))
         self._every = run.spec.tracking.log_every_steps
+        self._counts = Counter(event["kind"] for event in self._events_so_far())
         self._validated_on = {"val": "validation", "train": "training"}[run.spec.training.validate_on]
 
     def __call__(self, rank: int, kind: str, content: dict[str, Any]) -> None:
@@ -88,9 +105,17 @@ class TrainingRecorder:
         ledger = asdict(read_goodput(self._run.path))
         if not ledger["attempts"]:
             return
-        events = [json.loads(line) for line in storage.read_bytes(self._run.file(EVENTS_LOG)).splitlines()]
-        storage.write_json(self._run.file("ledger.json"), {**ledger, "events": events})
+        storage.write_json(self._run.file("ledger.json"), {**ledger, "events": self._events_so_far()})
         self._tracker.log_metrics(0, {f"goodput/{name}": float(value) for name, value in ledger.items()})
+
+    def _events_so_far(self) -> list[dict[str, Any]]:
+        """Of all starts of this run; a line that a crash cut short is left out."""
+        path = self._run.file(EVENTS_LOG)
+        events = []
+        for line in storage.read_bytes(path).splitlines() if storage.exists(path) else ():
+            with suppress(ValueError):
+                events.append(json.loads(line))
+        return events
 
     def _step(self, record: dict[str, Any]) -> None:
         self._display.update(
@@ -140,7 +165,12 @@ class TrainingRecorder:
             )
             shown = "  ".join(f"{name} {values[name]:.3f}" for name in ("AP", "AP50") if name in values)
             self._display.note(f"  {event['message']}: {shown} on the {self._validated_on} images")
-        elif kind in ("resumed", "preflight"):
-            self._display.note(f"  {event['message']}")
-        elif kind in ("passed_over", "skipped", "save_failed", "straggler", "stalled"):
+        elif kind in _TOLD:
+            self._display.note(f"  {escape(event['message'])}")
+        elif kind in _WARNED:
             self._display.warn(event["message"])
+        if kind in _WARNED:
+            self._counts[kind] += 1
+            self._tracker.log_metrics(event["step"], {f"events/{kind}": self._counts[kind]})
+        if kind in _WARNED or kind in _TOLD:
+            self._tracker.set_tags({f"last_{kind}": f"step {event['step']}: {event['message']}"})

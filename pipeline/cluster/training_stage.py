@@ -1,37 +1,38 @@
-"""The train stage: Ray Train holds the workers, the loop in `pipeline.training` does the rest."""
+"""The train stage: Ray Train holds the workers, the loop in `pipeline.training` does the rest.
+
+One attempt is one worker group. A failure, a node about to be taken away, or room for more workers ends it; the driver
+then finds places for the next one, which goes on from the last checkpoint. Ray Train could retry by itself, but it
+neither saves before it resizes, nor leaves out a node that hangs, nor minds what divides the global batch.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import logging
-import os
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import ray.train
-from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.torch import TorchConfig
 
 from pipeline import storage
-from pipeline.cluster.faults import Fault, read_fault, with_fault
-from pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
-from pipeline.cluster.monitor import Monitor, MonitorClient
+from pipeline.cluster.capacity import maximum_workers, minimum_workers
+from pipeline.cluster.faults import read_fault
+from pipeline.cluster.lean_trainer import LeanTorchTrainer
+from pipeline.cluster.monitor import Monitor
+from pipeline.cluster.placement import Placement, worker_resources
 from pipeline.cluster.run import Run
-from pipeline.cluster.session import maximum_workers, minimum_workers
+from pipeline.cluster.train_worker import train_worker
 from pipeline.errors import JobError, StoppedError, UserError
-from pipeline.spec import Cluster, Workers
-from pipeline.spec_files import parse_spec
-
-if TYPE_CHECKING:
-    import torch
-
-    from pipeline.training import World
+from pipeline.training import Event, possible_world_sizes
 
 logger = logging.getLogger(__name__)
 
 _POLL_S = 0.3
+Reason = Literal["stop", "preempted", "resized"]
+"""why workers were asked to save and end"""
 
 
 def run_training(
@@ -43,98 +44,218 @@ def run_training(
 ) -> dict[str, Any]:
     """Train in Ray workers until the end; returns the loop's result.
 
-    on_message      called here, in the driver, with (rank, "step" | "event", content) as workers send them
+    on_message      called here, in the driver, with (rank, "step" | "event", content) as workers send them; rank -1 is
+                    the driver itself
     stop_requested  set it, and the workers save and end
     preflight_only  place the workers, check them, and end
     Raises StoppedError after a stop, UserError for a mistake in the spec, JobError once the failures allowed
     by `cluster.max_failures` are used up.
     """
-    monitor = Monitor(run.path)
-    outcome: dict[str, Any] = {}
-    fatal: list[tuple[bool, str]] = []
-    trainer = _trainer(run, monitor.name, read_fault(), preflight_only)
+    job = _TrainingJob(run, on_message, stop_requested, preflight_only)
+    try:
+        return job.run_attempts()
+    finally:
+        job.monitor.close()
 
-    def fit() -> None:
-        try:
-            outcome["result"] = trainer.fit().return_value
-        except BaseException as error:  # handed to the driver's thread below
-            outcome["error"] = error
 
-    # Not in the main thread: there, Ray Train takes over SIGINT and aborts the workers instead of letting them save.
-    thread = threading.Thread(target=fit, name="ray-train", daemon=True)
-    thread.start()
-    asked_at: float | None = None
-    while thread.is_alive():
-        thread.join(_POLL_S)
-        _deliver(monitor, on_message, fatal)
-        if stop_requested.is_set() and asked_at is None:
-            monitor.request_stop()
-            asked_at = time.monotonic()
-        if asked_at is not None and time.monotonic() - asked_at > run.spec.cluster.stop_grace_s:
+@dataclasses.dataclass
+class _Attempt:
+    """One worker group, and what the driver knows of it."""
+
+    workers: int
+    began: float = dataclasses.field(default_factory=time.monotonic)
+    nodes: dict[int, str] = dataclasses.field(default_factory=dict)
+    """node id of every rank that has started"""
+    step: int = 0
+    """the last one that was told of"""
+    stalled: bool = False
+    asked: Reason | None = None
+    asked_at: float = 0.0
+    looked_at: float = dataclasses.field(default_factory=time.monotonic)
+    """when room for more workers was last looked for"""
+
+
+class _TrainingJob:
+    """Attempt after attempt, until one comes to the end."""
+
+    def __init__(
+        self,
+        run: Run,
+        on_message: Callable[[int, str, Any], None],
+        stop_requested: threading.Event,
+        preflight_only: bool,
+    ) -> None:
+        self.run, self.spec = run, run.spec
+        self.on_message = on_message
+        self.stop_requested = stop_requested
+        self.preflight_only = preflight_only
+        cluster = run.spec.cluster
+        self.sizes = possible_world_sizes(run.spec.training, minimum_workers(cluster), maximum_workers(cluster))
+        self.placement = Placement(run.spec.cluster)
+        self.monitor = Monitor(run.path)
+        self.fatal: list[tuple[bool, str]] = []
+        self.attempts = self.failures = 0
+
+    def run_attempts(self) -> dict[str, Any]:
+        while True:
+            workers = self._place()
+            attempt = _Attempt(workers)
+            outcome = self._run(attempt)
+            self.attempts += 1
+            if self.fatal:
+                by_user, message = self.fatal[0]
+                raise UserError(message) if by_user else JobError(message)
+            if "result" in outcome and outcome["result"]["status"] != "stopped":
+                return outcome["result"]
+            if attempt.asked == "stop":
+                raise StoppedError(self._describe_stop(outcome))
+            self._prepare_next(attempt, outcome)
+
+    def _place(self) -> int:
+        workers = self.placement.find(self.sizes, self._say_waiting, self.stop_requested.is_set)
+        if workers is None:
+            raise StoppedError("before the workers were placed; the same command goes on from the last checkpoint")
+        return workers
+
+    def _run(self, attempt: _Attempt) -> dict[str, Any]:
+        """One attempt to its end: {"result"} or {"error"}."""
+        self.monitor.set_stop(False)
+        trainer = self._trainer(attempt.workers)
+        outcome: dict[str, Any] = {}
+
+        def fit() -> None:
+            try:
+                outcome["result"] = trainer.fit().return_value
+            except BaseException as error:  # handed to the driver's thread
+                outcome["error"] = error
+
+        # Not in the main thread: there, Ray Train takes over SIGINT, and aborts instead of letting workers save.
+        thread = threading.Thread(target=fit, name="ray-train", daemon=True)
+        thread.start()
+        while thread.is_alive():
+            thread.join(_POLL_S)
+            self._deliver(attempt)
+            self._ask(attempt)
+        self._deliver(attempt)
+        return outcome
+
+    def _ask(self, attempt: _Attempt) -> None:
+        """Ask the workers to save and end, where there is a reason to."""
+        reason: Reason | None = None
+        if self.stop_requested.is_set():
+            reason = "stop"
+        elif attempt.asked is None and self.monitor.draining & set(attempt.nodes.values()):
+            reason = "preempted"
+        elif attempt.asked is None and self._can_grow(attempt):
+            reason = "resized"
+        if reason and attempt.asked in (None, "preempted", "resized") and reason != attempt.asked:
+            self.monitor.set_stop(True)
+            attempt.asked, attempt.asked_at = reason, time.monotonic()
+        grace_s = self.spec.cluster.stop_grace_s
+        if attempt.asked == "stop" and time.monotonic() - attempt.asked_at > grace_s:
             raise StoppedError(
-                f"the workers did not save within {run.spec.cluster.stop_grace_s:g} s; the next start goes on from the "
-                "checkpoint before"
+                f"the workers did not save within {grace_s:g} s; the next start goes on from the checkpoint before"
             )
-    _deliver(monitor, on_message, fatal)
-    monitor.close()
-    if fatal:
-        by_user, message = fatal[0]
-        raise UserError(message) if by_user else JobError(message)
-    if "error" in outcome:
-        raise JobError(_explain(outcome["error"])) from outcome["error"]
-    result = outcome["result"]
-    if result["status"] == "stopped":
-        raise StoppedError(f"saved at step {result['step']}; the same command goes on from there")
-    return result
 
+    def _can_grow(self, attempt: _Attempt) -> bool:
+        """Now and then: whether there is room for a larger number of workers beside those that run."""
+        larger = [size for size in self.sizes if size > attempt.workers]
+        if not larger or not attempt.step or self.preflight_only:
+            return False
+        if time.monotonic() - attempt.looked_at < self.spec.cluster.resize_interval_s:
+            return False
+        attempt.looked_at = time.monotonic()
+        return any(self.placement.fits(size - attempt.workers, 0.5) for size in larger)
 
-def _deliver(monitor: Monitor, on_message: Callable[[int, str, Any], None], fatal: list[tuple[bool, str]]) -> None:
-    for rank, kind, content in monitor.drain():
-        if kind == "fatal":
-            fatal.append(content)
-        else:
-            on_message(rank, kind, content)
+    def _prepare_next(self, attempt: _Attempt, outcome: dict[str, Any]) -> None:
+        """Say why another attempt is needed; JobError where no more are allowed."""
+        saved = outcome.get("result", {}).get("step")
+        if attempt.asked == "preempted":  # also where the node went before all was saved
+            what = f"saved at step {saved}" if saved else "the node went before all was saved"
+            self._say("preempted", attempt.step, f"a node is taken away: {what}, going on elsewhere")
+            return
+        if attempt.asked == "resized" and saved:
+            self._say("resized", saved, f"there is room for more than {attempt.workers} workers: saved at step {saved}")
+            return
+        self.failures += 1
+        reason = _explain(outcome["error"]) if "error" in outcome else "the workers ended without being asked to"
+        if self.failures > self.spec.cluster.max_failures:
+            raise JobError(f"training failed: {reason}") from outcome.get("error")
+        message = f"restart {self.failures} of {self.spec.cluster.max_failures} allowed, after: {reason}"
+        self._say("restarted", attempt.step, message)
 
+    def _describe_stop(self, outcome: dict[str, Any]) -> str:
+        if "error" in outcome:
+            return f"the workers failed before they had saved ({_explain(outcome['error'])}); the same command goes on"
+        return f"saved at step {outcome['result']['step']}; the same command goes on from there"
 
-def _trainer(run: Run, monitor_name: str, fault: Fault | None, preflight_only: bool) -> TorchTrainer:
-    cluster = run.spec.cluster
-    return TorchTrainer(
-        _train_worker,
-        train_loop_config={
-            "spec": run.spec.model_dump(mode="json"),
-            "monitor": monitor_name,
-            "fault": dataclasses.asdict(fault) if fault else None,
-            "preflight_only": preflight_only,
-        },
-        scaling_config=_scaling_config(cluster),
-        torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
-        run_config=ray.train.RunConfig(
-            name="ray-train",
-            storage_path=None if not storage.is_local(run.path) else run.file("logs"),
-            failure_config=ray.train.FailureConfig(max_failures=cluster.max_failures),
-        ),
-    )
+    # --- what comes from the workers, and goes to the job's recorder
 
+    def _deliver(self, attempt: _Attempt) -> None:
+        for rank, kind, content in self.monitor.drain():
+            if kind == "fatal":
+                self.fatal.append(content)
+            elif kind == "placed":
+                attempt.nodes[rank] = content["node"]
+                logger.info("rank %d runs on %s, process %d", rank, content["host"], content["pid"])
+            elif kind == "event" and content["kind"] == "stalled":
+                if not attempt.stalled:  # every rank that can says so
+                    attempt.stalled = True
+                    self.on_message(rank, kind, content)
+                    self._leave_out(attempt, content)
+            else:
+                if kind == "step":
+                    attempt.step = content["step"]
+                self.on_message(rank, kind, content)
 
-def _scaling_config(cluster: Cluster) -> ray.train.ScalingConfig:
-    resources = {"CPU": cluster.cpus_per_worker}
-    if cluster.gpus_per_worker:
-        resources["GPU"] = cluster.gpus_per_worker
-    return ray.train.ScalingConfig(
-        num_workers=(
-            (minimum_workers(cluster), maximum_workers(cluster))
-            if isinstance(cluster.workers, Workers)
-            else cluster.workers
-        ),
-        use_gpu=bool(cluster.gpus_per_worker),
-        resources_per_worker=resources,
-        placement_strategy=cluster.placement,
-        label_selector=cluster.labels or None,
-    )
+    def _leave_out(self, attempt: _Attempt, event: dict[str, Any]) -> None:
+        """Keep the next attempt off the nodes that were named in a stall, where the others suffice."""
+        named = {attempt.nodes[rank] for rank in event["facts"]["ranks"] if rank in attempt.nodes}
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        if self.spec.cluster.leave_out_stalled and named and alive - named - self.placement.left_out:
+            self.placement.left_out |= named
+            hosts = ", ".join(sorted(set(event["facts"]["hosts"])))
+            self._say("left_out", event["step"], f"{hosts} is left out of the restart, if the other nodes suffice")
+
+    def _say_waiting(self) -> None:
+        cluster = self.spec.cluster
+        message = f"no place for {self.sizes[-1]} workers now; waiting up to {cluster.resource_timeout_s:g} s for nodes"
+        self._say("waiting", 0, message)
+
+    def _say(self, kind: Any, step: int, message: str) -> None:
+        self.on_message(-1, "event", dataclasses.asdict(Event(kind, step, message)))
+
+    def _trainer(self, workers: int) -> LeanTorchTrainer:
+        cluster = self.spec.cluster
+        fault = read_fault()
+        return LeanTorchTrainer(
+            train_worker,
+            train_loop_config={
+                "spec": self.spec.model_dump(mode="json"),
+                "monitor": self.monitor.name,
+                "fault": dataclasses.asdict(fault) if fault else None,
+                # Counting takes seconds: once a job, and on a CPU, whose memory is not a worker's own, when asked for.
+                "estimate_memory": self.preflight_only or (bool(cluster.gpus_per_worker) and self.attempts == 0),
+                "preflight_only": self.preflight_only,
+            },
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=workers,
+                use_gpu=bool(cluster.gpus_per_worker),
+                resources_per_worker=worker_resources(cluster),
+                placement_strategy=cluster.placement,
+                label_selector=self.placement.labels() or None,
+            ),
+            torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
+            run_config=ray.train.RunConfig(
+                name="ray-train",
+                storage_path=None if not storage.is_local(self.run.path) else self.run.file("logs"),
+                failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+            ),
+        )
 
 
 def _explain(error: BaseException) -> str:
-    """The workers' own error out of Ray Train's wrapping."""
+    """The workers' own error out of Ray Train's wrapping, in one line."""
     inner = error
     while True:
         failures = getattr(inner, "worker_failures", None)
@@ -145,123 +266,4 @@ def _explain(error: BaseException) -> str:
             break
         inner = following
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]
-    return f"training failed: {lines[-1] if lines else type(inner).__name__}"
-
-
-def _train_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """One Ray Train worker: build the detector and the stream, and hand them to the loop."""
-    run = Run(parse_spec(config["spec"], source="the job's spec"))
-    rank = ray.train.get_context().get_world_rank()
-    log_to_file(os.path.join(log_folder(run.path), f"train-rank{rank}.log"), who=f"rank {rank}")
-    monitor = MonitorClient(config["monitor"], rank)
-    from pipeline.training import NonFiniteError
-
-    try:
-        return _train(run, monitor, Fault(**config["fault"]) if config["fault"] else None, config["preflight_only"])
-    except (UserError, NonFiniteError) as error:  # trying again would not mend it
-        monitor.push("fatal", (isinstance(error, UserError), str(error)), wait=True)
-        return {"status": "failed"}
-
-
-def _train(run: Run, monitor: MonitorClient, fault: Fault | None, preflight_only: bool) -> dict[str, Any]:
-    import torch
-
-    from model import RefineDet, detection_loss
-    from pipeline.data import Cursor, TrainingStream, open_shards
-    from pipeline.training import BatchPlan, Event, StallVerdict, exit_process, find_checkpoint, open_world, train
-    from pipeline.training.initial_weights import load_initial_weights
-    from pipeline.training.preflight import check_workers
-
-    restore_loggers()
-    spec = run.spec
-    shards = open_shards(storage.join(run.shards, "train"))
-
-    with open_world() as world:
-        tell = monitor.push if world.is_main else lambda kind, content: None
-        preflight = check_workers(world, run.path, shards, memory_bytes=_memory_estimate(run, world.size))
-        tell("event", dataclasses.asdict(Event("preflight", 0, str(preflight), dataclasses.asdict(preflight))))
-        if preflight_only:
-            return {"status": "checked"}
-        torch.manual_seed(spec.seed)
-        detector = RefineDet(spec.model)
-        first_attempt = find_checkpoint(run.path)[0] is None
-        if spec.training.init_weights and first_attempt:
-            load_initial_weights(detector, spec.training.init_weights)
-
-        def make_stream(start: Cursor, plan: BatchPlan) -> TrainingStream:
-            return TrainingStream(
-                shards,
-                input_size=spec.model.input_size,
-                augmentation=spec.data.augmentation,
-                seed=spec.seed,
-                global_batch=plan.global_batch,
-                micro_batch=plan.micro_batch,
-                rank=world.rank,
-                world_size=world.size,
-                workers=spec.data.loader_workers,
-                start=start,
-                shuffle_window=spec.data.shuffle_window,
-                canonical_streams=spec.data.canonical_streams,
-                cache_dir=spec.data.cache_dir,
-                cache_bytes=spec.data.cache_bytes,
-                max_bad_samples=spec.data.max_bad_samples,
-                include_difficult=spec.data.include_difficult,
-            )
-
-        def on_stall(verdict: StallVerdict) -> None:
-            monitor.push(
-                "event", {"kind": "stalled", "step": verdict.step, "message": str(verdict), "facts": {}}, wait=True
-            )
-            exit_process(verdict)
-
-        result = train(
-            spec.training,
-            seed=spec.seed,
-            world=world,
-            detector=detector,
-            loss=with_fault(functools.partial(detection_loss, config=spec.model), fault, world.rank, run.path),
-            make_stream=make_stream,
-            run_dir=run.path,
-            observer=lambda record: tell("step", dataclasses.asdict(record)),
-            on_event=lambda event: tell("event", dataclasses.asdict(event)),
-            validate=_validation(run, world) if spec.training.validate_every_epochs else None,
-            stop_requested=lambda: monitor.stop_requested,
-            on_stall=on_stall,
-            facts={"spec": spec.model_dump(mode="json"), "shards": shards.digest},
-        )
-        return dataclasses.asdict(result)
-
-
-def _validation(run: Run, world: World) -> Callable[[torch.nn.Module, int], dict[str, float]]:
-    from pipeline.data import open_shards
-    from pipeline.evaluation import GroundTruth, validate
-
-    part = run.spec.training.validate_on
-    shards = open_shards(storage.join(run.shards, part))
-    truth = GroundTruth.of(run.ground_truth(part))
-
-    def measure(detector: torch.nn.Module, epochs_done: int) -> dict[str, float]:
-        return validate(
-            detector,  # type: ignore[arg-type] - the detector that was handed to `train`
-            shards,
-            truth,
-            rank=world.rank,
-            world_size=world.size,
-            all_gather=world.all_gather_object,
-            evaluation=run.spec.evaluation,
-        ).values
-
-    return measure
-
-
-def _memory_estimate(run: Run, workers: int) -> float | None:
-    """Bytes a worker needs on its device; None on a CPU, where memory is not its own."""
-    spec = run.spec
-    if not spec.cluster.gpus_per_worker:
-        return None
-    from model.cost import count_cost
-    from pipeline.cluster.plan import DEVICES, estimate
-    from pipeline.training import plan_batches
-
-    batch = plan_batches(spec.training, workers)
-    return estimate(spec.model, count_cost(spec.model), spec.training, batch, DEVICES["H100"]).memory_bytes
+    return lines[-1].strip() if lines else type(inner).__name__

@@ -10,12 +10,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeline.training.batches import BatchPlan, plan_batches
+    from pipeline.training.batches import BatchPlan, plan_batches, possible_world_sizes
     from pipeline.training.checkpoint import Checkpoint, Rejected, find_checkpoint
     from pipeline.training.engine import resolve_precision
     from pipeline.training.finite import NonFiniteError
     from pipeline.training.goodput import Goodput, read_goodput
     from pipeline.training.loop import train
+    from pipeline.training.preflight import Finding, PreflightReport, check_workers
     from pipeline.training.records import Event, StepRecord, StepTimes, TrainResult
     from pipeline.training.schedule import Schedule, make_schedule
     from pipeline.training.stop import StopSignals
@@ -27,8 +28,10 @@ __all__ = [
     "BatchPlan",
     "Checkpoint",
     "Event",
+    "Finding",
     "Goodput",
     "NonFiniteError",
+    "PreflightReport",
     "Rejected",
     "Schedule",
     "StallReport",
@@ -39,6 +42,7 @@ __all__ = [
     "Straggler",
     "TrainResult",
     "World",
+    "check_workers",
     "exit_process",
     "find_checkpoint",
     "find_stragglers",
@@ -46,18 +50,20 @@ __all__ = [
     "make_schedule",
     "open_world",
     "plan_batches",
+    "possible_world_sizes",
     "read_goodput",
     "resolve_precision",
     "train",
 ]
 
 _HOMES = {
-    "batches": ("BatchPlan", "plan_batches"),
+    "batches": ("BatchPlan", "plan_batches", "possible_world_sizes"),
     "checkpoint": ("Checkpoint", "Rejected", "find_checkpoint"),
     "engine": ("resolve_precision",),
     "finite": ("NonFiniteError",),
     "goodput": ("Goodput", "read_goodput"),
     "loop": ("train",),
+    "preflight": ("Finding", "PreflightReport", "check_workers"),
     "records": ("Event", "StepRecord", "StepTimes", "TrainResult"),
     "schedule": ("Schedule", "make_schedule"),
     "stop": ("StopSignals",),

@@ -34,3 +34,28 @@ def plan_batches(spec: Training, world_size: int) -> BatchPlan:
             f"{', '.join(str(n) for n in range(1, share + 1) if share % n == 0)}"
         )
     return BatchPlan(spec.global_batch, micro_batch, share // micro_batch, world_size)
+
+
+def possible_world_sizes(spec: Training, least: int, most: int) -> list[int]:
+    """Numbers of workers from `least` to `most` that the global batch can be shared by, largest first.
+
+    Raises UserError where there is none; for a single number, with what would do instead.
+    """
+    if least == most:
+        return [plan_batches(spec, most).world_size]
+    sizes = [size for size in range(most, least - 1, -1) if _can_share(spec, size)]
+    if not sizes:
+        raise UserError(
+            f"training.global_batch {spec.global_batch} can be shared by no number of workers from {least} to {most}"
+            + (f" in micro-batches of {spec.micro_batch}" if spec.micro_batch else "")
+            + "; choose cluster.workers so that one of them divides it."
+        )
+    return sizes
+
+
+def _can_share(spec: Training, world_size: int) -> bool:
+    try:
+        plan_batches(spec, world_size)
+    except UserError:
+        return False
+    return True

@@ -1,7 +1,7 @@
 """Before the first step: is everything there that a job would otherwise miss hours later? In seconds, on all workers.
 
-Storage that every worker can write, shards whose digests hold, the same versions everywhere, clocks that agree, room
-on the device, and one all-reduce across all workers with its bandwidth.
+Storage that all workers share and can write, shards whose digests hold, room on the devices, the same versions
+everywhere, clocks that agree, and one all-reduce across all workers with its bandwidth.
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ import socket
 import tempfile
 import time
 import uuid
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -28,138 +31,286 @@ from pipeline.training.world import World
 if TYPE_CHECKING:
     from pipeline.data import ShardSet
 
-_PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset")
+_PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "ray")
 _SAMPLED_SHARDS = 2
 _REDUCED_BYTES = 32 * 2**20
 _REDUCTIONS = 3
 _LARGEST_CLOCK_DIFFERENCE_S = 5.0
 _LEAST_FREE_DISK_BYTES = 2**30
+_GIB = 2**30
 
 
 @dataclass(frozen=True)
 class WorkerFacts:
-    """What one worker says of itself."""
+    """What one worker says of itself. Memory is its device's, or on a CPU the machine's; bytes."""
 
     rank: int
     host: str
-    versions: tuple[tuple[str, str], ...]
+    versions: dict[str, str]
     clock: float
-    fault: str | None
-    """why this worker cannot do its part, or None"""
+    """seconds since 1970, read by all workers at the same moment"""
+    device: str
+    total_bytes: int
+    free_bytes: int
+    free_disk_bytes: int
+    storage_fault: str | None = None
+    """why this worker cannot use the run's folder, or None"""
+    shards_fault: str | None = None
+    sampled_shards: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the verdict: what was checked, what was seen, and the faults, each with its remedy."""
+
+    name: str
+    text: str
+    faults: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """All is well. `reduce_gb_s` is the bandwidth of the all-reduce, GB/s as an algorithm sees it; 0 alone."""
+    """What the workers found, the same on all ranks."""
 
+    findings: tuple[Finding, ...]
     hosts: tuple[str, ...]
-    clock_difference_s: float
     reduce_gb_s: float
+    """bandwidth of the all-reduce, GB/s as an algorithm sees it; 0 for a worker alone"""
     seconds: float
+
+    @property
+    def faults(self) -> list[str]:
+        return [fault for finding in self.findings for fault in finding.faults]
+
+    def raise_faults(self) -> None:
+        """UserError with every fault and its remedy, where there is one."""
+        if self.faults:
+            raise UserError("The preflight found: " + "; ".join(self.faults) + ".")
 
     def __str__(self) -> str:
         nodes = len(set(self.hosts))
         workers = f"{_counted(len(self.hosts), 'worker')} on {_counted(nodes, 'node')}"
+        if self.faults:
+            return f"{workers}, {_counted(len(self.faults), 'fault')}: {'; '.join(self.faults)}"
         reduce = f", all-reduce {self.reduce_gb_s:.2f} GB/s" if self.reduce_gb_s else ""
-        return f"{workers}, storage, shards, versions and clocks in order{reduce}"
+        return f"{workers}: storage, shards, memory, versions and clocks in order{reduce}"
 
 
 def check_workers(
-    world: World, run_dir: str, shards: ShardSet, *, memory_bytes: float | None = None
+    world: World, run_dir: str, shards: ShardSet | None, *, memory_bytes: float | None = None
 ) -> PreflightReport:
     """Check every worker, together; a collective.
 
+    shards        None: not written yet
     memory_bytes  what a worker is estimated to need on its device; None: not checked
-    Raises UserError, on all ranks alike, naming every rank and host at fault and the remedy.
     """
     began = time.monotonic()
-    fault = (
-        _storage_fault(run_dir, world.rank) or _shards_fault(shards, world.rank) or _device_fault(world, memory_bytes)
-    )
+    sampled, shards_fault = _check_shards(shards, world.rank)
+    storage_fault = _check_storage(run_dir, world)
+    total, free = _memory(world.device)
     world.barrier()  # so that the clocks are read at the same moment
-    mine = WorkerFacts(world.rank, socket.gethostname(), _versions(), time.time(), fault)
-    everyone = world.all_gather_object(mine)
-    faults = [f"rank {facts.rank} on {facts.host}: {facts.fault}" for facts in everyone if facts.fault]
-    faults += _version_faults(everyone)
-    difference = max(facts.clock for facts in everyone) - min(facts.clock for facts in everyone)
-    if difference > _LARGEST_CLOCK_DIFFERENCE_S:
-        faults.append(f"the clocks of the workers differ by {difference:.1f} s; synchronise them (NTP)")
-    if faults:
-        raise UserError("The preflight found: " + "; ".join(faults) + ".")
+    everyone = world.all_gather_object(
+        WorkerFacts(
+            rank=world.rank,
+            host=socket.gethostname(),
+            versions=_versions(),
+            clock=time.time(),
+            device=world.device.type,
+            total_bytes=total,
+            free_bytes=free,
+            free_disk_bytes=_free_disk(run_dir),
+            storage_fault=storage_fault,
+            shards_fault=shards_fault,
+            sampled_shards=sampled,
+        )
+    )
     bandwidth = _reduce_bandwidth(world)
-    return PreflightReport(tuple(facts.host for facts in everyone), difference, bandwidth, time.monotonic() - began)
+    findings = (
+        _judge_workers(everyone),
+        judge_storage(everyone, run_dir),
+        _judge_shards(everyone, None if shards is None else len(shards)),
+        judge_memory(everyone, memory_bytes),
+        judge_versions([(facts.host, facts.versions) for facts in everyone]),
+        judge_clocks([facts.clock for facts in everyone]),
+        _judge_reduce(world.size, bandwidth),
+    )
+    hosts = tuple(facts.host for facts in everyone)
+    return world.broadcast_object(PreflightReport(findings, hosts, bandwidth, time.monotonic() - began))
+
+
+# --- what the workers' facts come to
+
+
+def judge_storage(everyone: Sequence[WorkerFacts], run_dir: str) -> Finding:
+    faults = [f"rank {facts.rank} on {facts.host}: {facts.storage_fault}" for facts in everyone if facts.storage_fault]
+    least = min(everyone, key=lambda facts: facts.free_disk_bytes)
+    if least.free_disk_bytes < _LEAST_FREE_DISK_BYTES:
+        faults.append(
+            f"rank {least.rank} on {least.host}: the disk of {_place(run_dir)} has {least.free_disk_bytes / 2**20:.0f} "
+            "MiB left; make room"
+        )
+    text = f"{run_dir}: written by every worker, seen by all, {least.free_disk_bytes / _GIB:.1f} GiB free"
+    return Finding("storage", text, tuple(faults))
+
+
+def judge_memory(everyone: Sequence[WorkerFacts], memory_bytes: float | None) -> Finding:
+    """A worker on CUDA has its device for itself; on a CPU, the workers of a machine share its memory."""
+    if memory_bytes is None:
+        return Finding("memory", "not estimated")
+    together = Counter(facts.host for facts in everyone)
+    faults: list[str] = []
+    for facts in everyone:
+        shared = 1 if facts.device == "cuda" else together[facts.host]
+        needed, what = memory_bytes * shared, "on a device" if facts.device == "cuda" else "on a machine"
+        who = f"rank {facts.rank} on {facts.host}"
+        if needed > facts.total_bytes:
+            faults.append(
+                f"{who}: the job needs about {needed / _GIB:.1f} GiB {what} of {facts.total_bytes / _GIB:.1f} GiB; "
+                "lower training.micro_batch, or set model.activation_checkpointing"
+            )
+        elif facts.device == "cuda" and needed > facts.free_bytes:
+            faults.append(
+                f"{who}: the job needs about {needed / _GIB:.1f} GiB, another process leaves "
+                f"{facts.free_bytes / _GIB:.1f} of {facts.total_bytes / _GIB:.1f} GiB on the device; end it"
+            )
+    tightest = min(everyone, key=lambda facts: facts.total_bytes)
+    place = "device" if tightest.device == "cuda" else "machine"
+    text = (
+        f"about {memory_bytes / _GIB:.1f} GiB a worker; the smallest {place} has "
+        f"{tightest.total_bytes / _GIB:.1f} GiB, {tightest.free_bytes / _GIB:.1f} free"
+    )
+    return Finding("memory", text, tuple(faults))
+
+
+def judge_versions(everywhere: Sequence[tuple[str, Mapping[str, str]]]) -> Finding:
+    """everywhere: host, and versions by package name"""
+    first, expected = everywhere[0]
+    faults = []
+    for name in sorted({name for _, versions in everywhere for name in versions}):
+        wanted = expected.get(name, "missing")
+        others = [(host, found) for host, versions in everywhere if (found := versions.get(name, "missing")) != wanted]
+        if others:
+            seen = ", ".join(f"{found} on {host}" for host, found in others[:3])
+            faults.append(f"{name} is {wanted} on {first}, but {seen}; install the same everywhere")
+    text = ", ".join(f"{name} {version}" for name, version in expected.items()) + " everywhere"
+    return Finding("versions", text, tuple(faults))
+
+
+def judge_clocks(clocks: Sequence[float]) -> Finding:
+    """clocks: seconds, read at the same moment"""
+    difference = max(clocks) - min(clocks)
+    faults = (
+        (f"clocks differ by {difference:.1f} s; synchronise them (NTP)",)
+        if difference > _LARGEST_CLOCK_DIFFERENCE_S
+        else ()
+    )
+    return Finding("clocks", f"within {difference:.2f} s", faults)
+
+
+def _judge_workers(everyone: Sequence[WorkerFacts]) -> Finding:
+    ranks: dict[str, list[str]] = {}
+    for facts in everyone:
+        ranks.setdefault(facts.host, []).append(str(facts.rank))
+    placed = "; ".join(f"rank {', '.join(numbers)} on {host}" for host, numbers in ranks.items())
+    return Finding("workers", f"{len(everyone)} on {_counted(len(ranks), 'node')}: {placed}")
+
+
+def _judge_shards(everyone: Sequence[WorkerFacts], count: int | None) -> Finding:
+    if count is None:
+        return Finding("shards", "not written yet; the stage prepare writes them")
+    faults = [f"rank {facts.rank} on {facts.host}: {facts.shards_fault}" for facts in everyone if facts.shards_fault]
+    sampled = len({shard for facts in everyone for shard in facts.sampled_shards})
+    return Finding("shards", f"{sampled} of {count} read whole, their digests hold", tuple(faults))
+
+
+def _judge_reduce(workers: int, bandwidth: float) -> Finding:
+    if workers == 1:
+        return Finding("all-reduce", "one worker, nothing to reduce")
+    return Finding("all-reduce", f"{bandwidth:.2f} GB/s: {_REDUCED_BYTES // 2**20} MiB across {workers} workers")
 
 
 def _counted(count: int, noun: str) -> str:
     return f"{count} {noun}{'' if count == 1 else 's'}"
 
 
-def _storage_fault(run_dir: str, rank: int) -> str | None:
-    path = storage.join(run_dir, f".preflight-{rank}-{uuid.uuid4().hex[:8]}")
-    content = os.urandom(64)
+# --- what one worker finds
+
+
+def _check_storage(run_dir: str, world: World) -> str | None:
+    """Write, and read back; then see what rank 0 wrote. Collective."""
+    attempt = world.broadcast_object(uuid.uuid4().hex[:8])
+    path, content = storage.join(run_dir, f".preflight-{world.rank}-{attempt}"), os.urandom(64)
+    fault = None
     try:
         storage.write_bytes(path, content)
-        same = storage.read_bytes(path) == content
-        storage.remove(path)
+        if storage.read_bytes(path) != content:
+            fault = f"the run's folder {run_dir} gives back other bytes than were written; check the storage"
     except OSError as error:
-        return f"the run's folder {run_dir} cannot be written ({error.strerror or error}); mount it or give its URI"
-    if not same:
-        return f"the run's folder {run_dir} gives back other bytes than were written; check the storage"
-    place = run_dir if storage.is_local(run_dir) else tempfile.gettempdir()
-    free = shutil.disk_usage(place).free
-    if free < _LEAST_FREE_DISK_BYTES:
-        return f"{place} has {free / 2**20:.0f} MiB left; make room"
-    return None
+        fault = f"the run's folder {run_dir} cannot be written ({error.strerror or error}); mount it or give its URI"
+    written = world.broadcast_object(fault is None)
+    first = storage.join(run_dir, f".preflight-0-{attempt}")
+    if fault is None and written and not _sees(first):
+        fault = (
+            f"the run's folder {run_dir} is not the one that rank 0 writes to; set runs= to a folder or URI that all "
+            "nodes share"
+        )
+    world.barrier()
+    with suppress(OSError):
+        storage.remove(path)
+    return fault
 
 
-def _shards_fault(shards: ShardSet, rank: int) -> str | None:
-    """A sample of shards, another one on every rank, read whole."""
-    for shard in random.Random(rank).sample(range(len(shards)), min(_SAMPLED_SHARDS, len(shards))):
+def _sees(path: str) -> bool:
+    with suppress(OSError):
+        storage.list_folder(os.path.dirname(path))  # network file systems look again
+        return storage.exists(path)
+    return False
+
+
+def _check_shards(shards: ShardSet | None, rank: int) -> tuple[tuple[int, ...], str | None]:
+    """A sample of shards, another one on every rank, read whole: their numbers, and a fault."""
+    if shards is None:
+        return (), None
+    sample = tuple(random.Random(rank).sample(range(len(shards)), min(_SAMPLED_SHARDS, len(shards))))
+    for shard in sample:
         url = shards.shard_url(shard)
         try:
             found = storage.digest_file(url)
         except OSError as error:
-            return f"the shard {url} cannot be read ({error.strerror or error}); write it again with `refinedet shard`"
+            reason = error.strerror or error
+            return sample, f"the shard {url} cannot be read ({reason}); write it again with `refinedet shard`"
         if found.sha256 != shards.sha256[shard]:
-            return f"the shard {url} does not match its digest; remove it and write it again with `refinedet shard`"
-    return None
+            return sample, f"the shard {url} does not match its digest; remove it and run `refinedet shard`"
+    return sample, None
 
 
-def _device_fault(world: World, memory_bytes: float | None) -> str | None:
-    if memory_bytes is None or world.device.type != "cuda":
-        return None
-    free, total = torch.cuda.mem_get_info(world.device)
-    if memory_bytes > total:
-        return (
-            f"the job needs about {memory_bytes / 2**30:.1f} GiB on a device of {total / 2**30:.1f} GiB; lower "
-            "training.micro_batch, or set model.activation_checkpointing"
-        )
-    if memory_bytes > free:
-        return (
-            f"the job needs about {memory_bytes / 2**30:.1f} GiB, another process leaves {free / 2**30:.1f} of "
-            f"{total / 2**30:.1f} GiB on the device; end it"
-        )
-    return None
+def _place(run_dir: str) -> str:
+    """The local folder that fills up: the run's, or where a run behind a URI keeps what is on its way."""
+    return run_dir if storage.is_local(run_dir) else tempfile.gettempdir()
 
 
-def _versions() -> tuple[tuple[str, str], ...]:
-    found = [("python", platform.python_version())]
+def _free_disk(run_dir: str) -> int:
+    place = _place(run_dir)
+    while not os.path.isdir(place):
+        place = os.path.dirname(place)
+    return shutil.disk_usage(place).free
+
+
+def _memory(device: torch.device) -> tuple[int, int]:
+    """Total and free bytes."""
+    if device.type == "cuda":
+        free, total = torch.cuda.mem_get_info(device)
+        return total, free
+    page = os.sysconf("SC_PAGE_SIZE")
+    return page * os.sysconf("SC_PHYS_PAGES"), page * os.sysconf("SC_AVPHYS_PAGES")
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
     for name in _PACKAGES:
-        try:
-            found.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            found.append((name, "missing"))
-    return tuple(found)
-
-
-def _version_faults(everyone: list[WorkerFacts]) -> list[str]:
-    faults = []
-    for position, (name, expected) in enumerate(everyone[0].versions):
-        others = [facts for facts in everyone if facts.versions[position][1] != expected]
-        if others:
-            seen = ", ".join(f"{facts.versions[position][1]} on {facts.host}" for facts in others[:3])
-            faults.append(f"{name} is {expected} on {everyone[0].host}, but {seen}; install the same everywhere")
-    return faults
+        with suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found
 
 
 def _reduce_bandwidth(world: World) -> float:

@@ -62,7 +62,20 @@ class Event:
     """Something worth telling beside the steps. `facts` are JSON values."""
 
     kind: Literal[
-        "preflight", "resumed", "started", "saved", "save_failed", "passed_over", "skipped", "validated", "straggler"
+        "preflight",
+        "resumed",
+        "saved",
+        "save_failed",
+        "passed_over",
+        "skipped",
+        "validated",
+        "straggler",
+        "stalled",
+        "waiting",
+        "restarted",
+        "preempted",
+        "resized",
+        "left_out",
     ]
     step: int
     message: str

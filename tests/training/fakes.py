@@ -67,11 +67,14 @@ class TinyStream:
         batches_per_epoch: int = 5,
         seed: int = 0,
         poison: tuple[int, int] | None = None,
+        enlarge: tuple[int, float] | None = None,
     ) -> None:
         self.start, self.plan, self.rank, self.seed = start, plan, rank, seed
         self.batches_per_epoch = batches_per_epoch
         self.poison = poison
         """(step from 0, rank) whose target is not a number"""
+        self.enlarge = enlarge
+        """(step from 0, factor) whose targets are larger by that factor"""
 
     def __iter__(self) -> Iterator[Batch]:
         step = self.start.epoch * self.batches_per_epoch + self.start.batch
@@ -82,6 +85,8 @@ class TinyStream:
             wanted = 1 + 0.1 * torch.randn(self.plan.global_batch, generator=generator)
             if self.poison == (step, self.rank):
                 wanted[:] = torch.nan
+            if self.enlarge and self.enlarge[0] == step:
+                wanted *= self.enlarge[1]
             for part in range(self.plan.accumulation):
                 first = (self.rank * self.plan.accumulation + part) * self.plan.micro_batch
                 rows = range(first, first + self.plan.micro_batch)

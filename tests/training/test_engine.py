@@ -135,8 +135,6 @@ def test_auto_is_bf16_only_where_the_processor_computes_in_it(monkeypatch: pytes
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
     assert resolve_precision(Training(), CPU) == "bf16"
     assert resolve_precision(Training(precision="fp32"), CPU) == "fp32"
-    with pytest.raises(UserError, match="fp16 needs CUDA"):
-        resolve_precision(Training(precision="fp16"), CPU)
 
 
 def test_biases_have_their_own_group_where_the_spec_says_so() -> None:
@@ -173,3 +171,29 @@ def test_the_loss_scale_halves_on_overflow_and_grows_again() -> None:
     scale.value = 2.0**-10
     with pytest.raises(FloatingPointError, match="diverged"):
         scale.update(overflow=True)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_half_precision_stays_near_fp32_and_keeps_fp32_weights(world: World, precision: str, stage: int) -> None:
+    weights = {}
+    for each in ("fp32", precision):
+        spec = SPEC.model_copy(update={"zero_stage": stage, "precision": each})
+        plan = plan_batches(spec, 1)
+        engine = Engine(TinyDetector(), tiny_loss, spec, plan, world)
+        outputs: list[torch.dtype] = []
+        engine.detector.body[0].register_forward_hook(  # type: ignore[index]
+            lambda module, inputs, output, outputs=outputs: outputs.append(output.dtype)
+        )
+        assert engine.scale.value == (2.0**16 if each == "fp16" else 1.0)
+        engine.scale.value = min(engine.scale.value, 2.0**8)  # the gradients of this detector are large
+        run_steps(engine, plan, 1)
+        weights[each] = {name: parameter.detach().clone() for name, parameter in engine.parameters.items()}
+        assert set(outputs) == {{"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[each]}
+        engine.close()
+    assert all(parameter.dtype == torch.float32 for parameter in weights[precision].values())
+    start, half, whole = (
+        torch.cat([tensors[name].detach().flatten() for name in weights["fp32"]])
+        for tensors in (dict(TinyDetector().named_parameters()), weights[precision], weights["fp32"])
+    )
+    assert 0 < (half - whole).norm() < 0.1 * (whole - start).norm()

@@ -124,3 +124,27 @@ def test_validation_sees_the_average_and_its_score_chooses_the_best(world: World
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-10", "step-15"]
     assert torch.equal(weights(tmp_path)["rare.weight"], seen[-1])
     assert records[4].times.validation > 0
+
+
+def test_fp16_skips_a_step_that_overflows_halves_the_scale_and_remembers_it(world: World, tmp_path: Path) -> None:
+    """A target of 1e17 overflows the scaled gradient, not the loss."""
+    spec = SPEC.model_copy(update={"precision": "fp16"})
+    stream = {"enlarge": (6, 1e17)}
+    result, records = run(world, tmp_path, spec, stream=stream)
+    assert result.status == "finished"
+    assert 7 in [record.step for record in records if not record.applied]
+    assert sum(record.applied for record in records) >= 10
+    scales = [2.0**16, *(record.loss_scale for record in records)]
+    for scale, record in zip(scales, records, strict=False):
+        assert record.loss_scale == (scale if record.applied else scale / 2)
+    assert records[-1].skipped_steps == 0, "an overflow of the scaled gradient is no fault"
+    first, before = run(world, tmp_path / "cut", spec, stream=stream, stop_requested=stop_after([], 9))
+    assert first.status == "stopped"
+    _, after = run(world, tmp_path / "cut", spec, stream=stream)
+    assert [record.losses for record in before + after] == [record.losses for record in records]
+    assert [record.loss_scale for record in before + after] == scales[1:]
+
+
+def test_a_stage_that_is_not_supported_is_refused_with_the_reason() -> None:
+    with pytest.raises(ValueError, match=r"received 3: stage 3 needs the same module calls on every rank"):
+        Training(zero_stage=3)

@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.errors import UserError
 from pipeline.spec import Training
-from pipeline.training import BatchPlan, make_schedule, plan_batches
+from pipeline.training import BatchPlan, make_schedule, plan_batches, possible_world_sizes
 
 
 def test_the_papers_schedule() -> None:
@@ -44,3 +44,13 @@ def test_a_batch_that_does_not_divide_is_a_users_mistake() -> None:
         plan_batches(Training(), 3)
     with pytest.raises(UserError, match=r"micro_batch 16 does not divide .* share 8 .*choose one of 1, 2, 4, 8"):
         plan_batches(Training(micro_batch=16), 4)
+
+
+def test_an_elastic_job_takes_only_sizes_that_share_the_batch() -> None:
+    assert possible_world_sizes(Training(), 1, 8) == [8, 4, 2, 1]
+    assert possible_world_sizes(Training(micro_batch=8), 1, 8) == [4, 2, 1]
+    assert possible_world_sizes(Training(), 4, 4) == [4]
+    with pytest.raises(UserError, match="shared by no number of workers from 5 to 7"):
+        possible_world_sizes(Training(), 5, 7)
+    with pytest.raises(UserError, match="global_batch 32 cannot be shared by 3 workers"):
+        possible_world_sizes(Training(), 3, 3)

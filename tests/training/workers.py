@@ -13,6 +13,7 @@ import os
 import signal
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -94,6 +95,36 @@ def run_workers(
     return [_outcome(told, rank, process.exitcode) for rank, process in enumerate(processes)]
 
 
+def run_together(work: Callable[..., Any], folder: Path, *arguments: Any, size: int = 2) -> list[Any]:
+    """Call `work(world, *arguments)` in `size` ranks at once; what they return, JSON values, by rank."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.training.workers"])
+    told = Path(tempfile.mkdtemp(dir=folder))
+    calls = [(rank, size, str(told), work, arguments) for rank in range(size)]
+    processes = [context.Process(target=_call, args=call, daemon=True) for call in calls]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    return [json.loads((told / f"{rank}.json").read_text()) for rank in range(size)]
+
+
+def _call(rank: int, size: int, told: str, work: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    _join_group(rank, size, told)
+    with open_world("cpu") as world:
+        (Path(told) / f"{rank}.json").write_text(json.dumps(work(world, *arguments)))
+        world.barrier()
+    os._exit(0)
+
+
+def _join_group(rank: int, size: int, told: str) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
+    dist.init_process_group(
+        "gloo", init_method=f"file://{told}/group", rank=rank, world_size=size, timeout=timedelta(seconds=60)
+    )
+
+
 def read_weights(folder: Path) -> dict[str, torch.Tensor]:
     return safetensors.torch.load_file(folder / "weights.safetensors")
 
@@ -107,12 +138,8 @@ def _outcome(told: Path, rank: int, exit_code: int | None) -> Outcome:
 
 
 def _work(rank: int, folder: str, told: str, size: int, spec: Training, fault: Fault | None, refinedet: bool) -> None:
-    torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
-    os.environ |= {"LOCAL_RANK": str(rank), "OMP_NUM_THREADS": "1"}
-    dist.init_process_group(
-        "gloo", init_method=f"file://{told}/group", rank=rank, world_size=size, timeout=timedelta(seconds=60)
-    )
+    _join_group(rank, size, told)
     hurt = fault if fault and fault.rank == rank else None
     with (Path(told) / f"rank-{rank}.jsonl").open("a", buffering=1) as file:
 
@@ -188,4 +215,4 @@ class HurtStream(TinyStream):
             yield batch
 
 
-__all__ = ["STEPS", "TINY", "Event", "Fault", "Outcome", "read_weights", "run_workers"]
+__all__ = ["STEPS", "TINY", "Event", "Fault", "Outcome", "read_weights", "run_together", "run_workers"]

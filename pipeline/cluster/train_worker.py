@@ -1,0 +1,169 @@
+"""What one Ray Train worker does: check that all is there, then hand detector and stream to the loop."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import os
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import ray
+import ray.train
+
+from pipeline import storage
+from pipeline.cluster.faults import Fault, with_fault
+from pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
+from pipeline.cluster.monitor import MonitorClient
+from pipeline.cluster.run import Run
+from pipeline.errors import UserError
+from pipeline.spec_files import parse_spec
+
+if TYPE_CHECKING:
+    import torch
+
+    from pipeline.data import ShardSet
+    from pipeline.training import PreflightReport, World
+
+
+def train_worker(config: dict[str, Any]) -> dict[str, Any]:
+    """The function that Ray Train calls in every worker; returns the loop's result as JSON values.
+
+    config  spec, monitor (its name), fault, estimate_memory, preflight_only
+    """
+    run = Run(parse_spec(config["spec"], source="the job's spec"))
+    rank = ray.train.get_context().get_world_rank()
+    log_to_file(os.path.join(log_folder(run.path), f"train-rank{rank}.log"), who=f"rank {rank}")
+    monitor = MonitorClient(config["monitor"], rank)
+    place = {"node": ray.get_runtime_context().get_node_id(), "host": socket.gethostname(), "pid": os.getpid()}
+    monitor.push("placed", place)
+    from pipeline.training import NonFiniteError
+
+    try:
+        return _train(run, monitor, config)
+    except (UserError, NonFiniteError) as error:  # trying again would not mend it
+        monitor.push("fatal", (isinstance(error, UserError), str(error)), wait=True)
+        return {"status": "failed"}
+
+
+def _train(run: Run, monitor: MonitorClient, config: dict[str, Any]) -> dict[str, Any]:
+    import torch
+
+    from model import RefineDet, detection_loss
+    from pipeline.data import Cursor, TrainingStream
+    from pipeline.training import BatchPlan, Event, StallVerdict, exit_process, find_checkpoint, open_world, train
+    from pipeline.training.initial_weights import load_initial_weights
+
+    restore_loggers()
+    spec = run.spec
+    shards = _open_shards(run)
+    fault = Fault(**config["fault"]) if config["fault"] else None
+
+    with open_world() as world:
+        tell = monitor.push if world.is_main else lambda kind, content: None
+        preflight = _check(run, world, shards, config["estimate_memory"])
+        tell("event", dataclasses.asdict(Event("preflight", 0, str(preflight), dataclasses.asdict(preflight))))
+        if config["preflight_only"]:
+            return {"status": "checked", "report": dataclasses.asdict(preflight)}
+        preflight.raise_faults()
+        assert shards is not None
+        torch.manual_seed(spec.seed)
+        detector = RefineDet(spec.model)
+        first_attempt = find_checkpoint(run.path)[0] is None
+        if spec.training.init_weights and first_attempt:
+            load_initial_weights(detector, spec.training.init_weights)
+
+        def make_stream(start: Cursor, plan: BatchPlan) -> TrainingStream:
+            return TrainingStream(
+                shards,
+                input_size=spec.model.input_size,
+                augmentation=spec.data.augmentation,
+                seed=spec.seed,
+                global_batch=plan.global_batch,
+                micro_batch=plan.micro_batch,
+                rank=world.rank,
+                world_size=world.size,
+                workers=spec.data.loader_workers,
+                start=start,
+                shuffle_window=spec.data.shuffle_window,
+                canonical_streams=spec.data.canonical_streams,
+                cache_dir=spec.data.cache_dir,
+                cache_bytes=spec.data.cache_bytes,
+                max_bad_samples=spec.data.max_bad_samples,
+                include_difficult=spec.data.include_difficult,
+            )
+
+        def on_stall(verdict: StallVerdict) -> None:
+            facts = {"ranks": list(verdict.ranks), "hosts": list(verdict.hosts)}
+            event = Event("stalled", verdict.step, str(verdict), facts)
+            monitor.push("event", dataclasses.asdict(event), wait=True)
+            exit_process(verdict)
+
+        result = train(
+            spec.training,
+            seed=spec.seed,
+            world=world,
+            detector=detector,
+            loss=with_fault(functools.partial(detection_loss, config=spec.model), fault, world.rank, run.path),
+            make_stream=make_stream,
+            run_dir=run.path,
+            observer=lambda record: tell("step", dataclasses.asdict(record)),
+            on_event=lambda event: tell("event", dataclasses.asdict(event)),
+            validate=_validation(run, world) if spec.training.validate_every_epochs else None,
+            stop_requested=lambda: monitor.stop_requested,
+            on_stall=on_stall,
+            facts={"spec": spec.model_dump(mode="json"), "shards": shards.digest},
+        )
+        return dataclasses.asdict(result)
+
+
+def _validation(run: Run, world: World) -> Callable[[torch.nn.Module, int], dict[str, float]]:
+    from pipeline.data import open_shards
+    from pipeline.evaluation import GroundTruth, validate
+
+    part = run.spec.training.validate_on
+    shards = open_shards(storage.join(run.shards, part))
+    truth = GroundTruth.of(run.ground_truth(part))
+
+    def measure(detector: torch.nn.Module, epochs_done: int) -> dict[str, float]:
+        return validate(
+            detector,  # type: ignore[arg-type] - the detector that was handed to `train`
+            shards,
+            truth,
+            rank=world.rank,
+            world_size=world.size,
+            all_gather=world.all_gather_object,
+            evaluation=run.spec.evaluation,
+        ).values
+
+    return measure
+
+
+def _open_shards(run: Run) -> ShardSet | None:
+    """The training shards; None where they are not written yet, as before a first launch."""
+    from pipeline.data import open_shards
+
+    url = storage.join(run.shards, "train")
+    return open_shards(url) if storage.exists(storage.join(url, "index.json")) else None
+
+
+def _check(run: Run, world: World, shards: ShardSet | None, estimate_memory: bool) -> PreflightReport:
+    from pipeline.training import check_workers
+
+    memory_bytes = None
+    if estimate_memory:
+        memory_bytes = world.broadcast_object(_memory_estimate(run, world.size) if world.is_main else None)
+    return check_workers(world, run.path, shards, memory_bytes=memory_bytes)
+
+
+def _memory_estimate(run: Run, workers: int) -> float:
+    """Bytes that a worker needs on its device, as `refinedet plan` calculates them."""
+    from model.cost import count_cost
+    from pipeline.cluster.plan import DEVICES, estimate
+    from pipeline.training import plan_batches
+
+    spec = run.spec
+    batch = plan_batches(spec.training, workers)
+    device = DEVICES["H100" if spec.cluster.gpus_per_worker else "CPU"]
+    return estimate(spec.model, count_cost(spec.model), spec.training, batch, device).memory_bytes
