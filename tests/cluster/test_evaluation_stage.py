@@ -1,0 +1,262 @@
+"""Evaluation stages on a real local Ray: workers killed in the middle, files cut, VOC, sets without truth."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import threading
+import time
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import psutil
+import pytest
+import torch
+from jsonschema import validate
+from safetensors.torch import save_file
+
+from model import RefineDet
+from pipeline.cluster.detection_job import DetectionJob, make_detection_job, write_results
+from pipeline.cluster.drills import SPEC
+from pipeline.cluster.evaluate import evaluate_run
+from pipeline.cluster.run import Run
+from pipeline.cluster.session import ray_session
+from pipeline.data import open_shards, prepare_shards, write_coco_annotations
+from pipeline.data.shapes import write_shapes
+from pipeline.errors import UserError
+from pipeline.evaluation import MERGE_RULES, DetectionTable, evaluate_coco, evaluate_voc
+from pipeline.evaluation.submission import ROW_SCHEMA
+from pipeline.spec import JobSpec
+from pipeline.spec_files import dump_spec
+
+pytestmark = pytest.mark.dist
+
+NUM_IMAGES, IMAGES_PER_PIECE = 24, 4
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """One Ray for all tests here."""
+    with ray_session(JobSpec.model_validate({"name": "any", "data": SPEC["data"]}).cluster):
+        yield
+
+
+def make_run(folder: Path, **changes: Any) -> Run:
+    """A run that looks trained: shards, ground truth and weights (random ones) are there."""
+    values = {
+        "name": "r",
+        "runs": str(folder),
+        "data": {**SPEC["data"], "train": [], "val": [{"count": NUM_IMAGES}]},
+        "model": {**SPEC["model"], "theta": 1.0, "score_threshold": 0.0, "max_detections": 30},
+        # A convolution's last bit may differ with the size of the batch, which differs at a cut.
+        "evaluation": {"images_per_piece": IMAGES_PER_PIECE, "batch_size": 1},
+        "cluster": {"workers": 1},
+    }
+    run = Run(JobSpec.model_validate({**values, **changes}))
+    shards = prepare_shards(run.spec.data, "val", f"{run.shards}/val")
+    write_coco_annotations(shards, run.ground_truth("val"))
+    torch.manual_seed(0)
+    save_file(RefineDet(run.spec.model).state_dict(), run.weights)
+    Path(run.file("spec.yaml")).write_text(dump_spec(run.spec))
+    return run
+
+
+def with_workers(run: Run, workers: int) -> Run:
+    cluster = run.spec.cluster.model_copy(update={"evaluation_workers": workers})
+    return Run(run.spec.model_copy(update={"cluster": cluster}))
+
+
+def detect(run: Run, job: DetectionJob):
+    from pipeline.cluster.detection_stage import run_detection
+
+    seen: list[int] = []
+    found = run_detection(run, job, on_progress=lambda done, total: seen.append(done), stop_requested=threading.Event())
+    assert seen[-1] == len(job.image_ids)
+    return found
+
+
+def pieces_begun(run: Run) -> list[str]:
+    """Names of the pieces that workers detected on, in the words of their logs."""
+    lines = [line for path in Path(run.path, "logs").glob("single-*.log") for line in path.read_text().splitlines()]
+    return sorted(line.split("detection_stage: ")[1].split(":")[0] for line in lines if "detecting on" in line)
+
+
+class Killer(threading.Thread):
+    """Kills one worker, hard, once it has a second piece of the run in hand."""
+
+    def __init__(self, run: Run) -> None:
+        super().__init__(daemon=True)
+        self.run_to_watch = run
+        self.before = len(pieces_begun(run))
+        self.killed: int | None = None
+
+    def run(self) -> None:
+        for _ in range(20_000):
+            if len(pieces_begun(self.run_to_watch)) > self.before + 1:
+                for process in psutil.Process().children(recursive=True):
+                    try:
+                        if "_DetectionWorker.work" in " ".join(process.cmdline()):
+                            process.send_signal(signal.SIGKILL)
+                            self.killed = process.pid
+                            return
+                    except psutil.Error:
+                        continue
+            time.sleep(0.002)
+
+
+@pytest.fixture(scope="module")
+def shapes_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return make_run(tmp_path_factory.mktemp("shapes"))
+
+
+def test_a_killed_worker_and_a_cut_file_cost_a_piece_each_and_no_digit(cluster, shapes_run: Run, caplog) -> None:
+    alone = with_workers(shapes_run, 1)
+    job, inputs = make_detection_job(alone, "single")
+    undisturbed = detect(alone, job)
+    names = [f"piece-{index:05d}.json" for index in range(NUM_IMAGES // IMAGES_PER_PIECE)]
+    assert pieces_begun(shapes_run) == names
+    results, measured = Path(job.detections), Path(shapes_run.file("metrics.json"))
+    whole, numbers = results.read_bytes(), measured.read_bytes()
+    truth, rows = json.loads(Path(job.truth).read_text()), json.loads(whole)
+    assert undisturbed.metrics is not None
+    assert undisturbed.metrics.values == evaluate_coco(truth, rows).values
+    assert undisturbed.metrics.values["AR100"] > 0
+    shapes_run.commit_stage("evaluate", inputs, list(undisturbed.files))
+    assert shapes_run.stage_is_done("evaluate", inputs)
+
+    kept, cut, *lost = [Path(job.folder, name) for name in names]
+    for path in (results, cut):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for path in lost:
+        path.unlink()
+    measured.unlink()
+    written = kept.stat().st_mtime_ns
+    assert not shapes_run.stage_is_done("evaluate", inputs)
+    assert "stage evaluate runs again: detections/single.json has" in caplog.text
+
+    many = with_workers(shapes_run, (os.cpu_count() or 1) + 1)  # one more than can be placed: the others do the work
+    same_job, same_inputs = make_detection_job(many, "single")
+    assert (same_job.fingerprint, same_inputs) == (job.fingerprint, inputs)
+    killer = Killer(shapes_run)
+    killer.start()
+    disturbed = detect(many, same_job)
+    killer.join()
+    assert killer.killed, "nobody was killed, so that this shows nothing"
+    assert "died with piece-" in caplog.text
+    assert disturbed.again == [str(cut)]
+    assert len(names) - 1 <= len(pieces_begun(shapes_run)) - len(names) <= len(names), "at most one piece twice"
+    assert kept.stat().st_mtime_ns == written
+    assert results.read_bytes() == whole
+    assert measured.read_bytes() == numbers
+    assert disturbed.metrics is not None
+    assert disturbed.metrics.to_json() == undisturbed.metrics.to_json()
+
+
+def write_voc(root: Path) -> None:
+    """Six images in VOC's layout with bright rectangles, one of them difficult."""
+    for folder in ("ImageSets/Main", "JPEGImages", "Annotations"):
+        (root / "VOC2007" / folder).mkdir(parents=True)
+    rng = np.random.default_rng(0)
+    names = [f"{number:06d}" for number in range(1, 7)]
+    (root / "VOC2007" / "ImageSets" / "Main" / "test.txt").write_text("\n".join(names) + "\n")
+    for name in names:
+        image, objects = rng.integers(0, 40, (80, 100, 3), dtype=np.uint8), ""
+        for number, kind in enumerate(("dog", "person", "dog")):
+            x, y = int(rng.integers(1, 50)), int(rng.integers(1, 40))
+            image[y : y + 35, x : x + 45] = 255 - 80 * number
+            box = f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + 45}</xmax><ymax>{y + 35}</ymax>"
+            hard = int(number == 2 and name == names[0])
+            objects += f"<object><name>{kind}</name><difficult>{hard}</difficult><bndbox>{box}</bndbox></object>"
+        cv2.imwrite(str(root / "VOC2007" / "JPEGImages" / f"{name}.jpg"), image)
+        size = "<size><width>100</width><height>80</height></size>"
+        (root / "VOC2007" / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+
+
+def test_a_voc_job_is_measured_by_its_years_rule_and_by_every_merge_rule(cluster, tmp_path: Path) -> None:
+    write_voc(tmp_path / "VOCdevkit")
+    run = make_run(
+        tmp_path,
+        data={"format": "voc", "root": str(tmp_path / "VOCdevkit"), "val": [{"set": "VOC2007/test"}]},
+        model={**SPEC["model"], "num_classes": 20, "theta": 1.0, "score_threshold": 0.0, "max_detections": 30},
+        multiscale={"passes": [{"size": 64}, {"size": 128}], "merge": {"method": "vote"}, "compare_rules": True},
+    )
+    job, _ = make_detection_job(run, "multiscale")
+    assert (job.measure, job.image_set) == ("voc2007", "VOC2007/test")
+    found = detect(run, job)
+    truth, rows = json.loads(Path(job.truth).read_text()), json.loads(Path(job.detections).read_text())
+    assert sum(one["difficult"] for one in truth["annotations"]) == 1
+    expected = evaluate_voc(truth, rows, rule="voc2007")
+    metrics = json.loads(Path(run.file("metrics.json")).read_text())
+    assert metrics["multiscale"] == expected.to_json()
+    assert metrics["multiscale"]["voc2007"]["mAP"] > 0
+    assert expected.mean != evaluate_voc(truth, rows, rule="voc2012").mean
+
+    table = metrics["merge_rules"]
+    assert {row["rule"] for row in table} == set(MERGE_RULES)
+    assert [row["mAP"] for row in table] == sorted((row["mAP"] for row in table), reverse=True)
+    assert next(row["mAP"] for row in table if row["rule"] == "box voting") == expected.mean
+    pieces = [*Path(job.folder).glob("*.json"), *Path(job.folder).glob("*/*.json")]
+    assert len(pieces) == 2 * (1 + len(MERGE_RULES))
+    assert len({len(path.read_bytes()) for path in pieces if path.name == "piece-00000.json"}) >= len(MERGE_RULES) - 1
+
+    folder = Path(run.path, "submission", "multiscale", "results", "VOC2007", "Main")
+    written = sorted(path.name for path in folder.iterdir())
+    assert len(written) == 20
+    assert written[0] == "comp4_det_test_aeroplane.txt"
+    assert sum(len(path.read_text().splitlines()) for path in folder.iterdir()) == len(rows)
+    assert set(found.files) == {"detections/multiscale.json"} | {
+        str((folder / name).relative_to(run.path)) for name in written
+    }
+
+
+def test_a_set_without_annotations_gives_what_its_server_takes(tmp_path: Path) -> None:
+    write_shapes(str(tmp_path / "coco"), 3, part="val", image_size=96)
+    listed = next((tmp_path / "coco").rglob("*.json"))
+    content = json.loads(listed.read_text())
+    listed.write_text(json.dumps({name: content[name] for name in ("images", "categories")}))
+    images = next((tmp_path / "coco").rglob("*.jpg")).parent
+    split = {"images": images.relative_to(tmp_path).as_posix(), "image_info": str(listed.relative_to(tmp_path))}
+    run = make_run(tmp_path, name="test_dev", data={"format": "coco", "root": str(tmp_path), "val": [split]})
+    job, _ = make_detection_job(run, "single")
+    truth = json.loads(Path(job.truth).read_text())
+    assert truth["annotations"] == []
+    rows = [{"image_id": image, "category_id": 90, "bbox": [1, 2, 3, 4.04], "score": 0.5} for image in job.image_ids]
+    files = write_results(job, truth, DetectionTable.of(rows), None, {})
+    assert not Path(run.file("metrics.json")).exists()
+    name = "detections_test-dev2017_test-dev_results"
+    assert files == ["detections/single.json", f"submission/single/{name}.zip"]
+    with zipfile.ZipFile(run.file(files[1])) as archive:
+        sent = json.loads(archive.read(f"{name}.json"))
+    validate(sent, ROW_SCHEMA)
+    assert [row["image_id"] for row in sent] == sorted(job.image_ids)
+    assert sent[0]["bbox"] == [1, 2, 3, 4.0]
+
+
+def test_mistakes_are_met_before_a_worker_starts(shapes_run: Run, tmp_path: Path) -> None:
+    """No fixture starts Ray here."""
+    folder = shapes_run.path
+    with pytest.raises(UserError, match="no run's folder"):
+        evaluate_run(str(tmp_path), "single")
+    with pytest.raises(UserError, match="need --output FOLDER"):
+        evaluate_run(folder, "single", weights=shapes_run.weights)
+    with pytest.raises(UserError, match="has no `multiscale`"):
+        evaluate_run(folder, "multiscale")
+    output = str(tmp_path / "out")
+    with pytest.raises(UserError, match=r"--weights: .*nowhere\.pth' cannot be read"):
+        evaluate_run(folder, "single", weights=str(tmp_path / "nowhere.pth"), output=output)
+    other = RefineDet(shapes_run.spec.model).state_dict()
+    name = next(name for name in other if name.startswith("tcb"))
+    torch.save({key: value for key, value in other.items() if key != name}, tmp_path / "part.pth")
+    with pytest.raises(UserError, match=rf"1 of its tensors are not there in that shape, such as {name}"):
+        evaluate_run(folder, "single", weights=str(tmp_path / "part.pth"), output=output)
+    with pytest.raises(UserError, match="have 10 categories, the model has 3"):
+        evaluate_run(folder, "single", overrides=["model.num_classes=3"], output=output)
+    with pytest.raises(UserError, match="holds no shards"):
+        evaluate_run(folder, "single", shards=str(tmp_path), output=output)
+    assert not Path(output).exists()
+    assert open_shards(f"{shapes_run.shards}/val").num_samples == NUM_IMAGES
