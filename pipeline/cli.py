@@ -213,9 +213,7 @@ def evaluate(
     overrides: Overrides = None,
     detections: Annotated[str | None, typer.Option(help="instead of a run: COCO results JSON")] = None,
     annotations: Annotated[str | None, typer.Option(help="instead of a run: COCO instances JSON")] = None,
-    rule: Annotated[
-        str | None, typer.Option(help="coco, voc2007 or voc2012; default: as the data set")
-    ] = None,
+    rule: Annotated[str | None, typer.Option(help="coco, voc2007 or voc2012; default: as the data set")] = None,
     weights: Weights = None,
     shards: Shards = None,
     output: Output = None,
@@ -289,7 +287,9 @@ def render(
 
 @app.command()
 def drill(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="default: all, or `list`")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="or `all`, the default; `list`")
+    ] = None,
 ) -> None:
     """Break small real jobs on purpose, and see them recover."""
     from pipeline.cluster.drill_cases import DRILLS
@@ -300,7 +300,8 @@ def drill(
         for name, case in DRILLS.items():
             typer.echo(f"{name:<22} {case.__doc__}")
         return
-    for name in names or ():
+    names = list(DRILLS) if names in (None, [], ["all"]) else names
+    for name in names:
         if name not in DRILLS:
             raise UserError(f"There is no drill {name!r}; there are {', '.join(DRILLS)}.")
 
@@ -311,7 +312,7 @@ def drill(
             mark = " " if check.passed else "✗"
             typer.echo(f"  {mark} {check.what}: expected {check.expected}; seen {check.seen}")
 
-    if not run_drills(names or list(DRILLS), report):
+    if not run_drills(names, report):
         raise JobError("a drill failed; its runs are kept in the temporary folder refinedet-drill-*")
 
 

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.cluster.drills import STEPS, STEPS_AN_EPOCH, Bench, stop_signal
 
 _AFTER_A_COMMIT = STEPS_AN_EPOCH + 3
-_OUTAGE_S = 8.0
 
 
 def worker_kill(bench: Bench) -> None:
@@ -18,7 +15,7 @@ def worker_kill(bench: Bench) -> None:
     name = "worker-kill"
     job = bench.launch(bench.write_spec(name))
     bench.wait_for(job, lambda: bench.commits(name) and (bench.steps(name) or [0])[-1] >= _AFTER_A_COMMIT)
-    workers = job.workers()
+    workers = bench.workers(name)
     bench.check("workers to kill", 2, len(workers))
     broken_at = (bench.steps(name) or [0])[-1]
     if workers:
@@ -29,7 +26,7 @@ def worker_kill(bench: Bench) -> None:
 
 
 def driver_kill(bench: Bench) -> None:
-    """SIGKILL the driver, and all its Ray with it: the same command goes on, in the same MLflow run."""
+    """SIGKILL the driver, and with it its workers: the same command goes on, in the same MLflow run."""
     name = "driver-kill"
     spec = bench.write_spec(name)
     job = bench.launch(spec)
@@ -46,24 +43,23 @@ def driver_kill(bench: Bench) -> None:
 
 def node_kill(bench: Bench) -> None:
     """Kill one of two nodes, bring another: the job waits for it and goes on by itself."""
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    from ray.cluster_utils import Cluster
-
     name = "node-kill"
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1})
+    node = bench.cluster.add_node(num_cpus=1)
+    bench.cluster.wait_for_nodes()
+    another = None
     try:
-        node = cluster.add_node(num_cpus=1)
-        cluster.wait_for_nodes()
-        spec = bench.write_spec(name, cluster={"placement": "STRICT_SPREAD"})
-        job = bench.launch(spec, address=cluster.address)
+        job = bench.launch(bench.write_spec(name, cluster={"placement": "STRICT_SPREAD"}))
         bench.wait_for(job, lambda: bench.commits(name) and (bench.steps(name) or [0])[-1] >= _AFTER_A_COMMIT)
         broken_at = (bench.steps(name) or [0])[-1]
-        cluster.remove_node(node, allow_graceful=False)
-        time.sleep(2.0)
-        cluster.add_node(num_cpus=1)
+        bench.cluster.remove_node(node, allow_graceful=False)
+        node = None
+        bench.wait_for(job, lambda: bench.events(name, "waiting"))
+        another = bench.cluster.add_node(num_cpus=1)
         bench.check("exit status", 0, job.wait())
     finally:
-        cluster.shutdown()
+        for each in filter(None, (node, another)):
+            bench.cluster.remove_node(each, allow_graceful=False)
+    bench.check("waited for a node", 1, len(bench.events(name, "waiting")))
     bench.check_losing_at_most_one_interval(name, broken_at)
     bench.check_same_weights(name)
 
@@ -135,7 +131,7 @@ def nan(bench: Bench) -> None:
 def straggler(bench: Bench) -> None:
     """Slow one rank down: the verdict names it, and the part that is slow, while the job runs."""
     name = "straggler"
-    job = bench.launch(bench.write_spec(name), fault="slow:rank=1,seconds=0.6")
+    job = bench.launch(bench.write_spec(name), fault="slow:rank=1,seconds=0.3")
     bench.check("exit status", 0, job.wait())
     found = bench.events(name, "straggler")
     message = found[0]["message"] if found else "no verdict"
@@ -151,7 +147,7 @@ def straggler(bench: Bench) -> None:
 def hang(bench: Bench) -> None:
     """Stop one rank for good: it is named with its stack, and the job restarts from the last checkpoint."""
     name = "hang"
-    spec = bench.write_spec(name, training={"stall_timeout_s": 12})
+    spec = bench.write_spec(name, training={"stall_timeout_s": 8})
     job = bench.launch(spec, fault=f"hang:rank=1,step={_AFTER_A_COMMIT}")
     bench.check("exit status", 0, job.wait())
     found = bench.events(name, "stalled")

@@ -1,7 +1,7 @@
 """`refinedet drill NAME`: break a small real job on purpose, watch it recover, print expected beside seen.
 
-Every drill launches jobs as a user does, in processes of their own, on a local Ray, and compares what comes out with
-an undisturbed run of the same spec.
+Every drill launches jobs as a user does, in processes of their own, on one small Ray cluster that all drills share, and
+compares what comes out with an undisturbed run of the same spec.
 """
 
 from __future__ import annotations
@@ -72,17 +72,6 @@ class Launched:
     process: subprocess.Popen
     output: Path
 
-    def workers(self) -> list[psutil.Process]:
-        """The training workers' processes, by rank."""
-        found = []
-        for child in psutil.Process(self.process.pid).children(recursive=True):
-            try:
-                if "RayTrainWorker" in " ".join(child.cmdline()):
-                    found.append(child)
-            except psutil.Error:
-                continue
-        return sorted(found, key=lambda process: process.create_time())
-
     def wait(self) -> int:
         """Exit status; a job that takes too long is killed, and counts as failed."""
         try:
@@ -92,13 +81,9 @@ class Launched:
             return -1
 
     def kill(self) -> None:
-        """End the driver and all it started, as when a machine goes down."""
-        children = psutil.Process(self.process.pid).children(recursive=True)
+        """End the driver at once; its workers end with it, for Ray sees that it is gone."""
         self.process.kill()
         self.process.wait()
-        _, alive = psutil.wait_procs(children, timeout=15)  # Ray's processes end with their driver
-        for child in alive:
-            child.kill()
 
     @property
     def text(self) -> str:
@@ -112,30 +97,49 @@ class Bench:
     folder: Path
     checks: list[Check] = field(default_factory=list)
     jobs: list[Launched] = field(default_factory=list)
+    _cluster: Any = None
 
-    def close(self) -> None:
+    @property
+    def cluster(self) -> Any:
+        """The drills' own Ray, a `ray.cluster_utils.Cluster` on this machine; started when it is first asked for."""
+        if self._cluster is None:
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody else is to reach it
+            from ray.cluster_utils import Cluster
+
+            quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}  # a dead node is seen in 5 s
+            head = {"num_cpus": 2, "include_dashboard": False, "_system_config": quick}
+            self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        return self._cluster
+
+    def end_jobs(self) -> None:
         """End what still runs."""
         for job in self.jobs:
             if job.process.poll() is None:
                 job.kill()
+
+    def close(self) -> None:
+        self.end_jobs()
+        if self._cluster is not None:
+            self._cluster.shutdown()
 
     def run(self, name: str) -> Path:
         return self.folder / "runs" / name
 
     def write_spec(self, name: str, **changes: dict[str, Any]) -> Path:
         """A spec file of the drills' small job; `changes` by section."""
-        spec = {"name": name, "runs": str(self.folder / "runs")} | {
+        spec: dict[str, Any] = {"name": name, "runs": str(self.folder / "runs")} | {
             section: {**SPEC[section], **changes.get(section, {})} for section in SPEC
         }
+        spec["data"]["shards"] = str(self.folder / "shards")  # drawn once for all drills
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(spec), encoding="utf-8")
         return path
 
-    def launch(self, spec: Path, *, fault: str | None = None, address: str | None = None) -> Launched:
-        """Launch prepare and train of a spec in a process of its own."""
-        command = [sys.executable, "-m", "pipeline.cli", "launch", str(spec), "--stages", "prepare,train"]
-        if address:
-            command += ["--address", address]
+    def launch(self, spec: Path, *, fault: str | None = None) -> Launched:
+        """Launch a spec's training, and before the first one its data, in a process of its own."""
+        stages = "train" if (self.folder / "shards" / "train" / "index.json").exists() else "prepare,train"
+        command = [sys.executable, "-m", "pipeline.cli", "launch", str(spec), "--stages", stages]
+        command += ["--address", self.cluster.address]
         environment = {**os.environ, **({FAULT_VARIABLE: fault} if fault else {})}
         output = self.folder / f"{spec.stem}.{time.time_ns()}.out"
         with open(output, "wb") as file:
@@ -157,6 +161,11 @@ class Bench:
 
     def events(self, name: str, kind: str) -> list[dict[str, Any]]:
         return [line for line in self._lines(name, "events.jsonl") if line["kind"] == kind]
+
+    def workers(self, name: str) -> list[psutil.Process]:
+        """The training workers' processes that run, by rank."""
+        pids = {event["facts"]["rank"]: event["facts"]["pid"] for event in self.events(name, "started")}
+        return [psutil.Process(pids[rank]) for rank in sorted(pids) if psutil.pid_exists(pids[rank])]
 
     def commits(self, name: str) -> list[int]:
         """Steps of the committed checkpoints, oldest first."""
@@ -233,18 +242,19 @@ def run_drills(names: list[str], report: Callable[[str, float, list[Check]], Non
     from pipeline.cluster.drill_cases import DRILLS
 
     folder = Path(tempfile.mkdtemp(prefix="refinedet-drill-"))
-    passed = True
+    bench, passed = Bench(folder), True
     try:
         for name in names:
-            bench = Bench(folder)
+            bench.checks.clear()
             began = time.monotonic()
             try:
                 DRILLS[name](bench)
             finally:
-                bench.close()
+                bench.end_jobs()
             passed &= bool(bench.checks) and all(check.passed for check in bench.checks)
-            report(name, time.monotonic() - began, bench.checks)
+            report(name, time.monotonic() - began, list(bench.checks))
     finally:
+        bench.close()
         if passed:
             shutil.rmtree(folder, ignore_errors=True)
     return passed

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+import uuid
 from typing import Any
 
 import ray
@@ -56,7 +57,7 @@ class Monitor:
     """The driver's side; one for all attempts of a job."""
 
     def __init__(self, run_path: str) -> None:
-        self.name = f"monitor:{run_path}"
+        self.name = f"monitor:{run_path}:{uuid.uuid4().hex[:8]}"
         node = ray.get_runtime_context().get_node_id()
         self._actor = (
             ray.remote(_Monitor)

@@ -66,7 +66,7 @@ def _said(display: ProgressDisplay) -> Any:
     """The driver's own words, such as that it waits for nodes; what the workers found comes as their result."""
 
     def on_message(rank: int, kind: str, content: Mapping[str, Any]) -> None:
-        if rank < 0 and kind == "event":
+        if rank < 0 and kind == "event" and content["kind"] != "started":
             display.warn(content["message"])
 
     return on_message

@@ -13,7 +13,7 @@ import ray
 import ray.train
 
 from pipeline import storage
-from pipeline.cluster.faults import Fault, with_fault
+from pipeline.cluster.faults import Fault, with_faults
 from pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
 from pipeline.cluster.monitor import MonitorClient
 from pipeline.cluster.run import Run
@@ -30,14 +30,21 @@ if TYPE_CHECKING:
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """The function that Ray Train calls in every worker; returns the loop's result as JSON values.
 
-    config  spec, monitor (its name), fault, estimate_memory, preflight_only
+    config  spec, monitor (its name), faults, estimate_memory, preflight_only
     """
     run = Run(parse_spec(config["spec"], source="the job's spec"))
     rank = ray.train.get_context().get_world_rank()
     log_to_file(os.path.join(log_folder(run.path), f"train-rank{rank}.log"), who=f"rank {rank}")
     monitor = MonitorClient(config["monitor"], rank)
-    place = {"node": ray.get_runtime_context().get_node_id(), "host": socket.gethostname(), "pid": os.getpid()}
-    monitor.push("placed", place)
+    monitor.push(
+        "placed",
+        {
+            "node": ray.get_runtime_context().get_node_id(),
+            "host": socket.gethostname(),
+            "address": ray.util.get_node_ip_address(),
+            "pid": os.getpid(),
+        },
+    )
     from pipeline.training import NonFiniteError
 
     try:
@@ -58,7 +65,7 @@ def _train(run: Run, monitor: MonitorClient, config: dict[str, Any]) -> dict[str
     restore_loggers()
     spec = run.spec
     shards = _open_shards(run)
-    fault = Fault(**config["fault"]) if config["fault"] else None
+    faults = [Fault(**fault) for fault in config["faults"]]
 
     with open_world() as world:
         tell = monitor.push if world.is_main else lambda kind, content: None
@@ -105,7 +112,7 @@ def _train(run: Run, monitor: MonitorClient, config: dict[str, Any]) -> dict[str
             seed=spec.seed,
             world=world,
             detector=detector,
-            loss=with_fault(functools.partial(detection_loss, config=spec.model), fault, world.rank, run.path),
+            loss=with_faults(functools.partial(detection_loss, config=spec.model), faults, world.rank, run.path),
             make_stream=make_stream,
             run_dir=run.path,
             observer=lambda record: tell("step", dataclasses.asdict(record)),

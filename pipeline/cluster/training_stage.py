@@ -8,7 +8,6 @@ neither saves before it resizes, nor leaves out a node that hangs, nor minds wha
 from __future__ import annotations
 
 import dataclasses
-import logging
 import threading
 import time
 from collections.abc import Callable
@@ -19,7 +18,7 @@ from ray.train.torch import TorchConfig
 
 from pipeline import storage
 from pipeline.cluster.capacity import maximum_workers, minimum_workers
-from pipeline.cluster.faults import read_fault
+from pipeline.cluster.faults import read_faults
 from pipeline.cluster.lean_trainer import LeanTorchTrainer
 from pipeline.cluster.monitor import Monitor
 from pipeline.cluster.placement import Placement, worker_resources
@@ -27,8 +26,6 @@ from pipeline.cluster.run import Run
 from pipeline.cluster.train_worker import train_worker
 from pipeline.errors import JobError, StoppedError, UserError
 from pipeline.training import Event, possible_world_sizes
-
-logger = logging.getLogger(__name__)
 
 _POLL_S = 0.3
 Reason = Literal["stop", "preempted", "resized"]
@@ -197,7 +194,8 @@ class _TrainingJob:
                 self.fatal.append(content)
             elif kind == "placed":
                 attempt.nodes[rank] = content["node"]
-                logger.info("rank %d runs on %s, process %d", rank, content["host"], content["pid"])
+                message = f"rank {rank} runs on {content['host']}, process {content['pid']}"
+                self._say("started", 0, message, {"rank": rank, **content})
             elif kind == "event" and content["kind"] == "stalled":
                 if not attempt.stalled:  # every rank that can says so
                     attempt.stalled = True
@@ -222,18 +220,17 @@ class _TrainingJob:
         message = f"no place for {self.sizes[-1]} workers now; waiting up to {cluster.resource_timeout_s:g} s for nodes"
         self._say("waiting", 0, message)
 
-    def _say(self, kind: Any, step: int, message: str) -> None:
-        self.on_message(-1, "event", dataclasses.asdict(Event(kind, step, message)))
+    def _say(self, kind: Any, step: int, message: str, facts: dict[str, Any] | None = None) -> None:
+        self.on_message(-1, "event", dataclasses.asdict(Event(kind, step, message, facts or {})))
 
     def _trainer(self, workers: int) -> LeanTorchTrainer:
         cluster = self.spec.cluster
-        fault = read_fault()
         return LeanTorchTrainer(
             train_worker,
             train_loop_config={
                 "spec": self.spec.model_dump(mode="json"),
                 "monitor": self.monitor.name,
-                "fault": dataclasses.asdict(fault) if fault else None,
+                "faults": [dataclasses.asdict(fault) for fault in read_faults()],
                 # Counting takes seconds: once a job, and on a CPU, whose memory is not a worker's own, when asked for.
                 "estimate_memory": self.preflight_only or (bool(cluster.gpus_per_worker) and self.attempts == 0),
                 "preflight_only": self.preflight_only,

@@ -62,6 +62,7 @@ class Event:
     """Something worth telling beside the steps. `facts` are JSON values."""
 
     kind: Literal[
+        "started",
         "preflight",
         "resumed",
         "saved",

@@ -16,6 +16,8 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import timedelta
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +48,7 @@ TINY = Training(
     ema_decay=0.9,
 )
 STEPS = 15
+_PRELOAD = "tests.training.workers"
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,7 @@ def run_workers(
 
     refinedet   train a real detector, of the smallest size
     """
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.workers"])
+    context = _fork_server()
     told = Path(tempfile.mkdtemp(dir=folder.parent))
     arguments = (str(folder), str(told), size, spec, fault, refinedet)
     processes = [context.Process(target=_work, args=(rank, *arguments), daemon=True) for rank in range(size)]
@@ -95,10 +97,18 @@ def run_workers(
     return [_outcome(told, rank, process.exitcode) for rank, process in enumerate(processes)]
 
 
+def _fork_server() -> ForkServerContext:
+    """A server that has imported everything; one that an earlier test started without makes way for it."""
+    context = multiprocessing.get_context("forkserver")
+    if _PRELOAD not in forkserver._forkserver._preload_modules:  # type: ignore[attr-defined]
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]
+        context.set_forkserver_preload([_PRELOAD])
+    return context
+
+
 def run_together(work: Callable[..., Any], folder: Path, *arguments: Any, size: int = 2) -> list[Any]:
     """Call `work(world, *arguments)` in `size` ranks at once; what they return, JSON values, by rank."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.training.workers"])
+    context = _fork_server()
     told = Path(tempfile.mkdtemp(dir=folder))
     calls = [(rank, size, str(told), work, arguments) for rank in range(size)]
     processes = [context.Process(target=_call, args=call, daemon=True) for call in calls]

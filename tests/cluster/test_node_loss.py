@@ -1,0 +1,142 @@
+"""Two hosts, and one goes away: killed in the middle of a checkpoint, brought back, and taken away with notice."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from pipeline.cluster.drills import SPEC
+from pipeline.cluster.faults import FAULT_VARIABLE
+from tests.cluster.hosts import RayCluster, reason_against_two_hosts, two_hosts
+
+pytestmark = pytest.mark.dist
+INTERVAL = 4
+EPOCHS = 12
+STEPS = 8 * EPOCHS
+HELD_AT = 3 * INTERVAL
+_TIMEOUT_S = 150.0
+
+
+@pytest.fixture
+def cluster() -> Iterator[RayCluster]:
+    reason = reason_against_two_hosts()
+    if reason:
+        pytest.skip(reason)
+    with two_hosts(head_cpus=2, worker_cpus=1) as cluster:  # rank 0 goes where least is left: to the worker
+        yield cluster
+
+
+class Job:
+    """A job that runs on the head of the cluster, and what it leaves in its folder."""
+
+    def __init__(self, cluster: RayCluster, folder: Path, fault: str) -> None:
+        training = {**SPEC["training"], "epochs": EPOCHS, "checkpoint_every_steps": INTERVAL}
+        elastic = {"workers": {"min": 1, "max": 2}, "placement": "STRICT_SPREAD", "resize_interval_s": 2}
+        spec = {**SPEC, "name": "job", "runs": str(folder / "runs"), "training": training, "cluster": elastic}
+        (folder / "job.yaml").write_text(yaml.safe_dump(spec))
+        self.run = folder / "runs" / "job"
+        self.output = folder / "job.out"
+        command = [sys.executable, "-m", "pipeline.cli", "launch", str(folder / "job.yaml")]
+        command += ["--stages", "prepare,train", "--address", cluster.gcs]
+        with open(self.output, "wb") as file:
+            self.process = subprocess.Popen(
+                cluster.head.command(*command),
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                env=cluster.environment | {FAULT_VARIABLE: fault},
+            )
+
+    def events(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self._lines("events.jsonl") if line["kind"] == kind]
+
+    def steps(self) -> list[int]:
+        return [line["step"] for line in self._lines("metrics.jsonl")]
+
+    def places(self) -> list[dict[str, Any]]:
+        """Of every worker that was started, in the order of starts."""
+        return [event["facts"] for event in self.events("started")]
+
+    def wait_for(self, condition: Callable[[], Any]) -> None:
+        deadline = time.monotonic() + _TIMEOUT_S
+        while not condition():
+            assert self.process.poll() is None, self.output.read_text()
+            assert time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.2)
+
+    def _lines(self, name: str) -> list[dict[str, Any]]:
+        path = self.run / name
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def test_a_job_outlives_the_nodes_it_runs_on(cluster: RayCluster, tmp_path: Path) -> None:
+    job = Job(cluster, tmp_path, f"hold:rank=0,step={HELD_AT};slow:rank=0,seconds=0.25")
+    try:
+        # Rank 0 is in the middle of writing its part of a checkpoint when its host loses power.
+        job.wait_for((job.run / "faults" / "hold").exists)
+        assert [place["address"] for place in job.places()][:2].count(cluster.worker.address) == 1
+        (first,) = (place for place in job.places() if place["rank"] == 0)
+        assert first["address"] == cluster.worker.address
+        broken_at = job.steps()[-1]
+        cluster.kill(cluster.worker)
+
+        # The job goes on, on the host that is left, and loses at most one interval.
+        job.wait_for(lambda: job.events("resumed"))
+        resumed = job.events("resumed")[0]["step"]
+        assert resumed == HELD_AT - INTERVAL, "the last checkpoint that was committed"
+        assert HELD_AT <= broken_at <= HELD_AT + INTERVAL
+        assert not (job.run / "checkpoints" / f"step-{HELD_AT}" / "manifest.json").exists()
+        assert job.places()[-1]["address"] == cluster.head.address
+        assert len(job.events("restarted")) == 1
+
+        # The host is back: the job saves, and goes on with both.
+        cluster.start(cluster.worker)
+        job.wait_for(lambda: len(job.events("resumed")) == 2)
+        saved = job.events("resized")[0]["step"]
+        assert job.events("resumed")[1]["step"] == saved, "no step is lost"
+        assert {place["address"] for place in job.places()[-2:]} == {cluster.head.address, cluster.worker.address}
+
+        # The host is to be taken away in a minute: the job saves, and goes on with the other.
+        job.wait_for(lambda: job.steps()[-1] > saved)
+        drain(cluster, next(place["node"] for place in job.places()[-2:] if place["address"] == cluster.worker.address))
+        job.wait_for(lambda: len(job.events("resumed")) == 3)
+        assert len(job.events("preempted")) == 1
+        assert job.places()[-1]["address"] == cluster.head.address
+        assert job.process.wait(_TIMEOUT_S) == 0, job.output.read_text()
+    finally:
+        end(job.process)
+    steps = job.steps()
+    assert sorted(set(steps)) == list(range(1, STEPS + 1))
+    taken_twice = [step for step in set(steps) if steps.count(step) > 1]
+    assert taken_twice == list(range(resumed + 1, broken_at + 1)), "but for the crash, no step is taken twice"
+    assert (job.run / "weights.safetensors").exists()
+    assert len(job.events("restarted")) == 1, "what comes with notice is no failure"
+
+
+def drain(cluster: RayCluster, node: str) -> None:
+    """Tell Ray that a node is about to be taken away, as a cloud's spot notice does."""
+    done = cluster.inside(
+        cluster.head,
+        *(sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.gcs, "--node-id", node),
+        *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"),
+        *("--deadline-remaining-seconds", "60"),
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def end(process: subprocess.Popen) -> None:
+    if process.poll() is None:
+        for child in psutil.Process(process.pid).children(recursive=True):
+            child.kill()
+        process.kill()
+        process.wait()
