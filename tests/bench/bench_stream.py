@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -44,6 +44,7 @@ from pipeline.data.reading import decode_sample  # noqa: E402
 from pipeline.spec import Augmentation, Data, Split  # noqa: E402
 
 BATCH = 8
+TURNS = 8
 STREAM = "stream, full SSD augmentation"
 NUM_SHARDS, PER_SHARD = 10_000, 1000
 
@@ -115,15 +116,18 @@ def decoded_images(folder: Path) -> Iterator[int]:
             yield 1
 
 
-def images_per_second(source: Iterator[int], count: int, clock: Callable[[], float]) -> float:
-    began, done = clock(), 0
+def take(source: Iterator[int], count: int) -> int:
+    done = 0
     while done < count:
         done += next(source)
-    return done / (clock() - began)
+    return done
 
 
-def compare(folder: Path, shards: ShardSet, size: int, rounds: int, count: int) -> dict[str, list[float]]:
-    """Images for a second of CPU time, by contender and round."""
+def compare(folder: Path, shards: ShardSet, size: int, rounds: int) -> dict[str, list[float]]:
+    """Images for a second of CPU time, by contender and round.
+
+    A round is many short turns: whatever slows the machine for a while slows every contender alike.
+    """
     sources = {
         STREAM: stream_images(shards, size, Augmentation()),
         "stream, plain resize": stream_images(shards, size, None),
@@ -135,9 +139,14 @@ def compare(folder: Path, shards: ShardSet, size: int, rounds: int, count: int) 
         next(source)
     rates: dict[str, list[float]] = {name: [] for name in sources}
     for _ in range(rounds):
-        for name, source in sources.items():
-            amount = count // 4 if name.startswith("torchvision") else count
-            rates[name].append(images_per_second(source, amount, time.process_time))
+        images, seconds = dict.fromkeys(sources, 0), dict.fromkeys(sources, 0.0)
+        for _ in range(TURNS):
+            for name, source in sources.items():
+                began = time.process_time()
+                images[name] += take(source, 2 * BATCH)
+                seconds[name] += time.process_time() - began
+        for name in sources:
+            rates[name].append(images[name] / seconds[name])
     return rates
 
 
@@ -147,7 +156,8 @@ def measure_workers(shards: ShardSet, size: int, count: int) -> tuple[float, flo
     source = stream_images(shards, size, Augmentation(), workers=2)
     next(source)
     first = time.perf_counter() - began
-    return first, images_per_second(source, count, time.perf_counter)
+    began = time.perf_counter()
+    return first, take(source, count) / (time.perf_counter() - began)
 
 
 def write_large_index(folder: Path, cursors: list[Cursor], seed: int, batch: int) -> None:
@@ -252,7 +262,6 @@ def main() -> None:
     parser.add_argument("--coco", type=Path, default=ROOT.parent / "shared" / "data" / "coco-mini")
     parser.add_argument("--size", type=int, default=512)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--images", type=int, default=128, help="of each contender in a round")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if not arguments.coco.is_dir():
@@ -264,11 +273,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         prepare_shards(data, "train", folder)
         shards = open_shards(folder)
-        rates = compare(arguments.coco, shards, arguments.size, arguments.rounds, arguments.images)
+        rates = compare(arguments.coco, shards, arguments.size, arguments.rounds)
         began = time.perf_counter()
         next(stream_images(open_shards(folder), arguments.size, Augmentation()))
         cold = time.perf_counter() - began
-        first, clocked = measure_workers(shards, arguments.size, arguments.images)
+        first, clocked = measure_workers(shards, arguments.size, 512)
     index = measure_large_index()
 
     result: dict[str, Any] = {**facts(), "size": arguments.size, "rounds": arguments.rounds, "rates": rates}
