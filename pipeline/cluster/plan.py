@@ -1,10 +1,12 @@
-"""`refinedet plan`: what a job comes to - batch, model, memory, time, storage - before anything is started.
+"""`refinedet plan`: what a job comes to - batch, model, memory, time, traffic - before anything is started.
 
-Time and memory come from a stated model (`Device`, `estimate`), not from a run; the plan prints its assumptions.
+Time and memory come from a stated model (`Device`, `estimate`); what of it was measured says so, and the plan
+prints its assumptions. Beyond one machine all of it is calculation.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 from rich.console import Console
@@ -25,7 +27,9 @@ class Device:
 
     tflops       dense matrix products in the training precision, TFLOP/s that the vendor or a measurement gives
     utilization  share of it that training this network reaches: convolutions with batch normalisation between them
-    network_gb_s all-reduce bandwidth of one worker, GB/s
+    network_gb_s all-reduce bandwidth of one worker within its node, GB/s
+    node_gb_s    bandwidth between two nodes, GB/s
+    per_node     devices of a node
     """
 
     name: str
@@ -34,6 +38,8 @@ class Device:
     utilization: float
     network_gb_s: float
     note: str
+    node_gb_s: float = 1.0
+    per_node: int = 8
 
 
 _GIB = 2**30
@@ -42,10 +48,10 @@ DEVICES = {
     "CPU": Device(
         "CPU core", 3 * _GIB, 0.039, 0.50, 1.0, "one AVX2 core in fp32, utilization measured in the quickstart"
     ),
-    "T4": Device("T4", 15 * _GIB, 65, 0.25, 1.2, _ASSUMED),
-    "A100": Device("A100 80 GB", 79 * _GIB, 312, 0.25, 20, _ASSUMED),
-    "H100": Device("H100 80 GB", 79 * _GIB, 790, 0.20, 40, _ASSUMED),
-    "H200": Device("H200", 139 * _GIB, 790, 0.20, 40, _ASSUMED),
+    "T4": Device("T4", 15 * _GIB, 65, 0.25, 1.2, _ASSUMED, node_gb_s=3, per_node=4),
+    "A100": Device("A100 80 GB", 79 * _GIB, 312, 0.25, 20, _ASSUMED, node_gb_s=40),
+    "H100": Device("H100 80 GB", 79 * _GIB, 790, 0.20, 40, _ASSUMED, node_gb_s=80),
+    "H200": Device("H200", 139 * _GIB, 790, 0.20, 40, _ASSUMED, node_gb_s=80),
 }
 _BACKWARD = 2.0  # a backward pass costs two forward ones
 _BYTES_AN_IMAGE = {"coco": 163e3, "voc": 110e3, "shapes": 6e3}  # encoded, with objects
@@ -74,12 +80,15 @@ class Estimate:
         return self.compute_s + max(0.0, self.communication_s - hidden)
 
 
-def estimate(model: RefineDetConfig, cost: ModelCost, training: Training, batch: BatchPlan, device: Device) -> Estimate:
-    """Memory and time of one worker for one step.
+def estimate(
+    model: RefineDetConfig, cost: ModelCost, training: Training, batch: BatchPlan, device: Device, nodes: int = 1
+) -> Estimate:
+    """Memory and time of one worker for one step, of `batch.world_size` workers on `nodes` machines.
 
     State: fp32 weights, gradients and momentum, the last one (ZeRO 1) or two (ZeRO 2) shared by the workers, and the
     average of the weights where it is kept. Compute: FLOPs of the whole network, every anchor, forward and backward;
-    activation checkpointing repeats the backbone's forward.
+    activation checkpointing repeats the backbone's forward. Communication: a ring over the workers of a node, then one
+    over the nodes, through which every gradient goes once each way.
     """
     weights = 4.0 * cost.total_parameters
     momentum = weights / (batch.world_size if training.zero_stage >= 1 else 1)
@@ -91,7 +100,9 @@ def estimate(model: RefineDetConfig, cost: ModelCost, training: Training, batch:
     images = batch.micro_batch * batch.accumulation
     communication = 0.0
     if batch.world_size > 1:
-        communication = 2 * weights * (batch.world_size - 1) / batch.world_size / (device.network_gb_s * 1e9)
+        within = math.ceil(batch.world_size / nodes)
+        communication = 2 * weights * (within - 1) / within / (device.network_gb_s * 1e9)
+        communication += 2 * weights * (nodes - 1) / nodes / (device.node_gb_s * 1e9)
     return Estimate(
         state_bytes=weights + momentum + gradients + average,
         activation_bytes=activations,
@@ -122,7 +133,8 @@ def print_plan(
         known = replace(known, tflops=known.tflops * spec.cluster.cpus_per_worker)
     batch = plan_batches(spec.training, workers)
     cost = count_cost(spec.model)
-    found = estimate(spec.model, cost, spec.training, batch, known)
+    machines = nodes or math.ceil(workers * (spec.cluster.gpus_per_worker or 1) / known.per_node)
+    found = estimate(spec.model, cost, spec.training, batch, known, machines)
 
     console.print(
         f"[bold]{spec.name}[/]  RefineDet{spec.model.input_size}++, {spec.model.backbone}, {spec.runs}/{spec.name}\n"
@@ -132,7 +144,7 @@ def print_plan(
     console.print(f"\nAnchors      {cost.num_anchors:,}  ({levels})")
     console.print(
         f"Batch        {batch.global_batch} = {batch.micro_batch} images x {batch.accumulation} accumulated x "
-        f"{batch.world_size} workers, on {known.name}"
+        f"{batch.world_size} workers, on {known.name}, {machines} node{'s' * (machines > 1)}"
     )
     _print_schedule(console, spec, found.step_s)
     _print_memory(console, known, found)
@@ -140,13 +152,27 @@ def print_plan(
     kept = spec.training.keep_last + spec.training.keep_best
     console.print(f"Checkpoint   {_bytes(checkpoint)} each, {kept} kept: {_bytes(checkpoint * kept)}")
     images = sum(split.count or 0 for split in (*spec.data.train, *spec.data.val))
+    an_image = _BYTES_AN_IMAGE[spec.data.format]
     if images:
-        console.print(f"Shards       {images:,} images, about {_bytes(images * _BYTES_AN_IMAGE[spec.data.format])}")
+        console.print(f"Shards       {images:,} images, about {_bytes(images * an_image)}")
+    console.print(
+        f"Traffic      {_bytes(batch.global_batch / found.step_s * an_image)}/s of shards to all workers, in the first "
+        f"epoch from storage, then from the nodes' caches ({_bytes(spec.data.cache_bytes)} each); gradients "
+        f"{_bytes(4.0 * cost.total_parameters)} a step and worker; checkpoints {_bytes(checkpoint)} every "
+        f"{_saving_interval(spec)}"
+    )
+    between = f", {known.node_gb_s:g} GB/s between nodes (nothing beyond one node was measured)" if machines > 1 else ""
     console.print(
         f"\n[dim]Assumed: {known.name} at {known.tflops:g} TFLOP/s x {known.utilization:g} ({known.note}); all-reduce "
-        f"at {known.network_gb_s:g} GB/s a worker behind the backward pass; data waits for nothing; every anchor "
-        "computed, though the negative filter leaves far fewer.[/]"
+        f"at {known.network_gb_s:g} GB/s a worker behind the backward pass{between}; data waits for nothing; every "
+        "anchor computed, though the negative filter leaves far fewer.[/]"
     )
+
+
+def _saving_interval(spec: JobSpec) -> str:
+    training = spec.training
+    epochs = "epoch" if training.checkpoint_every_epochs == 1 else f"{training.checkpoint_every_epochs} epochs"
+    return f"{training.checkpoint_every_steps:,} steps" if training.checkpoint_every_steps else epochs
 
 
 def _print_schedule(console: Console, spec: JobSpec, step_s: float) -> None:
