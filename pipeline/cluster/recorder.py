@@ -1,4 +1,4 @@
-"""What the driver does with the records of training: the bar, `metrics.jsonl`, MLflow."""
+"""What the driver does with the records of training: the bar, `metrics.jsonl`, MLflow, Prometheus."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any
 from rich.markup import escape
 
 from pipeline import storage
+from pipeline.cluster.gauges import TrainingGauges
 from pipeline.cluster.progress import ProgressDisplay
 from pipeline.cluster.run import Run
 from pipeline.tracking import RunTracker
@@ -83,6 +84,7 @@ class TrainingRecorder:
     def __init__(self, run: Run, display: ProgressDisplay, tracker: RunTracker) -> None:
         self._display, self._tracker = display, tracker
         self._run = run
+        self._gauges = TrainingGauges(run.spec.name)
         self._metrics = LinesLog(run.file(METRICS_LOG))
         self._events = LinesLog(run.file(EVENTS_LOG))
         self._every = run.spec.tracking.log_every_steps
@@ -127,11 +129,13 @@ class TrainingRecorder:
             lr=f"{record['learning_rate']:.2g}",
             speed=f"{record['images_per_s']:.1f} images/s",
         )
+        self._gauges.step(record)
         if record["step"] % self._every and record["step"] != record["total_steps"]:
             return
         times = {name: seconds for name, seconds in record["times"].items()}
         line = {
             "step": record["step"],
+            "total_steps": record["total_steps"],
             "epoch": record["epoch"],
             "time": time.time(),
             "learning_rate": record["learning_rate"],
@@ -160,6 +164,7 @@ class TrainingRecorder:
         if kind == "validated":
             values = {name: float(value) for name, value in facts.items() if isinstance(value, int | float)}
             self._metrics.append({"step": event["step"], "epoch": facts.get("epoch"), "validation": values})
+            self._gauges.validated({name: value for name, value in values.items() if name != "epoch"})
             self._tracker.log_metrics(
                 event["step"], {f"validation/{name}": value for name, value in values.items() if name != "epoch"}
             )
