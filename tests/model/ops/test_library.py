@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-import model.ops
 from model.ops import align_conv as align_conv_module
 from model.ops import library
 from tests.model.ops.align_conv_cases import make_case
@@ -45,7 +44,7 @@ def test_describes_what_is_built() -> None:
 def test_missing_library_is_one_warning_and_the_reference(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(model.ops, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(library, "_places", lambda: [tmp_path / library.LIBRARY_NAME])
     case = make_case(dtype=torch.float64)
     with caplog.at_level(logging.WARNING):
         first = align_conv_module.align_conv(*case.arguments())
@@ -61,7 +60,7 @@ def test_missing_library_is_one_warning_and_the_reference(
 @pytest.mark.usefixtures("looked_up_afresh")
 def test_broken_library_is_described_not_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / library.LIBRARY_NAME).write_bytes(b"not a library")
-    monkeypatch.setattr(model.ops, "__path__", [str(tmp_path)])
+    monkeypatch.setattr(library, "_places", lambda: [tmp_path / library.LIBRARY_NAME])
     status = library.describe()
     assert not status.loaded
     assert "cannot be loaded on torch" in status.reason
