@@ -57,8 +57,16 @@ def expected(shapes_shards: ShardSet) -> dict[Cursor, dict[str, str]]:
 
 
 # Every pair of these sizes is in test_order.py, without the processes.
+ALWAYS = {(1, 2), (1, 5), (2, 2), (3, 2), (4, 0)}
+GRID = [
+    pytest.param(world_size, workers, marks=() if (world_size, workers) in ALWAYS else pytest.mark.slow)
+    for world_size in (1, 2, 3, 4, 8)
+    for workers in (0, 2, 5)
+]
+
+
 @pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 2), (1, 5), (2, 2), (3, 2), (4, 0), (8, 1)])
+@pytest.mark.parametrize(("world_size", "workers"), GRID)
 def test_same_global_batches_at_any_world_size_and_workers(
     shapes_shards: ShardSet, expected: dict[Cursor, dict[str, str]], world_size: int, workers: int
 ) -> None:
