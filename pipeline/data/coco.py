@@ -37,6 +37,7 @@ def read_coco(data: Data, part: str, splits: tuple[Split, ...], faults: FaultLog
         content = _load_instances(storage.join(data.root, file), with_annotations=split.annotations is not None)
         _merge_categories(categories, content, file)
         images = _select_images(content, file, data, split)
+        ids.next_split()
         objects = _objects_by_image(content, categories, ids, faults, file)
         folder = storage.join(data.root, split.images)
         sizes = _file_sizes(folder, [image["file_name"] for image in images])
@@ -131,20 +132,31 @@ def read_ids(path: str) -> list[int]:
 
 
 class _AnnotationIds:
-    """Keeps annotation ids positive and unique: COCO's code takes id 0 for "unmatched", and drops repeated ids."""
+    """Keeps annotation ids positive and unique: COCO's code takes id 0 for "unmatched", and drops repeated ids.
+
+    Files number their annotations each from 1: an id that another split has taken is given a new one, and no fault.
+    """
 
     def __init__(self, faults: FaultLog) -> None:
         self.faults = faults
-        self.seen: set[int] = set()
+        self.split = 0
+        self.seen: dict[int, int] = {}  # id -> the last split that had it
         self.free = 2**40
 
+    def next_split(self) -> None:
+        self.split += 1
+
     def take(self, received: Any, file: str) -> int:
-        if isinstance(received, int) and received > 0 and received not in self.seen:
-            self.seen.add(received)
-            return received
+        number = isinstance(received, int) and received > 0
+        before = self.seen.get(received) if number else None
+        if number:
+            self.seen[received] = self.split
+            if before is None:
+                return received
         self.free += 1
-        why = "is there twice" if received in self.seen else "is not a positive number"
-        self.faults.add(BadSample(file, f"annotation {received!r}", f"its id {why}; it goes on as {self.free}"))
+        if not number or before == self.split:
+            why = "is there twice" if number else "is not a positive number"
+            self.faults.add(BadSample(file, f"annotation {received!r}", f"its id {why}; it goes on as {self.free}"))
         return self.free
 
 
