@@ -7,9 +7,11 @@ import zipfile
 
 import pytest
 from jsonschema import validate
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.errors import UserError
-from pipeline.evaluation import evaluate_files, write_submission
+from pipeline.evaluation import evaluate_files, evaluate_voc, write_submission
 from pipeline.evaluation.judge import judge_by_pycocotools
 from pipeline.evaluation.submission import ROW_SCHEMA
 
@@ -31,6 +33,69 @@ def test_files_give_pycocotools_numbers(files):
         assert metrics.to_json()["coco"] == judge_by_pycocotools(json.load(truth), json.load(rows))
     assert json.loads(json.dumps(metrics.to_json()))["curves"]["recall"][:3] == [0, 0.01, 0.02]
     assert 0 <= evaluate_files(detections, annotations, rule="voc2012").to_json()["voc2012"]["mAP"] <= 1
+
+
+def test_the_command_prints_the_numbers_and_writes_classes_sizes_and_curves(files, tmp_path):
+    detections, annotations = files
+    known = json.loads((tmp_path / "truth.json").read_text())
+    judged = judge_by_pycocotools(known, json.loads((tmp_path / "detections.json").read_text()))
+    arguments = ["evaluate", "--detections", detections, "--annotations", annotations, "--json"]
+    done = CliRunner().invoke(app, [*arguments, str(tmp_path / "coco.json")], catch_exceptions=False)
+    assert done.exit_code == 0
+    assert done.output.split() == [word for name, value in judged.items() for word in (name, f"{value:.6f}")]
+    written = json.loads((tmp_path / "coco.json").read_text())
+    assert written["coco"] == judged
+    names = {category["name"] for category in known["categories"]}
+    assert written["per_class"].keys() == written["curves"]["precision50"].keys() == names
+    for name in names:
+        assert written["per_class"][name].keys() >= {"AP", "AP50", "APs", "APm", "APl"}
+        assert len(written["curves"]["precision75"][name]) == len(written["curves"]["recall"]) == 101
+
+    for rule in ("voc2007", "voc2012"):
+        out = str(tmp_path / f"{rule}.json")
+        done = CliRunner().invoke(app, [*arguments, out, "--rule", rule], catch_exceptions=False)
+        expected = evaluate_voc(known, json.loads((tmp_path / "detections.json").read_text()), rule=rule)
+        assert done.output == f"mAP    {expected.mean:.6f}\n"
+        with open(out) as file:
+            assert json.load(file) == expected.to_json()
+    for arguments in (["evaluate"], ["evaluate", "run", "--detections", detections], ["evaluate", "--detections", "a"]):
+        with pytest.raises(UserError, match="takes either a run's folder, or --detections"):
+            CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def test_bad_input_in_files(files, tmp_path):
+    """What a file can hold, read as the command reads it."""
+    annotations = files[1]
+    known = json.loads((tmp_path / "truth.json").read_text())
+    rows = json.loads((tmp_path / "detections.json").read_text())
+
+    def evaluate(content, truth=annotations, rule="coco"):
+        (tmp_path / "other.json").write_text(json.dumps(content))
+        return evaluate_files(str(tmp_path / "other.json"), truth, rule=rule).values
+
+    box = rows[1]["bbox"]
+    for rule in ("coco", "voc2012"):
+        for change, said in (
+            ({"score": float("nan")}, "row 1 .*not finite"),
+            ({"bbox": [*box[:3], float("-inf")]}, "row 1 .*not finite"),
+            ({"bbox": [*box[:2], -1, 5]}, "row 1 .*negative side"),
+            ({"image_id": 10**9}, "row 1: image_id 1000000000 is not among the 6"),
+            ({"category_id": 10**9}, "row 1: category_id 1000000000 is not among the 5"),
+        ):
+            with pytest.raises(UserError, match=said):
+                evaluate([rows[0], {**rows[1], **change}, *rows[2:]], rule=rule)
+    values = evaluate([])
+    assert {values[name] for name in ("AP", "AP50", "AR1", "AR100")} == {0}
+    assert evaluate([], rule="voc2007") == {"mAP": 0}
+
+    empty = str(tmp_path / "empty.json")
+    for truth in ({**known, "annotations": []}, {"images": [], "annotations": [], "categories": []}):
+        with open(empty, "w") as file:
+            json.dump(truth, file)
+        assert set(evaluate([], truth=empty).values()) == {-1}
+        assert evaluate([], truth=empty, rule="voc2012") == {"mAP": -1}
+    with pytest.raises(UserError, match="is not among the 0"):
+        evaluate(rows, truth=empty)
 
 
 def test_files_that_are_missing_cut_or_swapped_are_named(files, tmp_path):
