@@ -28,7 +28,8 @@ _SITE = """import sys
 sys.meta_path[:] = [
     finder
     for finder in sys.meta_path
-    if "editable" not in type(finder).__module__ or finder.find_spec("pipeline.cluster.entrypoint", None) is None
+    if "editable" not in type(finder).__module__
+    or not any(finder.find_spec(name, None) for name in ("model", "pipeline"))
 ]
 """
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +61,32 @@ def test_uris_and_absolute_paths_are_taken() -> None:
 def test_an_address_that_is_no_dashboard_is_explained(address: str) -> None:
     with pytest.raises(UserError, match="http://HOST:8265"):
         JobsClient(address)
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        ({"tracking": {"uri": "http://user:hunter2@mlflow:5000"}}, "tracking.uri"),
+        ({"runs": "s3://key:hunter2@bucket/runs"}, "runs"),
+        ({"data": {"format": "coco", "root": "https://host/coco?sig=hunter2", "train": []}}, "data.root"),
+        ({"cluster": {"labels": {"token": "hunter2"}}}, "cluster.labels.token"),
+    ],
+)
+def test_a_spec_with_a_secret_does_not_travel(changes: dict, key: str) -> None:
+    with pytest.raises(UserError) as refused:
+        check_spec(make_spec(**changes))
+    assert str(refused.value).startswith(f"{key} holds what looks like a secret")
+    assert "hunter2" not in str(refused.value)
+
+
+def test_code_that_travelled_comes_before_an_installation_for_development(tmp_path: Path) -> None:
+    """Workers and driver start with the folder on PYTHONPATH, as Ray sets it for a working_dir."""
+    stage_code(tmp_path, make_spec())
+    program = "import model.ops.library as l, pipeline.cluster.jobs as j; print(j.__file__); print(l.describe().path)"
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", program], env=environment, cwd="/", capture_output=True, text=True)
+    code, library = done.stdout.split()
+    assert Path(code).is_relative_to(tmp_path), done.stderr
+    assert library.endswith("librefinedet.so")
+    assert not Path(library).is_relative_to(tmp_path), "the node's own operators come first"
+    assert (tmp_path / "operators" / Path(library).name).is_file(), "nodes without any take those that travelled"
