@@ -17,7 +17,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -25,7 +24,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -87,11 +86,14 @@ class Host:
 class RayCluster:
     """Hosts that run Ray, and how to reach them."""
 
-    folder: Path
     hosts: list[Host]
     outside_address: str
+    ports: dict[str, int]
+    node_environment: Mapping[str, str] = field(default_factory=dict)
+    """further environment of the nodes, and so of the jobs there"""
     token: str = field(default_factory=lambda: secrets.token_hex(16))
-    ports: dict[str, int] = field(default_factory=dict)
+    # In /tmp, which is short: names of sockets are limited to 107 bytes.
+    folder: Path = field(default_factory=lambda: Path(tempfile.mkdtemp(prefix="rd-", dir="/tmp")))
 
     @property
     def head(self) -> Host:
@@ -119,18 +121,17 @@ class RayCluster:
 
     def start(self, host: Host) -> None:
         """Start Ray on a host, or bring a host back that was killed; returns once the node has joined."""
-        environment = (
-            self.environment
-            | {
-                # Commands of a job find this interpreter, as they find an image's.
-                "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-                "RAY_USAGE_STATS_ENABLED": "0",
-                "RAY_agent_register_timeout_ms": "120000",  # the default, 30 s, is short on a busy machine
-                # A dead node is seen after 5 s, not 20.
-                "RAY_health_check_period_ms": "1000",
-            }
-            | ({"GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0"} if host.namespace else {})
-        )
+        environment = {
+            **self.environment,
+            # Commands of a job find this interpreter, as they find an image's.
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_agent_register_timeout_ms": "120000",  # the default, 30 s, is short on a busy machine
+            "RAY_health_check_period_ms": "1000",  # a dead node is seen after 5 s, not 20
+            "RAY_metrics_report_interval_ms": "1000",
+            **({"GLOO_SOCKET_IFNAME": "eth0", "TP_SOCKET_IFNAME": "eth0"} if host.namespace else {}),
+            **self.node_environment,
+        }
         log = self.folder / f"{host.name}.log"
         for _ in range(_ATTEMPTS):
             host.starts += 1
@@ -249,10 +250,17 @@ def reason_against_two_hosts() -> str | None:
 
 
 @contextlib.contextmanager
-def one_host(*, num_cpus: int = 2, resources: str | None = None, labels: str | None = None) -> Iterator[RayCluster]:
-    """A head node on this machine."""
+def one_host(
+    *,
+    num_cpus: int = 2,
+    resources: str | None = None,
+    labels: str | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Iterator[RayCluster]:
+    """A head node on this machine; `environment` is what its jobs see beside this process's."""
     host = Host("head", _own_address(), None, num_cpus, resources, labels)
-    with _running([host], host.address, lambda: _free_ports("gcs", "client", "dashboard", "agent")) as cluster:
+    ports = _free_ports("gcs", "client", "dashboard", "agent")
+    with _running(RayCluster([host], host.address, ports, environment or {})) as cluster:
         yield cluster
 
 
@@ -286,7 +294,7 @@ def two_hosts(
         _ip("address", "add", f"{network}.2/30", "dev", link)
         _ip("link", "set", link, "up")
         ports = {"gcs": 6379, "client": 10001, "dashboard": 8265, "agent": 52365}
-        with _running([head, other], f"{network}.1", lambda: ports) as cluster:
+        with _running(RayCluster([head, other], f"{network}.1", ports)) as cluster:
             yield cluster
     finally:
         for namespace in (a, b):  # their devices go with them
@@ -294,18 +302,14 @@ def two_hosts(
 
 
 @contextlib.contextmanager
-def _running(hosts: list[Host], outside: str, ports: Callable[[], dict[str, int]]) -> Iterator[RayCluster]:
-    folder = Path(tempfile.mkdtemp(prefix="rd-", dir="/tmp"))  # short: names of sockets are limited to 107 bytes
-    cluster = RayCluster(folder, hosts, outside, ports=ports())
-    before = signal.getsignal(signal.SIGTERM)
+def _running(cluster: RayCluster) -> Iterator[RayCluster]:
     try:
-        for host in hosts:
+        for host in cluster.hosts:
             cluster.start(host)
         yield cluster
     finally:
-        signal.signal(signal.SIGTERM, before)
         cluster.close()
-        shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(cluster.folder, ignore_errors=True)
 
 
 def _ip(*arguments: str) -> None:
