@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pipeline.errors import JobError, StoppedError, UserError
+from pipeline.errors import JobError, UserError, describe_end
 from pipeline.spec_files import load_spec
 
 if TYPE_CHECKING:
@@ -369,21 +369,14 @@ def main() -> None:
     """Entry point: 0 done; 1 failed; 2 the user's mistake; 130 stopped, and saved."""
     try:
         app(standalone_mode=True)
-    except UserError as error:
-        _say(error)
-        sys.exit(2)
-    except StoppedError as error:
-        _say(f"stopped: {error}")
-        sys.exit(130)
-    except JobError as error:
-        _say(error)
-        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _say(error: BaseException | str) -> None:
-    typer.echo(f"refinedet: {' '.join(str(error).split())}", err=True)
+    except Exception as error:
+        end = describe_end(error)
+        if end is None:
+            raise
+        typer.echo(f"refinedet: {end.sentence}", err=True)
+        sys.exit(end.status)
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ class JobsClient:
                 run=run[0],
                 home=run[1],
                 status=str(getattr(detail.status, "value", detail.status)),
-                message=detail.message or "",
+                message=(detail.message or "").partition(", last available logs")[0],  # they are in the log
                 started=detail.start_time / 1000 if detail.start_time else None,
                 ended=detail.end_time / 1000 if detail.end_time else None,
                 spec=described_spec(metadata),
