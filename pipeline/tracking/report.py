@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 REPORT_FILE = "report.html"
 MODE_TITLES = {"single": "Single scale", "multiscale": "Multi-scale"}
 _ROUTINE_EVENTS = ("preflight", "started", "saved", "validated")
-_RULE_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100", "mAP")
+_RULE_COLUMNS = ("AP", "AP50", "AP75", "APs", "AR100", "mAP")  # as many as fit; metrics.json has all
 _METRIC_MEANINGS = {
     "AP": "IoU 0.50 to 0.95",
     "AP50": "IoU 0.50",
