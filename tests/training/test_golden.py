@@ -10,9 +10,9 @@ import pytest
 from tests.training.golden import CASES, GOLDEN, describe_machine, train_losses
 
 pytestmark = pytest.mark.dist
-TOLERANCE = {"fp32": 0.02, "bf16": 0.1}
+TOLERANCE = {"fp32": 0.02, "bf16": 0.1, "fp16": 0.1}
 """Elsewhere sums are rounded otherwise, and an anchor may match, or a negative be mined, that was not."""
-SLOW = {("fp32", 0), ("bf16", 0), ("bf16", 1), ("bf16", 2)}
+SLOW = {case for case in CASES if case not in {("fp32", 1), ("fp32", 2), ("bf16", 1), ("fp16", 2)}}
 
 
 @pytest.mark.parametrize(
