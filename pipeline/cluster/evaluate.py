@@ -15,6 +15,7 @@ from pipeline.cluster.run import Run
 from pipeline.cluster.session import ray_session
 from pipeline.errors import UserError
 from pipeline.evaluation import Metrics, describe_cost, format_comparison, resolve_passes
+from pipeline.spec import JobSpec
 from pipeline.spec_files import load_spec
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ def evaluate_run(
     spec = load_spec(path, [f"runs={parent}", f"name={name}", *overrides])
     if mode == "multiscale" and spec.multiscale is None:
         raise UserError("The run's spec has no `multiscale`; give a recipe, as in multiscale.recipe=coco512.")
+    check_passes(spec)
     changes = [override for override in overrides if not override.strip().startswith(_HARMLESS)]
     if (weights or shards or changes) and not output:
         raise UserError("Other weights, shards or settings need --output FOLDER, so that the run's own results stay.")
@@ -90,6 +92,12 @@ def evaluate_run(
         if found.by_merge_rule:
             display.note(f"\n{format_comparison(found.by_merge_rule)}\n")
     return found.metrics
+
+
+def check_passes(spec: JobSpec) -> None:
+    """UserError where the job's multi-scale passes do not fit its model: said before it trains for days."""
+    if spec.multiscale is not None:
+        resolve_passes(spec.multiscale, spec.model)
 
 
 def _outcome(metrics: Metrics | None) -> str:
