@@ -249,7 +249,7 @@ def test_mistakes_are_met_before_a_worker_starts(shapes_run: Run, tmp_path: Path
     output = str(tmp_path / "out")
     with pytest.raises(UserError, match="a pass's size must be a multiple of the model's coarsest stride"):
         evaluate_run(folder, "multiscale", overrides=["multiscale.passes=[{size: 100}]"], output=output)
-    with pytest.raises(UserError, match="multiscale.recipe must be one of"):
+    with pytest.raises(UserError, match=r"multiscale\.recipe must be one of"):
         evaluate_run(folder, "multiscale", overrides=["multiscale.recipe=coco300"], output=output)
     with pytest.raises(UserError, match=r"--weights: .*nowhere\.pth' cannot be read"):
         evaluate_run(folder, "single", weights=str(tmp_path / "nowhere.pth"), output=output)
