@@ -17,6 +17,7 @@ import ray
 import yaml
 
 from pipeline.cluster.capacity import maximum_workers, minimum_workers
+from pipeline.cluster.submission import HOME_KEY, RUN_KEY, STOP_MARGIN_S, home_of, stop_environment
 from pipeline.errors import UserError
 from pipeline.spec import JobSpec
 from pipeline.spec_files import dump_spec
@@ -29,7 +30,6 @@ _SPEC_FOLDER = "/etc/refinedet"
 _MAX_NAME = 47  # KubeRay's limit for a RayJob, so that the names it derives stay legal
 _HEAD_CPUS, _HEAD_MEMORY_GIB = 4, 16
 _PREPARE_CPUS, _PREPARE_MEMORY_GIB = 8, 16
-_STOP_MARGIN_S = 30
 
 # How each platform marks its spot nodes; the label is the taint's key too where the platform sets one.
 _SPOT_LABELS = {
@@ -159,15 +159,10 @@ def _config_map(spec: JobSpec, name: str, options: KubeRay) -> dict[str, Any]:
 
 
 def _job_spec(spec: JobSpec, cluster: dict[str, Any], options: KubeRay) -> dict[str, Any]:
-    environment = {
-        "RAY_JOB_STOP_SIGNAL": "SIGTERM",
-        "RAY_JOB_STOP_WAIT_TIME_S": str(int(spec.cluster.stop_grace_s) + _STOP_MARGIN_S),
-        "PYTHONUNBUFFERED": "1",
-    }
     return {
         "entrypoint": f"refinedet launch {_SPEC_FOLDER}/job.yaml --address auto",
-        "runtimeEnvYAML": yaml.safe_dump({"env_vars": environment}, sort_keys=False),
-        "metadata": {"refinedet.run": spec.name, "refinedet.home": f"{spec.runs.rstrip('/')}/{spec.name}"},
+        "runtimeEnvYAML": yaml.safe_dump({"env_vars": stop_environment(spec)}, sort_keys=False),
+        "metadata": {RUN_KEY: spec.name, HOME_KEY: home_of(spec)},
         "submissionMode": "K8sJobMode",
         "backoffLimit": options.retries,
         "shutdownAfterJobFinishes": True,
@@ -244,7 +239,7 @@ def _group(
     template = _template(spec, options, name, container, volumes)
     pod = template["spec"]
     # A spot node that is taken away, and a stop, both leave this long to save.
-    pod["terminationGracePeriodSeconds"] = int(spec.cluster.stop_grace_s) + _STOP_MARGIN_S
+    pod["terminationGracePeriodSeconds"] = int(spec.cluster.stop_grace_s) + STOP_MARGIN_S
     tolerations = []
     if options.spot:
         label, value = _SPOT_LABELS[options.spot]

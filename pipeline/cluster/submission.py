@@ -19,7 +19,7 @@ SPEC_FILE = "job.yaml"
 # exec: the stop signal reaches Python, not a shell.
 ENTRYPOINT = f"exec python -m pipeline.cluster.entrypoint launch {SPEC_FILE}"
 STOP_MARGIN_S = 30
-_RUN_KEY, _HOME_KEY, _SPEC_KEY = "refinedet.run", "refinedet.home", "refinedet.spec"
+RUN_KEY, HOME_KEY, _SPEC_KEY = "refinedet.run", "refinedet.home", "refinedet.spec"
 
 # Python runs this at every start. Where the project is installed for development on the nodes, its finder would put
 # that code before the one that travelled.
@@ -41,18 +41,21 @@ def home_of(spec: JobSpec) -> str:
 
 def describe_job(spec: JobSpec) -> dict[str, str]:
     """What the cluster keeps beside the job: so a run is found by its name, and goes on from any machine."""
-    return {_RUN_KEY: spec.name, _HOME_KEY: home_of(spec), _SPEC_KEY: dump_spec(spec)}
+    return {RUN_KEY: spec.name, HOME_KEY: home_of(spec), _SPEC_KEY: dump_spec(spec)}
 
 
 def described_run(metadata: dict[str, str]) -> tuple[str, str] | None:
     """(name, home) of the run that a job works on; None for a job of somebody else."""
-    return (metadata[_RUN_KEY], metadata.get(_HOME_KEY, "")) if _RUN_KEY in metadata else None
+    return (metadata[RUN_KEY], metadata.get(HOME_KEY, "")) if RUN_KEY in metadata else None
 
 
 def described_spec(metadata: dict[str, str]) -> JobSpec | None:
-    """The spec a job was submitted with; None where it is not known."""
+    """The spec a job was submitted with; None where it is not known, or of a release that knew other keys."""
     text = metadata.get(_SPEC_KEY)
-    return parse_spec(yaml.safe_load(text), source="the submitted job") if text else None
+    try:
+        return parse_spec(yaml.safe_load(text), source="the submitted job") if text else None
+    except UserError:
+        return None
 
 
 def check_spec(spec: JobSpec) -> None:

@@ -61,6 +61,10 @@ class Host:
         """A command line that runs in this host's network."""
         return ["ip", "netns", "exec", self.namespace, *arguments] if self.namespace else list(arguments)
 
+    def start_command(self, *arguments: str) -> list[str]:
+        """The same, ahead of what else the machine does where we may: Ray gives its parts 15 s to start."""
+        return self.command(*(("nice", "-n", "-5") if os.geteuid() == 0 and shutil.which("nice") else ()), *arguments)
+
     def processes(self) -> list[psutil.Process]:
         """All that runs on the host: of the namespace, or below `ray start` where there is none."""
         if self.namespace:
@@ -135,7 +139,7 @@ class RayCluster:
         log = self.folder / f"{host.name}.log"
         for _ in range(_ATTEMPTS):
             host.starts += 1
-            command = host.command(*self._ray_start(host))
+            command = host.start_command(*self._ray_start(host))
             with open(log, "ab") as file:
                 host.process = subprocess.Popen(
                     command, stdout=file, stderr=file, env=environment, cwd=self.folder, start_new_session=True
