@@ -75,6 +75,7 @@ def accumulate(truth: GroundTruth, matches: Iterable[Matches]) -> CocoMetrics:
     recall = np.full((num_thresholds, len(truth.names), num_areas, len(MAX_DETECTIONS)), -1.0)
     for k in range(len(truth.names)):
         rows = order[bounds[k] : bounds[k + 1]]
+        ranks = rank[rows]
         for a in np.flatnonzero(positives[k]):
             hits, misses = (
                 np.unpackbits(
@@ -89,24 +90,30 @@ def accumulate(truth: GroundTruth, matches: Iterable[Matches]) -> CocoMetrics:
                 for bits in (true, false)
             )  # [D, T]
             misses = np.cumsum(misses, axis=0, dtype=np.int32)
+            threshold, place = np.nonzero(hits.T)
+            before = misses[place, threshold].astype(np.float64)
+            starts = np.searchsorted(threshold, np.arange(num_thresholds + 1))
+            levels = np.searchsorted(np.arange(1, positives[k, a] + 1) / positives[k, a], RECALLS, side="left")
             for t in range(num_thresholds):
-                places = np.flatnonzero(hits[:, t])
-                precision[t, :, k, a] = _precision_at_recalls(misses[places, t], positives[k, a])
-                for m, limit in enumerate(MAX_DETECTIONS):
-                    recall[t, k, a, m] = np.count_nonzero(rank[rows[places]] < limit) / positives[k, a]
+                precision[t, :, k, a] = _precision_at_recalls(before[starts[t] : starts[t + 1]], levels)
+            for m, limit in enumerate(MAX_DETECTIONS):
+                counted = np.bincount(threshold[ranks[place] < limit], minlength=num_thresholds)
+                recall[:, k, a, m] = counted / positives[k, a]
     return _summarize(truth, precision, recall)
 
 
-def _precision_at_recalls(misses: np.ndarray, num_positives: int) -> np.ndarray:
+def _precision_at_recalls(misses: np.ndarray, levels: np.ndarray) -> np.ndarray:
     """[R] interpolated precision, from the number of false positives before each true one.
 
     pycocotools' arithmetic, at the true positives alone: recall rises and precision peaks nowhere else.
+    levels  [R] how many true positives come before the one that reaches each recall level
     """
-    hits = np.arange(1, len(misses) + 1, dtype=np.float64)
-    precision = hits / (misses.astype(np.float64) + hits + np.spacing(1))
-    envelope = np.maximum.accumulate(precision[::-1])[::-1]
-    index = np.searchsorted(hits / num_positives, RECALLS, side="left")
-    return np.append(envelope, 0.0)[index]
+    found = len(misses)
+    hits = np.arange(1, found + 1, dtype=np.float64)
+    precision = hits / (misses + hits + np.spacing(1))
+    envelope = np.zeros(found + 1)  # no precision where the recall is not reached
+    envelope[:found] = np.maximum.accumulate(precision[::-1])[::-1]
+    return envelope[np.minimum(levels, found)]
 
 
 def _mean(values: np.ndarray) -> float:
