@@ -48,7 +48,7 @@ class Source:
 
 def fault_of_box(bbox: tuple[float, ...], width: float = math.inf, height: float = math.inf) -> str | None:
     """Why a box (x, y, width, height) cannot be learnt from, or None."""
-    if len(bbox) != 4 or not all(math.isfinite(value) for value in bbox):
+    if len(bbox) != 4 or not math.isfinite(sum(bbox)):  # NaN and infinity outlive a sum
         return f"box {list(bbox)} is not four finite numbers"
     x, y, w, h = bbox
     if w <= 0 or h <= 0:
