@@ -171,13 +171,15 @@ class JobsClient:
 
     def _stream(self, job_id: str) -> Iterator[str]:
         """Ray's stream of a job's logs; ends with it, or where it breaks."""
+        import aiohttp
+
         chunks = self._client.tail_job_logs(job_id)
         loop = asyncio.new_event_loop()
         try:
             while True:
                 try:
                     yield loop.run_until_complete(anext(chunks))
-                except (StopAsyncIteration, RuntimeError, OSError):  # aiohttp's errors are OSErrors
+                except (StopAsyncIteration, RuntimeError, OSError, aiohttp.ClientError):
                     return
         finally:
             loop.run_until_complete(loop.shutdown_asyncgens())

@@ -21,7 +21,9 @@ import ray
 from pipeline.cluster.dashboard import CERTIFICATES, HEADERS
 from pipeline.cluster.entrypoint import PYTHON_VARIABLE
 from pipeline.cluster.jobs import JobsClient
+from pipeline.cluster.session import ray_session
 from pipeline.errors import UserError
+from pipeline.spec import Cluster
 
 NODES = [{"state": "ALIVE", "resources_total": {"CPU": 2.0}, "labels": {}}, {"state": "DEAD", "resources_total": {}}]
 
@@ -128,6 +130,11 @@ def test_nobody_there_and_somebody_else_there_are_told_apart() -> None:
     assert "No Ray cluster answers" in refusal("http://127.0.0.1:1")
     with dashboard(version="", **{"/": "<html>hello</html>"}) as server:
         assert "is no Ray dashboard" in refusal(f"http://127.0.0.1:{server.port}")
+
+
+def test_a_dashboard_is_no_address_to_launch_on() -> None:
+    with pytest.raises(UserError, match="`refinedet submit` sends jobs"), ray_session(Cluster(), "http://head:8265"):
+        pass
 
 
 def test_the_nodes_that_are_alive_are_counted() -> None:
