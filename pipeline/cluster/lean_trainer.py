@@ -8,16 +8,42 @@ placement groups end with their job, and the driver watches for nodes that drain
 
 from __future__ import annotations
 
+import os
+import socket
+from collections.abc import Callable
 from typing import Any
 
-import ray.train.torch
+import ray
+import ray.train
+from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 
-class LeanTorchTrainer(ray.train.torch.TorchTrainer):
-    """A `TorchTrainer` of a fixed number of workers, without Ray Data and without requests to an autoscaler."""
+class LeanTrainer(DataParallelTrainer):
+    """A trainer of a fixed number of workers, without Ray Data and without requests to an autoscaler.
+
+    Its workers find torchrun's environment; `pipeline.training.open_world` makes the process group from it. Thus the
+    controller never imports torch.
+    """
+
+    def __init__(
+        self,
+        train_loop_per_worker: Callable[[dict[str, Any]], Any],
+        *,
+        train_loop_config: dict[str, Any],
+        scaling_config: ray.train.ScalingConfig,
+        run_config: ray.train.RunConfig,
+    ) -> None:
+        super().__init__(
+            train_loop_per_worker,
+            train_loop_config=train_loop_config,
+            backend_config=_MeetingPlace(),
+            scaling_config=scaling_config,
+            run_config=run_config,
+        )
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
@@ -39,3 +65,39 @@ class _FixedSize(FixedScalingPolicy):
 
     def _cancel_resource_request(self) -> None:
         pass
+
+
+class _MeetingPlace(BackendConfig):
+    """Tells every worker who it is, and where rank 0 waits for the others."""
+
+    @property
+    def backend_cls(self) -> type[Backend]:
+        return _Meeting
+
+
+class _Meeting(Backend):
+    share_cuda_visible_devices = True  # a worker's device is the one of its local rank
+
+    def on_start(self, worker_group: Any, backend_config: BackendConfig) -> None:
+        address, port = worker_group.execute_single(0, _free_address)
+        worker_group.execute(_set_environment, address, port)
+
+
+def _free_address() -> tuple[str, int]:
+    address = ray.util.get_node_ip_address()
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((address, 0))
+        return address, probe.getsockname()[1]
+
+
+def _set_environment(address: str, port: int) -> None:
+    context = ray.train.get_context()
+    os.environ |= {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "RANK": str(context.get_world_rank()),
+        "WORLD_SIZE": str(context.get_world_size()),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+    }

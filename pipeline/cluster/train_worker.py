@@ -45,6 +45,9 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             "pid": os.getpid(),
         },
     )
+    from pipeline.training.deferred_compiler import defer_compiler
+
+    defer_compiler()
     from pipeline.training import NonFiniteError
 
     try:

@@ -14,12 +14,11 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import ray.train
-from ray.train.torch import TorchConfig
 
 from pipeline import storage
 from pipeline.cluster.capacity import maximum_workers, minimum_workers
 from pipeline.cluster.faults import read_faults
-from pipeline.cluster.lean_trainer import LeanTorchTrainer
+from pipeline.cluster.lean_trainer import LeanTrainer
 from pipeline.cluster.monitor import Monitor
 from pipeline.cluster.placement import Placement, worker_resources
 from pipeline.cluster.run import Run
@@ -223,9 +222,9 @@ class _TrainingJob:
     def _say(self, kind: Any, step: int, message: str, facts: dict[str, Any] | None = None) -> None:
         self.on_message(-1, "event", dataclasses.asdict(Event(kind, step, message, facts or {})))
 
-    def _trainer(self, workers: int) -> LeanTorchTrainer:
+    def _trainer(self, workers: int) -> LeanTrainer:
         cluster = self.spec.cluster
-        return LeanTorchTrainer(
+        return LeanTrainer(
             train_worker,
             train_loop_config={
                 "spec": self.spec.model_dump(mode="json"),
@@ -242,7 +241,6 @@ class _TrainingJob:
                 placement_strategy=cluster.placement,
                 label_selector=self.placement.labels() or None,
             ),
-            torch_config=TorchConfig(backend="nccl" if cluster.gpus_per_worker else "gloo"),
             run_config=ray.train.RunConfig(
                 name="ray-train",
                 storage_path=None if not storage.is_local(self.run.path) else self.run.file("logs"),

@@ -285,7 +285,7 @@ def _import_deepspeed() -> Any:
     write to stdout; and, on a CPU, compile a shared-memory operator that only inference calls: a minute on the first
     start, behind a lock that a killed build leaves for ever. It asks `__compatible_ops__` whether it can.
     """
-    with _without_mlflow(), _environment(TORCHDYNAMO_DISABLE="1"):
+    with _without_mlflow(), _without_compiling():
         import deepspeed
         import deepspeed.ops
         import deepspeed.runtime.zero.muon.muon_optimizer
@@ -309,6 +309,17 @@ def _without_mlflow() -> Iterator[None]:
         yield
     finally:
         del sys.modules["mlflow"]
+
+
+@contextmanager
+def _without_compiling() -> Iterator[None]:
+    """Functions that are decorated with `torch.compile` stay as they are."""
+    compile_ = torch.compile
+    torch.compile = lambda model=None, **options: model if model is not None else lambda function: function  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile_
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """Who this process is among the workers, and the collectives that all of them call.
 
-A group that exists already (Ray Train made it) is used as it is; else one is made from torchrun's environment; else
-this process is a world of one. This module reads the environment so that no other one of training does.
+A group that exists already is used as it is; else one is made from torchrun's environment, which workers of Ray Train
+find too; else this process is a world of one. This module reads the environment so that no other one of training does.
 """
 
 from __future__ import annotations
