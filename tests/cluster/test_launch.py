@@ -1,35 +1,39 @@
-"""Whole jobs on a real local Ray: every stage, killed and started again, and the mistakes of users."""
+"""Whole jobs on a real local Ray: every stage, stopped and started again, and the mistakes of users."""
 
 from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 
-from pipeline.cluster.drill_cases import DRILLS
 from pipeline.cluster.drills import SPEC, Bench
+from pipeline.cluster.faults import FAULT_VARIABLE
+from pipeline.data import prepare_shards
+from pipeline.spec import JobSpec
+from tests.cluster.commands import Done, run_commands
 
 pytestmark = pytest.mark.dist
 
 SPARSE_IDS = {1, 3, 7, 20, 90}
+STEPS = 8
 
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    bench = Bench(tmp_path_factory.mktemp("jobs"))
-    yield bench
-    bench.close()
-
-
-def refinedet(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pipeline.cli", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280)
+    """A small Ray cluster, and specs for it."""
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "disabled")
+        bench = Bench(tmp_path_factory.mktemp("jobs"))
+        yield bench
+        bench.close()
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +55,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_a_job_runs_end_to_end_and_is_not_done_twice(tmp_path: Path, coco: Path) -> None:
+def test_a_job_is_stopped_goes_on_to_the_end_and_is_not_done_twice(bench: Bench, tmp_path: Path, coco: Path) -> None:
     images = {part: str(next((coco / part).rglob("*.jpg")).parent.relative_to(coco)) for part in ("train", "val")}
     spec = {
         "name": "whole",
@@ -64,17 +68,45 @@ def test_a_job_runs_end_to_end_and_is_not_done_twice(tmp_path: Path, coco: Path)
         },
         "model": {**SPEC["model"], "num_classes": len(SPARSE_IDS), "theta": 1.0, "score_threshold": 0.0},
         "training": {**SPEC["training"], "epochs": 2, "decay_epochs": [1], "validate_every_epochs": 1},
-        "evaluation": {"images_per_piece": 2},
-        "multiscale": {"passes": [{"size": 64}, {"size": 128}]},
+        "evaluation": {"images_per_piece": 3},
+        "multiscale": {"passes": [{"size": 64}]},
         "tracking": {"log_every_steps": 1, "report_images": 2},
         "cluster": {"workers": 2},
     }
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(spec))
-    done = refinedet("launch", "job.yaml", cwd=tmp_path)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert not done.stderr.strip(), "libraries must not talk over the progress"
-
     run = tmp_path / "runs" / "whole"
+
+    # Ctrl-C in the middle of training, on the Ray that the command started itself.
+    command = [sys.executable, "-m", "pipeline.cli", "launch", "job.yaml"]
+    slow = {**os.environ, FAULT_VARIABLE: "slow:rank=0,seconds=0.5"}
+    with open(tmp_path / "first.out", "wb") as out, open(tmp_path / "first.err", "wb") as err:
+        first = subprocess.Popen(command, cwd=tmp_path, env=slow, stdout=out, stderr=err, start_new_session=True)
+    deadline = time.monotonic() + 200
+    while not read_lines(run / "metrics.jsonl"):
+        assert first.poll() is None, (tmp_path / "first.err").read_text()
+        assert time.monotonic() < deadline, (tmp_path / "first.out").read_text()
+        time.sleep(0.1)
+    os.killpg(first.pid, signal.SIGINT)  # as a terminal does: to all that it started, too
+    assert first.wait(100) == 130, (tmp_path / "first.err").read_text()
+    last = steps_of(run)[-1]
+    assert last < STEPS
+    assert (tmp_path / "first.err").read_text() == (
+        f"refinedet: stopped: saved at step {last}; the same command goes on from there\n"
+    ), "libraries must not talk over the progress"
+    stopped = json.loads((run / "tracking.json").read_text())
+    assert stopped["status"] == "KILLED"
+
+    # The same command on a cluster, and again; then the detector it left, on pictures.
+    pictures = sorted((coco / "val").rglob("*.jpg"))[:2]
+    launch = ["launch", "job.yaml", "--address", bench.cluster.address]
+    done, again, predicted = run_commands(
+        [launch, launch, ["predict", run, *pictures, "--output", "seen"]], cwd=tmp_path
+    )
+    for each in (done, again, predicted):
+        assert (each.status, each.stderr) == (0, ""), each
+    assert steps_of(run) == list(range(1, STEPS + 1)), "every step once"
+    finished = json.loads((run / "tracking.json").read_text())
+    assert (finished["status"], finished["run_id"]) == ("FINISHED", stopped["run_id"])
     metrics = json.loads((run / "metrics.json").read_text())
     assert set(metrics) >= {"single", "multiscale"}
     assert set(metrics["single"]["coco"]) >= {"AP", "AP50", "AR100"}
@@ -84,74 +116,90 @@ def test_a_job_runs_end_to_end_and_is_not_done_twice(tmp_path: Path, coco: Path)
         assert rows
         assert {row["category_id"] for row in rows} <= SPARSE_IDS
         assert {row["image_id"] for row in rows} <= {image["id"] for image in truth["images"]}
-    assert [line["step"] for line in read_lines(run / "metrics.jsonl") if "validation" not in line] == list(range(1, 9))
-    page = (run / "report.html").read_text()
-    assert "whole" in page
-    assert json.loads((run / "tracking.json").read_text())["status"] == "FINISHED"
-
-    weights = (run / "weights.safetensors").stat().st_mtime_ns
-    again = refinedet("launch", "job.yaml", cwd=tmp_path)
-    assert again.returncode == 0, again.stderr
+    assert "whole" in (run / "report.html").read_text()
     assert again.stdout.count("done before") == 3
-    assert (run / "weights.safetensors").stat().st_mtime_ns == weights
-
-    predicted = refinedet(
-        "predict", str(run), *map(str, sorted((coco / "val").rglob("*.jpg"))[:2]), "--output", "seen", cwd=tmp_path
-    )
-    assert predicted.returncode == 0, predicted.stderr
     assert len(list((tmp_path / "seen").glob("*.png"))) == 2
     assert len(json.loads((tmp_path / "seen" / "detections.json").read_text())) == 2
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", DRILLS)
-def test_a_drill_passes(bench: Bench, name: str) -> None:
-    bench.checks.clear()
-    DRILLS[name](bench)
-    assert bench.checks
-    failed = [
-        f"{check.what}: expected {check.expected}, seen {check.seen}" for check in bench.checks if not check.passed
-    ]
-    assert not failed, "\n".join(failed)
+MISTAKES = [
+    (["model.input_sise=64"], "did you mean `input_size`?"),
+    (["training.global_batch=9"], "cannot be shared by 2 workers"),
+    (["data.format=coco", "data.train=[{images: a, annotations: nowhere.json}]", "data.root=."], "nowhere.json"),
+    (["data.format=coco", "data.train=[{images: a, annotations: job.yaml}]", "data.root=."], "job.yaml"),
+    (["model.num_classes=3"], "set model.num_classes=10"),
+    (["cluster.workers=64", "training.global_batch=64"], "64 CPU"),
+    (["training.init_weights=nowhere.pth"], "nowhere.pth"),
+    (["cluster.workers={min: 5, max: 7}", "training.global_batch=4"], "no number of workers from 5 to 7"),
+]
+SAID = [
+    *(said for _, said in MISTAKES),
+    "the preflight found 2 faults; nothing was started",
+    "Nothing answers at '127.0.0.1:1'",
+    "http://127.0.0.1:1",
+]
 
 
-@pytest.mark.parametrize(
-    ("changes", "said"),
-    [
-        (["model.input_sise=64"], "did you mean `input_size`?"),
-        (["training.global_batch=9"], "cannot be shared by 2 workers"),
-        (["data.format=coco", "data.train=[{images: a, annotations: nowhere.json}]", "data.root=."], "nowhere.json"),
-        (["data.format=coco", "data.train=[{images: a, annotations: job.yaml}]", "data.root=."], "job.yaml"),
-        (["model.num_classes=3"], "set model.num_classes=10"),
-        (["cluster.workers=64", "training.global_batch=64"], "64 CPU"),
-        (["training.init_weights=nowhere.pth"], "nowhere.pth"),
-    ],
-)
-def test_a_mistake_ends_with_one_sentence_and_status_2(
-    bench: Bench, tmp_path: Path, changes: list[str], said: str
-) -> None:
+@pytest.fixture(scope="module")
+def mistakes(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
+    """What becomes of every mistake, by what the message has to say."""
+    folder = tmp_path_factory.mktemp("mistakes")
     spec = yaml.safe_load(bench.write_spec("mistake").read_text()) | {"runs": "runs"}
-    (tmp_path / "job.yaml").write_text(yaml.safe_dump(spec))
-    done = refinedet("launch", "job.yaml", *changes, "--stages", "prepare,train", cwd=tmp_path)
-    assert done.returncode == 2, done.stdout + done.stderr
+    del spec["data"]["shards"]
+    (folder / "job.yaml").write_text(yaml.safe_dump(spec))
+    launch = ["launch", "job.yaml", "--stages", "prepare,train", "--address", bench.cluster.address]
+    commands = [[*launch, f"name=mistake{number}", *changes] for number, (changes, _) in enumerate(MISTAKES)]
+    commands.append([*launch, "--preflight", f"data.shards={damaged_shards(spec, folder)}"])
+    nobody = [["launch", "job.yaml", "--address", "127.0.0.1:1"]]
+    nobody += [["submit", "job.yaml", "runs=/shared/runs", "--address", "http://127.0.0.1:1"]]
+    return dict(zip(SAID, run_commands(commands + nobody, cwd=folder), strict=True))
+
+
+def damaged_shards(spec: dict, folder: Path) -> Path:
+    """Shards of which a bit is not what it was."""
+    prepare_shards(JobSpec.model_validate(spec).data, "train", str(folder / "damaged" / "train"))
+    shard = next((folder / "damaged" / "train").glob("*.tar"))
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    return folder / "damaged"
+
+
+@pytest.mark.parametrize("said", SAID)
+def test_a_mistake_ends_with_one_sentence_and_status_2(mistakes: dict[str, Done], said: str) -> None:
+    done = mistakes[said]
+    assert done.status == 2, done
     lines = [line for line in done.stderr.splitlines() if line.strip()]
     assert len(lines) == 1, done.stderr
     assert lines[0].startswith("refinedet: ")
     assert said in lines[0]
 
 
-def test_no_cluster_at_the_address_is_said_at_once(bench: Bench, tmp_path: Path) -> None:
-    spec = str(bench.write_spec("nobody"))
-    done = refinedet("launch", spec, "--address", "127.0.0.1:1", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "Nothing answers at '127.0.0.1:1'" in done.stderr
-    done = refinedet("submit", spec, "--address", "http://127.0.0.1:1", cwd=tmp_path)
-    assert done.returncode == 2
-    assert "http://127.0.0.1:1" in done.stderr
+def test_a_preflight_prints_every_finding(mistakes: dict[str, Done]) -> None:
+    seen = mistakes["the preflight found 2 faults; nothing was started"].stdout
+    assert "✗ shards" in seen
+    assert seen.count("does not match its digest; remove it and run `refinedet shard`") == 2, "on every rank"
+    for line in ("workers     2 on 1 node", "storage     ", "memory      about", "versions    python", "clocks      "):
+        assert f"✓ {line}" in seen
+    assert "GB/s: 32 MiB across 2 workers" in seen
+
+
+@pytest.mark.slow
+def test_a_preflight_in_order_ends_well_and_keeps_nothing(bench: Bench, tmp_path: Path) -> None:
+    command = ["launch", bench.write_spec("checked"), "runs=runs", "data.shards=nowhere", "--preflight"]
+    (done,) = run_commands([[*command, "--address", bench.cluster.address]], cwd=tmp_path)
+    assert (done.status, done.stderr) == (0, "")
+    assert "✓ shards      not written yet" in done.stdout
+    assert [path.name for path in (tmp_path / "runs" / "checked").iterdir()] == ["logs"]
 
 
 def read_lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def steps_of(run: Path) -> list[int]:
+    return [line["step"] for line in read_lines(run / "metrics.jsonl") if "validation" not in line]
 
 
 def test_the_environment_of_the_tests_does_not_reach_a_cluster() -> None:
