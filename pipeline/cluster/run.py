@@ -63,6 +63,16 @@ class Run:
         self.runs = storage.absolute(spec.runs)
         self.path = storage.join(self.runs, spec.name)
 
+    def spec_for_workers(self) -> dict[str, Any]:
+        """The spec as JSON values, every path absolute: on a running cluster, workers are in another folder."""
+        spec = self.spec.model_dump(mode="json")
+        spec["runs"] = self.runs
+        for section, names in (("data", ("root", "shards", "cache_dir")), ("training", ("init_weights",))):
+            for name in names:
+                if spec[section][name]:
+                    spec[section][name] = storage.absolute(spec[section][name])
+        return spec
+
     def file(self, *parts: str) -> str:
         return storage.join(self.path, *parts)
 

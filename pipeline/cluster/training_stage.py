@@ -227,7 +227,7 @@ class _TrainingJob:
         return LeanTrainer(
             train_worker,
             train_loop_config={
-                "spec": self.spec.model_dump(mode="json"),
+                "spec": self.run.spec_for_workers(),
                 "monitor": self.monitor.name,
                 "faults": [dataclasses.asdict(fault) for fault in read_faults()],
                 # Counting takes seconds: once a job, and on a CPU, whose memory is not a worker's own, when asked for.

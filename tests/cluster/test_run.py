@@ -35,6 +35,18 @@ def test_another_spec_under_the_same_name_is_refused_with_the_difference(tmp_pat
     assert (tmp_path / "r" / "spec.yaml").read_bytes() == before
 
 
+def test_workers_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = {"format": "coco", "root": "coco", "shards": "s3://bucket/shards"}
+    training = {"init_weights": "weights.pth"}
+    spec = make_spec(tmp_path, runs="runs", data=data, training=training)
+    shipped = JobSpec.model_validate(Run(spec).spec_for_workers())
+    assert shipped.runs == f"{tmp_path}/runs"
+    assert (shipped.data.root, shipped.data.shards) == (f"{tmp_path}/coco", "s3://bucket/shards")
+    assert shipped.training.init_weights == f"{tmp_path}/weights.pth"
+    assert Run(shipped).path == Run(spec).path
+
+
 def test_what_does_not_change_the_result_may_change(tmp_path: Path) -> None:
     with Run(make_spec(tmp_path)).open():
         pass
