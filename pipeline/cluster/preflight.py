@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
@@ -19,6 +20,8 @@ from pipeline.cluster.progress import ProgressDisplay
 from pipeline.cluster.run import Run
 from pipeline.errors import UserError
 from pipeline.spec import JobSpec
+
+logger = logging.getLogger(__name__)
 
 _PROBE_TIMEOUT_S = 60.0
 
@@ -79,12 +82,13 @@ def check_nodes(run: Run) -> None:
     node has nothing to compare. Raises UserError that names every node at fault.
     """
     import ray
-
-    from pipeline.training.preflight import judge_clocks, judge_versions
+    from ray.exceptions import RayError
 
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     if len(nodes) < 2:
         return
+    from pipeline.training.preflight import judge_clocks, judge_versions  # not before: it waits for torch
+
     token = uuid.uuid4().hex[:8]
     began = time.time()
     probe = ray.remote(_probe)
@@ -93,7 +97,13 @@ def check_nodes(run: Run) -> None:
         for rank, node in enumerate(nodes)
     ]
     ready, missing = ray.wait(probes, num_returns=len(probes), timeout=_PROBE_TIMEOUT_S)
-    answers = sorted((ray.get(each) for each in ready), key=lambda answer: answer["rank"])
+    answers = []
+    for each in ready:
+        try:
+            answers.append(ray.get(each))
+        except RayError as error:
+            logger.warning("a node went away before it answered: %s", error)
+    answers.sort(key=lambda answer: answer["rank"])
     faults = [f"{len(missing)} of {len(nodes)} nodes did not answer in {_PROBE_TIMEOUT_S:g} s"] if missing else []
     for answer in answers:
         seen = answer["fault"] is None and storage.exists(_probe_file(run.path, token, answer["rank"]))
