@@ -37,12 +37,12 @@ SPEC: dict[str, Any] = {
     },
     "training": {
         "global_batch": 4,
-        "epochs": 5,
+        "epochs": 4,
         "learning_rate": 0.002,
         "reference_batch": 4,
         "warmup_epochs": 1,
         "warmup_learning_rate": 0.0005,
-        "decay_epochs": [4],
+        "decay_epochs": [3],
         "deterministic": True,
         "precision": "fp32",
         "zero_stage": 1,
@@ -52,7 +52,7 @@ SPEC: dict[str, Any] = {
     "cluster": {"workers": 2, "stop_grace_s": 60},
 }
 STEPS_AN_EPOCH = 8
-STEPS = 40
+STEPS = 32
 
 
 @dataclass(frozen=True)
@@ -98,6 +98,7 @@ class Bench:
     checks: list[Check] = field(default_factory=list)
     jobs: list[Launched] = field(default_factory=list)
     _cluster: Any = None
+    _stopped: int | None = None
 
     @property
     def cluster(self) -> Any:
@@ -197,6 +198,22 @@ class Bench:
             self.finish(self.write_spec("undisturbed"))
         return "undisturbed"
 
+    def stopped(self, name: str) -> int | None:
+        """Make a run that SIGTERM stopped after its first checkpoint; returns the exit status of the job that it ended.
+
+        It is done once, and copied for every drill that begins so.
+        """
+        if self._stopped is None:
+            job = self.launch(self.write_spec("stopped"))
+            self.wait_for(job, lambda: self.commits("stopped") and self.steps("stopped")[-1] > STEPS_AN_EPOCH + 2)
+            os.kill(job.process.pid, signal.SIGTERM)  # what a scheduler sends before it takes a node away
+            self._stopped = job.wait()
+        shutil.copytree(self.run("stopped"), self.run(name))
+        (self.run(name) / "tracking.json").unlink(missing_ok=True)  # a copy is another run to MLflow
+        path = self.run(name) / "spec.yaml"
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "name": name}), encoding="utf-8")
+        return self._stopped
+
     def check(self, what: str, expected: Any, seen: Any, passed: bool | None = None) -> None:
         self.checks.append(Check(what, str(expected), str(seen), expected == seen if passed is None else passed))
 
@@ -258,8 +275,3 @@ def run_drills(names: list[str], report: Callable[[str, float, list[Check]], Non
         if passed:
             shutil.rmtree(folder, ignore_errors=True)
     return passed
-
-
-def stop_signal(job: Launched) -> None:
-    """What a scheduler sends before it takes a node away."""
-    os.kill(job.process.pid, signal.SIGTERM)
