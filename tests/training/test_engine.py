@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import functools
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -9,21 +11,25 @@ import pytest
 import torch
 from torch import nn
 
+from model import RefineDet, detection_loss
 from pipeline.errors import UserError
 from pipeline.spec import Training
 from pipeline.training import World, plan_batches
 from pipeline.training.engine import Engine, LossScale, deepspeed_config, resolve_precision
 from pipeline.training.optimizers import group_parameters, import_apex_sgd
-from tests.training.fakes import TinyDetector, TinyStream, tiny_loss
+from tests.training.fakes import SMALL_REFINEDET, SquareStream, TinyDetector, TinyStream, tiny_loss
+from tests.training.workers import run_together
 
 CPU = torch.device("cpu")
 SPEC = Training(global_batch=4, micro_batch=2, precision="fp32")
 
 
-def run_steps(engine: Engine, plan: Any, steps: int, rate: float = 0.05) -> None:
+def run_steps(
+    engine: Engine, plan: Any, steps: int, rate: float = 0.05, stream: type[TinyStream] = TinyStream, rank: int = 0
+) -> None:
     from pipeline.data import Cursor
 
-    batches = iter(TinyStream(Cursor(), plan, 0))
+    batches = iter(stream(Cursor(), plan, rank))
     for _ in range(steps):
         for part in range(plan.accumulation):
             batch = next(batches)
@@ -197,3 +203,42 @@ def test_half_precision_stays_near_fp32_and_keeps_fp32_weights(world: World, pre
         for tensors in (dict(TinyDetector().named_parameters()), weights[precision], weights["fp32"])
     )
     assert 0 < (half - whole).norm() < 0.1 * (whole - start).norm()
+
+
+@pytest.mark.dist
+def test_synchronised_norms_have_the_same_statistics_on_all_ranks(tmp_path: Path) -> None:
+    for norm, same in (("sync", True), ("batch", False)):
+        first, second = run_together(_statistics_after_two_steps, tmp_path, norm)
+        assert first["weights"] == second["weights"]
+        assert (first["statistics"] == second["statistics"]) == same
+
+
+def _statistics_after_two_steps(world: World, norm: str) -> dict[str, list[float]]:
+    config = replace(SMALL_REFINEDET, norm=norm)
+    spec = Training(global_batch=8, micro_batch=2, precision="fp32", zero_stage=1)
+    plan = plan_batches(spec, world.size)
+    torch.manual_seed(0)
+    engine = Engine(RefineDet(config), functools.partial(detection_loss, config=config), spec, plan, world)
+    run_steps(engine, plan, 2, rate=1e-3, stream=SquareStream, rank=world.rank)
+    means = [buffer for name, buffer in engine.detector.named_buffers() if name.endswith("running_mean")]
+    assert means
+    return {
+        "statistics": [float(mean.double().sum()) for mean in means],
+        "weights": [float(parameter.detach().double().sum()) for parameter in engine.parameters.values()],
+    }
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_recomputed_activations_give_the_same_step(world: World, stage: int) -> None:
+    spec = Training(global_batch=2, precision="fp32", zero_stage=stage)
+    plan = plan_batches(spec, 1)
+    weights = []
+    for recompute in (False, True):
+        config = replace(SMALL_REFINEDET, activation_checkpointing=recompute)
+        torch.manual_seed(0)
+        engine = Engine(RefineDet(config), functools.partial(detection_loss, config=config), spec, plan, world)
+        run_steps(engine, plan, 1, rate=1e-3, stream=SquareStream)
+        weights.append({name: parameter.detach().clone() for name, parameter in engine.parameters.items()})
+        engine.close()
+    for name, parameter in weights[0].items():
+        torch.testing.assert_close(weights[1][name], parameter, atol=1e-6, rtol=1e-5)
