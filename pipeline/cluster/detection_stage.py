@@ -11,6 +11,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +21,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from pipeline import storage
 from pipeline.cluster.capacity import minimum_workers
 from pipeline.cluster.detection_job import DetectionJob, write_results
+from pipeline.cluster.detection_pool import DetectionPool
 from pipeline.cluster.logs import log_folder, log_to_file
 from pipeline.cluster.run import Run
 from pipeline.errors import JobError, StoppedError, UserError
@@ -79,9 +81,11 @@ def run_detection(
     *,
     on_progress: Callable[[int, int], None],
     stop_requested: threading.Event,
+    pool: DetectionPool | None = None,
 ) -> Detected:
     """Detect every image once; write the results file, metrics.json and what a server takes.
 
+    pool  keeps the workers for the job's next stage of detection; default: they end with this one
     Raises StoppedError when asked to stop, JobError where workers die more often than `cluster.max_failures`.
     """
     instances = storage.read_json(job.truth)
@@ -89,10 +93,11 @@ def run_detection(
     pieces = split_into_pieces(len(job.image_ids), run.spec.evaluation.images_per_piece)
     answers: dict[int, _Answer] = {}
     done = 0
-    for piece, answer in _work_through(run, job, truth, pieces, stop_requested):
-        done += len(piece.positions)
-        answers[piece.index] = answer
-        on_progress(done, len(job.image_ids))
+    with DetectionPool() if pool is None else nullcontext(pool) as workers:
+        for piece, answer in _work_through(run, job, truth, pieces, stop_requested, workers):
+            done += len(piece.positions)
+            answers[piece.index] = answer
+            on_progress(done, len(job.image_ids))
     ordered = [answers[piece.index] for piece in pieces]
 
     def measure(rule: str) -> Metrics | None:
@@ -115,7 +120,12 @@ def run_detection(
 
 
 def _work_through(
-    run: Run, job: DetectionJob, truth: GroundTruth | None, pieces: Sequence[Piece], stop: threading.Event
+    run: Run,
+    job: DetectionJob,
+    truth: GroundTruth | None,
+    pieces: Sequence[Piece],
+    stop: threading.Event,
+    pool: DetectionPool,
 ) -> Iterator[tuple[Piece, _Answer]]:
     """Yield (piece, what its worker said), in the order of pieces finished.
 
@@ -131,13 +141,13 @@ def _work_through(
     failures, started, began = 0, False, time.monotonic()
 
     def start_worker(number: int) -> None:
-        worker = _DetectionWorker.options(  # type: ignore[attr-defined]
+        worker = pool.take() or _DetectionWorker.options(  # type: ignore[attr-defined]
             num_cpus=cluster.cpus_per_worker,
             num_gpus=cluster.gpus_per_worker,
             scheduling_strategy="SPREAD" if "SPREAD" in cluster.placement else "DEFAULT",
             label_selector=cluster.labels or None,
-        ).remote(run.spec.model_dump(mode="json"), job, shared_truth, number)
-        held[worker.start.remote()] = (number, worker, None)
+        ).remote(run.spec_for_workers())
+        held[worker.begin.remote(job, shared_truth, number)] = (number, worker, None)
 
     for number in range(count):
         start_worker(number)
@@ -180,7 +190,8 @@ def _work_through(
                 if piece:
                     yield piece, answer
     finally:
-        for worker in [worker for _, worker in idle] + [worker for _, worker, _ in held.values()]:
+        pool.keep(worker for _, worker in idle)
+        for _, worker, _ in held.values():
             ray.kill(worker)
 
 
@@ -188,14 +199,17 @@ def _work_through(
 class _DetectionWorker:
     """Holds the model; detects or reads a piece, commits it, and matches it with the truth where it is."""
 
-    def __init__(self, spec: dict[str, Any], job: DetectionJob, truth: GroundTruth | None, number: int) -> None:
+    def __init__(self, spec: dict[str, Any]) -> None:
         self._run = Run(parse_spec(spec, source="the job's spec"))
+        self._job: DetectionJob
+        self._truth: GroundTruth | None = None
+        self._model: Any = None
+        self._weights = ""
+
+    def begin(self, job: DetectionJob, truth: GroundTruth | None, number: int) -> None:
+        """Take a stage's job; returns once the worker is there."""
         log_to_file(os.path.join(log_folder(self._run.path), f"{job.mode}-{number}.log"), who=f"worker {number}")
         self._job, self._truth = job, truth
-        self._model: Any = None
-
-    def start(self) -> None:
-        """Returns once the worker is there."""
 
     def work(self, piece: Piece) -> _Answer:
         """Commit a piece; returns its matches with the truth."""
@@ -239,7 +253,7 @@ class _DetectionWorker:
         return detect_by_rules(model, shards, piece.positions, multiscale=spec.multiscale, rules=rules)
 
     def _loaded_model(self) -> Any:
-        if self._model is None:
+        if self._model is None or self._weights != self._job.weights:
             import torch
 
             from model import RefineDet, load_weights
@@ -249,4 +263,5 @@ class _DetectionWorker:
             model = RefineDet(self._run.spec.model)
             load_weights(model, read_weights(self._job.weights, "weights"))
             self._model = model.to(device).to(memory_format=torch.channels_last).eval()
+            self._weights = self._job.weights
         return self._model

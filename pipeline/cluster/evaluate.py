@@ -19,13 +19,21 @@ from pipeline.spec import JobSpec
 from pipeline.spec_files import load_spec
 
 if TYPE_CHECKING:
+    from pipeline.cluster.detection_pool import DetectionPool
     from pipeline.cluster.detection_stage import Detected
 
 # What says how the work is done, and nothing of what comes out: these may be set without --output.
 _HARMLESS = ("cluster.", "evaluation.images_per_piece=", "tracking.")
 
 
-def detect_and_measure(run: Run, job: DetectionJob, *, display: ProgressDisplay, stop: threading.Event) -> Detected:
+def detect_and_measure(
+    run: Run,
+    job: DetectionJob,
+    *,
+    display: ProgressDisplay,
+    stop: threading.Event,
+    pool: DetectionPool | None = None,
+) -> Detected:
     """Run a stage under `display.stage(...)`, and say what it costs and what came of it."""
     from pipeline.cluster.detection_stage import run_detection
 
@@ -39,6 +47,7 @@ def detect_and_measure(run: Run, job: DetectionJob, *, display: ProgressDisplay,
         job,
         on_progress=lambda done, total: display.update(done, total, unit="images"),
         stop_requested=stop,
+        pool=pool,
     )
     if found.again:
         display.warn(f"done again, as damaged or of other settings: {_named(found.again)}")

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
 import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import storage
 from pipeline.cluster.capacity import maximum_workers, minimum_workers
@@ -20,6 +22,10 @@ from pipeline.cluster.run import Run
 from pipeline.cluster.session import ray_session
 from pipeline.errors import StoppedError, UserError
 from pipeline.spec import JobSpec
+
+if TYPE_CHECKING:
+    from pipeline.cluster.detection_pool import DetectionPool
+    from pipeline.tracking import RunTracker
 
 logger = logging.getLogger(__name__)
 
@@ -47,27 +53,45 @@ def launch(
         stack.enter_context(run.open())
         log_to_file(os.path.join(log_folder(run.path), "launch.log"), who="driver")
         stop = stack.enter_context(stop_signals(display))
+        # MLflow and Ray Train take seconds to load: beside Ray's own start, and the writing of shards.
+        beside = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="beside"))
+        beside.submit(importlib.import_module, "pipeline.tracking.runs")
         stack.enter_context(ray_session(spec.cluster, address))
+        tracker = beside.submit(_begin_tracking, run)
+        if "train" in stages:
+            beside.submit(importlib.import_module, "pipeline.cluster.training_stage")
         from pipeline.cluster.preflight import check_nodes
-        from pipeline.tracking import RunTracker
 
-        tracker = RunTracker(spec.tracking, name=spec.name, run_dir=run.path, runs=run.runs)
-        restore_loggers()
-        job = _Job(run, tracker, display, stop)
+        job = _Job(run, tracker, display, stop, stack)
         try:
-            job.begin()
             check_nodes(run)
             for stage in STAGES:
                 if stage in stages:
                     job.run_stage(stage)
         except StoppedError as error:
-            tracker.finish("KILLED", str(error))
+            job.end_tracking("KILLED", str(error))
             raise
         except BaseException as error:
-            tracker.finish("FAILED", f"{type(error).__name__}: {error}")
+            job.end_tracking("FAILED", f"{type(error).__name__}: {error}")
             job.report_after_failure()
             raise
         job.finish()
+
+
+def _begin_tracking(run: Run) -> RunTracker:
+    """Start or resume the job's MLflow run, and say what it runs on."""
+    from pipeline.tracking import RunTracker
+
+    tracker = RunTracker(run.spec.tracking, name=run.spec.name, run_dir=run.path, runs=run.runs)
+    restore_loggers()
+    environment = describe_environment()
+    storage.write_json(run.file("environment.json"), environment)
+    tracker.log_spec(run.spec.model_dump(mode="json"))
+    tracker.set_tags(
+        {"commit": environment["commit"]}
+        | {f"version.{name}": version for name, version in environment["versions"].items()}
+    )
+    return tracker
 
 
 def check_spec(spec: JobSpec) -> None:
@@ -104,8 +128,17 @@ def stop_signals(display: ProgressDisplay) -> Iterator[threading.Event]:
 class _Job:
     """The state that the stages of one launch share."""
 
-    def __init__(self, run: Run, tracker: Any, display: ProgressDisplay, stop: threading.Event) -> None:
-        self.run, self.tracker, self.display, self.stop = run, tracker, display, stop
+    def __init__(
+        self,
+        run: Run,
+        tracker: Future[RunTracker],
+        display: ProgressDisplay,
+        stop: threading.Event,
+        stack: ExitStack,
+    ) -> None:
+        """`stack` ends with the launch, before its Ray does."""
+        self.run, self._tracker, self.display, self.stop, self._stack = run, tracker, display, stop, stack
+        self._workers: DetectionPool | None = None
         self.spec = run.spec
         self._stages: dict[str, Callable[[], None]] = {
             "prepare": self._prepare,
@@ -115,17 +148,17 @@ class _Job:
             "report": self._report,
         }
 
-    def begin(self) -> None:
-        environment = describe_environment()
-        storage.write_json(self.run.file("environment.json"), environment)
-        self.tracker.log_spec(self.spec.model_dump(mode="json"))
-        self.tracker.set_tags(
-            {"commit": environment["commit"]}
-            | {f"version.{name}": version for name, version in environment["versions"].items()}
-        )
+    @property
+    def tracker(self) -> RunTracker:
+        """Once it has begun; raises what beginning it raised."""
+        return self._tracker.result()
+
+    def end_tracking(self, status: Literal["FAILED", "KILLED"], reason: str) -> None:
+        """Give the MLflow run its true end, where it has begun."""
+        if self._tracker.exception() is None:
+            self.tracker.finish(status, reason)
 
     def run_stage(self, stage: str) -> None:
-
         if self.stop.is_set():
             raise StoppedError(f"before the stage {stage}; the same command goes on there")
         logger.info("stage %s begins", stage)
@@ -138,7 +171,12 @@ class _Job:
 
         parts = [part for part in ("train", "val") if getattr(self.spec.data, part)]
         self.display.stage("prepare", unit="images")
-        counts = run_preparation(self.run, parts, on_progress=lambda done, total: self._progress(done, total, "images"))
+        counts = run_preparation(
+            self.run,
+            parts,
+            on_progress=lambda done, total: self._progress(done, total, "images"),
+            stop_requested=self.stop.is_set,
+        )
         for part, facts in counts.items():
             self.tracker.log_dataset(
                 part,
@@ -155,6 +193,7 @@ class _Job:
     # --- train
 
     def _train(self) -> None:
+        from pipeline.cluster.evaluate import check_passes
         from pipeline.cluster.recorder import TrainingRecorder
         from pipeline.cluster.training_stage import run_training
         from pipeline.data import open_shards
@@ -165,6 +204,7 @@ class _Job:
                 f"model.num_classes is {self.spec.model.num_classes}, but the data set has {shards.num_classes} "
                 f"categories; set model.num_classes={shards.num_classes}."
             )
+        check_passes(self.spec)
         inputs = {
             "shards": shards.digest,
             "spec": storage.digest_json(
@@ -203,10 +243,18 @@ class _Job:
         if self.run.stage_is_done(stage, inputs):
             self.display.done("done before")
             return
-        found = detect_and_measure(self.run, job, display=self.display, stop=self.stop)
+        found = detect_and_measure(self.run, job, display=self.display, stop=self.stop, pool=self._pool())
         if found.metrics is not None:
             self.tracker.log_metrics(0, {f"{mode}/{name}": value for name, value in found.metrics.values.items()})
         self.run.commit_stage(stage, inputs, list(found.files))
+
+    def _pool(self) -> DetectionPool:
+        """The same workers for both stages."""
+        if self._workers is None:
+            from pipeline.cluster.detection_pool import DetectionPool
+
+            self._workers = self._stack.enter_context(DetectionPool())
+        return self._workers
 
     # --- report
 

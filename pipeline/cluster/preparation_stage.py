@@ -1,4 +1,4 @@
-"""The prepare stage: a Ray task turns the data set into shards, where the cluster sees the data."""
+"""The prepare stage: Ray tasks turn the data set into shards, where the cluster sees the data."""
 
 from __future__ import annotations
 
@@ -12,48 +12,85 @@ from ray.exceptions import RayTaskError
 from pipeline import storage
 from pipeline.cluster.monitor import Monitor, MonitorClient
 from pipeline.cluster.run import Run
-from pipeline.errors import UserError
+from pipeline.errors import JobError, StoppedError, UserError
 from pipeline.spec_files import parse_spec
 
+CPUS = 1
+"""of the task that writes a part's shards; Ray keeps it off nodes with GPUs while others have room"""
 _POLL_S = 0.3
 _PROGRESS_INTERVAL_S = 0.5
 
 
 def run_preparation(
-    run: Run, parts: Sequence[str], *, on_progress: Callable[[int, int], None]
+    run: Run,
+    parts: Sequence[str],
+    *,
+    on_progress: Callable[[int, int], None],
+    stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, Any]]:
-    """Write the shards of `parts`, or find them written; returns digest and num_samples of each part."""
+    """Write the shards of `parts`, beside one another, or find them written; returns digest and num_samples of each.
+
+    Raises UserError for faults of the data set, StoppedError after a stop, JobError where no CPU came free within
+    `cluster.resource_timeout_s`.
+    """
     monitor = Monitor(f"{run.path}:prepare")
-    found = {}
+    spec = run.spec_for_workers()
+    tasks = {_prepare.remote(spec, part, monitor.name): part for part in parts}
+    waiting = list(tasks)
+    progress: dict[str, tuple[int, int]] = {}
+    found: dict[str, dict[str, Any]] = {}
+    began = time.monotonic()
     try:
-        for part in parts:
-            task = _prepare.remote(run.spec.model_dump(mode="json"), part, monitor.name)
-            while not ray.wait([task], timeout=_POLL_S)[0]:
-                for _, _, (done, total) in monitor.drain():
-                    on_progress(done, total)
-            try:
-                found[part] = ray.get(task)
-            except RayTaskError as error:
-                if isinstance(error.cause, UserError):
-                    raise UserError(str(error.cause)) from None
-                raise
+        while waiting:
+            ready, waiting = ray.wait(waiting, timeout=_POLL_S)
+            for _, part, counts in monitor.drain():
+                progress[part] = counts
+            if total := sum(total for _, total in progress.values()):
+                on_progress(sum(done for done, _ in progress.values()), total)
+            for task in ready:
+                found[tasks[task]] = _result(task)
+            if stop_requested():
+                raise StoppedError("while the shards were written; the same command goes on with those that are left")
+            waited_s = time.monotonic() - began
+            if not progress and not found and waited_s > run.spec.cluster.resource_timeout_s:
+                raise JobError(
+                    f"no CPU came free to write shards within {waited_s:.0f} s, the cluster has "
+                    f"{ray.cluster_resources().get('CPU', 0):g}; wait for other jobs, or add nodes"
+                )
     finally:
+        for task in waiting:
+            ray.cancel(task, force=True)
         monitor.close()
-    return found
+    return {part: found[part] for part in parts}
 
 
-@ray.remote(num_cpus=1, max_retries=2)
+def _result(task: ray.ObjectRef) -> dict[str, Any]:
+    try:
+        return ray.get(task)
+    except RayTaskError as error:
+        if isinstance(error.cause, UserError):
+            raise UserError(str(error.cause)) from None
+        if isinstance(error.cause, OSError):  # a full disk, storage that does not answer
+            raise JobError(
+                f"shards could not be written: {error.cause}; mend it, then the same command goes on with those that "
+                "are left"
+            ) from error
+        raise
+
+
+@ray.remote(num_cpus=CPUS, max_retries=2)
 def _prepare(spec: dict[str, Any], part: str, monitor_name: str) -> dict[str, Any]:
+    monitor = MonitorClient(monitor_name, rank=0)
+    monitor.push(part, (0, 0))
     from pipeline.data import prepare_shards, write_coco_annotations
 
     run = Run(parse_spec(spec, source="the job's spec"))
-    monitor = MonitorClient(monitor_name, rank=0)
     last = 0.0
 
     def tell(done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last > _PROGRESS_INTERVAL_S or done == total:
-            monitor.push("progress", (done, total))
+            monitor.push(part, (done, total))
             last = time.monotonic()
 
     shards = prepare_shards(run.spec.data, part, storage.join(run.shards, part), on_progress=tell)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import os
 import signal
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 from pipeline.cluster.capacity import check_capacity, nodes_of
 from pipeline.cluster.logs import restore_loggers
@@ -88,13 +90,15 @@ def _connect(address: str) -> None:
     import ray
 
     restore_loggers()  # Ray gives its logger a handler to the terminal when it is imported
+    _log_words_of_nodes()
     quiet = {"namespace": NAMESPACE, "log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
     if address != "local":
         ray.init(address=address, **quiet)
         return
     for attempt in range(_LOCAL_STARTS):
         try:
-            ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **quiet)
+            with _lean_head():
+                ray.init(address="local", num_cpus=os.cpu_count(), include_dashboard=False, **quiet)
             return
         except Exception as error:  # Ray gives a local node 30 s, a busy machine needs more; it raises the base class
             ray.shutdown()
@@ -103,8 +107,37 @@ def _connect(address: str) -> None:
             logger.warning("the local Ray node did not start in time; trying again")
 
 
+@contextlib.contextmanager
+def _lean_head() -> Iterator[None]:
+    """A local node needs no autoscaler, and no process that sends the workers' logs to the driver: two starts less."""
+    from ray._private import parameter
+
+    whole = parameter.RayParams
+    parameter.RayParams = functools.partial(whole, no_monitor=True, include_log_monitor=False)  # type: ignore[misc]
+    try:
+        yield
+    finally:
+        parameter.RayParams = whole
+
+
+def _log_words_of_nodes() -> None:
+    """What Ray prints of nodes and workers that die, with pages of their logs, goes into the log file."""
+    from ray._private import worker
+
+    def to_log(data: dict[str, Any], *_: Any, **__: Any) -> None:
+        logger.warning("Ray says: %s", "\n".join(data["lines"]))
+
+    if hasattr(worker, "print_to_stdstream"):
+        worker.print_to_stdstream = to_log  # type: ignore[assignment]
+
+
 def _check_reachable(address: str) -> None:
     """Knock before Ray does: it would try for minutes, and print what it tries."""
+    if address.startswith(("http://", "https://")):
+        raise UserError(
+            f"{address!r} is the address of a dashboard, to which `refinedet submit` sends jobs; launch takes "
+            "HOST:PORT of the cluster itself (port 6379) or ray://HOST:PORT (port 10001)."
+        )
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         raise UserError(f"A cluster's address reads HOST:PORT or ray://HOST:PORT, received {address!r}.")
