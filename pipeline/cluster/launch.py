@@ -193,7 +193,6 @@ class _Job:
     # --- train
 
     def _train(self) -> None:
-        from pipeline.cluster.evaluate import check_passes
         from pipeline.cluster.recorder import TrainingRecorder
         from pipeline.cluster.training_stage import run_training
         from pipeline.data import open_shards
@@ -204,7 +203,10 @@ class _Job:
                 f"model.num_classes is {self.spec.model.num_classes}, but the data set has {shards.num_classes} "
                 f"categories; set model.num_classes={shards.num_classes}."
             )
-        check_passes(self.spec)
+        if self.spec.multiscale is not None:  # only then: evaluation is many seconds of imports
+            from pipeline.cluster.evaluate import check_passes
+
+            check_passes(self.spec)
         inputs = {
             "shards": shards.digest,
             "spec": storage.digest_json(
