@@ -13,10 +13,13 @@ Every cluster has its own ports, folder and token, and nothing is left of it, ho
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
+import re
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -35,6 +38,7 @@ _ATTEMPTS = 3
 _POLL_S = 0.2
 _OBJECT_STORE_BYTES = 200 * 2**20
 _RAYLET = "raylet/raylet"
+_PR_SET_PDEATHSIG = 1
 _HEAD_ADDRESS, _WORKER_ADDRESS = "10.77.0.1", "10.77.0.2"
 
 
@@ -142,7 +146,13 @@ class RayCluster:
             command = host.start_command(*self._ray_start(host))
             with open(log, "ab") as file:
                 host.process = subprocess.Popen(
-                    command, stdout=file, stderr=file, env=environment, cwd=self.folder, start_new_session=True
+                    command,
+                    stdout=file,
+                    stderr=file,
+                    env=environment,
+                    cwd=self.folder,
+                    start_new_session=True,
+                    preexec_fn=_die_with_the_parent,
                 )
             if self._comes_up(host):
                 return
@@ -234,6 +244,20 @@ class RayCluster:
         return any(node["node_name"] == host.node_name and node["state"] == "ALIVE" for node in nodes)
 
 
+def _die_with_the_parent() -> None:
+    """A test that is killed cannot clean up: `ray start` goes with it, and its reaper takes the rest."""
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
+def _sweep() -> None:
+    """Remove the namespaces of tests that were killed."""
+    for line in subprocess.run(["ip", "netns", "list"], capture_output=True, text=True).stdout.splitlines():
+        name = line.split()[0] if line.split() else ""
+        owner = re.fullmatch(r"rd-(?:head|worker)-(\d+)-[0-9a-f]+", name)
+        if owner and not psutil.pid_exists(int(owner.group(1))):
+            subprocess.run(["ip", "netns", "del", name], capture_output=True)
+
+
 def reason_against_two_hosts() -> str | None:
     """Why this machine cannot play two hosts; None where it can."""
     if os.geteuid() != 0:
@@ -284,6 +308,7 @@ def two_hosts(
     a, b = head.namespace, other.namespace
     assert a is not None
     assert b is not None
+    _sweep()
     try:
         for namespace in (a, b):
             _ip("netns", "add", namespace)
