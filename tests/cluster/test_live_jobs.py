@@ -129,7 +129,7 @@ def test_a_job_is_followed_stopped_and_resumed(cluster: RayCluster, client: Jobs
     second = client.resume("live")
     assert "".join(client.follow_logs(second)).count(f"{STEPS} steps")
     assert client.find("live").status == "SUCCEEDED"
-    assert [job.id for job in client.list()] == [first.id, second]
+    assert [job.id for job in client.list() if job.run == "live"] == [first.id, second]
     assert [event["step"] for event in lines(run, "events.jsonl") if event["kind"] == "resumed"] == [last]
     assert steps(run) == list(range(1, STEPS + 1)), "a step was lost, or taken twice"
     assert all(line["total_steps"] == STEPS for line in lines(run, "metrics.jsonl") if "losses" in line)
@@ -152,7 +152,7 @@ def test_a_job_that_fails_says_why_through_its_log(cluster: RayCluster, client: 
     assert (found.id, found.status, found.home) == (job, "FAILED", f"{tmp_path}/wrong")
     assert client.read_logs("wrong") in followed.stdout
     listed = cluster.outside("list", "--address", cluster.dashboard)
-    assert re.search(rf"^{job} +failed +\d+ s$", listed.stdout, re.MULTILINE)
+    assert re.search(rf"^{job} +failed .*\d+ s$", listed.stdout, re.MULTILINE)
     told = cluster.outside("status", "wrong", "--address", cluster.dashboard)
     assert told.stdout.startswith(f"{job}  failed  run wrong at {tmp_path}/wrong\n")
     check_nothing_secret(cluster, client, tmp_path)
