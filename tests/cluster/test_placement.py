@@ -17,7 +17,8 @@ from collections.abc import Iterator
 
 import pytest
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(400)]  # test_capacity.py holds the rules without Ray
+# Slow: test_capacity.py holds the same rules without starting Ray.
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(400)]
 
 CPU_NODES = {"cpu-0", "cpu-1", "cpu-2"}
 GPU_NODES = {"gpu-0": "a", "gpu-1": "a", "gpu-2": "b", "gpu-3": "b"}
