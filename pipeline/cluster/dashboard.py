@@ -26,6 +26,14 @@ HEADERS = "RAY_JOB_HEADERS"
 _MAX_NODES = 10_000
 
 
+# Each sets its own level; what they say of uploads and sockets is not the user's business.
+_TALKATIVE = (
+    "ray.dashboard.modules.dashboard_sdk",
+    "ray.dashboard.modules.job.sdk",
+    "ray._private.runtime_env.packaging",
+)
+
+
 class Dashboard(JobSubmissionClient):
     """Ray's client, and the two questions that it does not ask: which Ray is there, and which nodes.
 
@@ -34,7 +42,7 @@ class Dashboard(JobSubmissionClient):
     """
 
     def __init__(self, address: str) -> None:
-        for name in ("ray.dashboard", "ray._private.runtime_env"):  # uploads and sockets are not the user's business
+        for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.WARNING)
         super().__init__(address, verify=os.environ.get(CERTIFICATES) or True, headers=_headers())
 

@@ -136,6 +136,7 @@ def test_a_job_is_followed_stopped_and_resumed(cluster: RayCluster, client: Jobs
     check_nothing_secret(cluster, client, tmp_path)
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_says_why_through_its_log(cluster: RayCluster, client: JobsClient, tmp_path: Path) -> None:
     """Its shards are written on the cluster; then it turns out that the model has other classes than they have."""
     spec = spec_of(tmp_path, "wrong")
