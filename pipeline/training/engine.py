@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -93,8 +93,8 @@ class Objective(nn.Module):
 class _Tie(torch.autograd.Function):
     """Give every parameter a gradient, zero where the graph has none.
 
-    A head that computes only surviving anchors may leave a parameter out on one rank and not on another. ZeRO 2
-    averages gradients as they come, and would add up those of different parameters.
+    A head that computes only surviving anchors may leave a parameter out on one rank and not on another, where ZeRO 2
+    averages gradients as they come.
     """
 
     @staticmethod
@@ -106,6 +106,33 @@ class _Tie(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
         zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.shapes]
         return (gradients[0], *zeros)
+
+
+class _InOrder:
+    """Hand gradients to ZeRO 2's buckets in one order on all ranks, the last parameter's first, as they become ready.
+
+    ZeRO 2 fills its buckets in the order in which backward happens to make gradients, and that depends on the graph:
+    two parameters that this rank's graph left out come in another order than where it used them, and would be added
+    up with each other.
+    """
+
+    def __init__(self, optimizer: Any, parameters: Iterable[Tensor]) -> None:
+        self._reduce = optimizer.reduce_ready_partitions_and_remove_grads
+        self._order = [id(parameter) for parameter in parameters][::-1]
+        self._ready: dict[int, tuple[Tensor, int]] = {}
+        self._next = 0
+        optimizer.reduce_ready_partitions_and_remove_grads = self
+
+    def __call__(self, parameter: Tensor, group: int) -> None:
+        self._ready[id(parameter)] = parameter, group
+        while self._next < len(self._order) and self._order[self._next] in self._ready:
+            self._reduce(*self._ready[self._order[self._next]])
+            self._next += 1
+
+    def begin(self) -> None:
+        """Before each backward."""
+        self._ready.clear()
+        self._next = 0
 
 
 class LossScale:
@@ -165,6 +192,8 @@ class Engine:
                 config=deepspeed_config(spec, plan, self.precision, world.device, elements),
             )
         self.deepspeed.enable_backward_allreduce = False  # `reduce` does it
+        shared = spec.zero_stage == 2 and world.size > 1
+        self._in_order = _InOrder(self.optimizer, self.parameters.values()) if shared else None
         if spec.channels_last and spec.zero_stage == 0:  # not before: DeepSpeed broadcasts contiguous weights only
             self.detector.to(memory_format=torch.channels_last)  # pyright: ignore
         self.deepspeed.train()
@@ -175,6 +204,8 @@ class Engine:
 
     def backward(self, total: Tensor, *, last: bool) -> None:
         """Accumulate a micro-batch's gradient; `last` of the global batch."""
+        if self._in_order:
+            self._in_order.begin()
         self.deepspeed.set_gradient_accumulation_boundary(last)
         self.deepspeed.backward(total * self.scale.value if self.scale.enabled else total)
 

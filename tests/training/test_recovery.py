@@ -61,7 +61,7 @@ def test_a_killed_worker_and_a_resume_give_bitwise_the_uninterrupted_run(
     assert goodput.restart_s > 0
 
 
-@pytest.mark.parametrize("stage", [0, 1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [0, 1, 2])
 def test_the_number_of_workers_may_change(tmp_path: Path, stage: int) -> None:
     spec = TINY.model_copy(update={"zero_stage": stage, "global_batch": 12, "micro_batch": 1, "reference_batch": 12})
     whole = run_workers(tmp_path / "whole", 2, spec)
