@@ -59,7 +59,11 @@ class CocoMetrics:
 
 
 def accumulate(truth: GroundTruth, matches: Iterable[Matches]) -> CocoMetrics:
-    """Metrics from the matches of all images, in any order."""
+    """Metrics from the matches of all images, in any order.
+
+    pycocotools' arithmetic, at the true positives alone: recall rises and precision peaks nowhere else. A curve is the
+    detections of one area range, IoU threshold and category, best first; curves are numbered (a * T + t) * K + k.
+    """
     matches = list(matches)
     check_images_once(truth, (part.images for part in matches))
     positives = np.sum([part.positives for part in matches], axis=0)  # [K, A]
@@ -67,53 +71,87 @@ def accumulate(truth: GroundTruth, matches: Iterable[Matches]) -> CocoMetrics:
         np.concatenate([getattr(part, name) for part in matches])
         for name in ("category", "score", "image_id", "rank", "true", "false")
     )
-    order = np.lexsort((rank, image_id, -score, category))
-    bounds = np.searchsorted(category[order], np.arange(len(truth.names) + 1))
+    order = _best_first(category, score, image_id, rank)
+    category, rank, true, false = category[order], rank[order], true[order], false[order]
 
-    num_areas, num_thresholds = len(AREA_RANGES), len(IOU_THRESHOLDS)
-    precision = np.full((num_thresholds, len(RECALLS), len(truth.names), num_areas), -1.0)
-    recall = np.full((num_thresholds, len(truth.names), num_areas, len(MAX_DETECTIONS)), -1.0)
-    for k in range(len(truth.names)):
-        rows = order[bounds[k] : bounds[k + 1]]
-        ranks = rank[rows]
-        for a in np.flatnonzero(positives[k]):
-            hits, misses = (
-                np.unpackbits(
-                    ((bits[rows] >> np.uint64(a * num_thresholds)) & np.uint64(2**num_thresholds - 1))
-                    .astype("<u2")
-                    .view(np.uint8)
-                    .reshape(-1, 2),
-                    axis=1,
-                    count=num_thresholds,
-                    bitorder="little",
-                )
-                for bits in (true, false)
-            )  # [D, T]
-            misses = np.cumsum(misses, axis=0, dtype=np.int32)
-            threshold, place = np.nonzero(hits.T)
-            before = misses[place, threshold].astype(np.float64)
-            starts = np.searchsorted(threshold, np.arange(num_thresholds + 1))
-            levels = np.searchsorted(np.arange(1, positives[k, a] + 1) / positives[k, a], RECALLS, side="left")
-            for t in range(num_thresholds):
-                precision[t, :, k, a] = _precision_at_recalls(before[starts[t] : starts[t + 1]], levels)
-            for m, limit in enumerate(MAX_DETECTIONS):
-                counted = np.bincount(threshold[ranks[place] < limit], minlength=num_thresholds)
-                recall[:, k, a, m] = counted / positives[k, a]
-    return _summarize(truth, precision, recall)
+    column, row, before = _true_positives(category, true, false)
+    num_areas, num_thresholds, num_categories = len(AREA_RANGES), len(IOU_THRESHOLDS), len(truth.names)
+    curve = column * num_categories + category[row]
+    found = np.bincount(curve, minlength=num_areas * num_thresholds * num_categories)
+    start = np.cumsum(found) - found
+    hits = np.arange(1, len(curve) + 1) - start[curve]
+    precision = hits / (before + hits.astype(np.float64) + np.spacing(1))
+    for first, last in zip(start.tolist(), (start + found).tolist(), strict=True):
+        backwards = precision[first:last][::-1]
+        np.maximum.accumulate(backwards, out=backwards)
+
+    by_curve = num_areas, num_thresholds, num_categories, 1
+    start, found = start.reshape(by_curve), found.reshape(by_curve)
+    needed = _hits_before_recalls(positives)  # [A, 1, K, R]
+    at_recall = np.append(precision, 0.0)[np.where(needed < found, start + needed, -1)]  # [A, T, K, R]
+    countable = (positives.T > 0)[:, None]  # [A, 1, K]
+    recalled = [np.bincount(curve[rank[row] < limit], minlength=found.size) for limit in MAX_DETECTIONS]
+    recall = np.stack(recalled, -1).reshape(num_areas, num_thresholds, num_categories, -1)
+    recall = recall / np.maximum(positives.T, 1)[:, None, :, None]
+    return _summarize(
+        truth,
+        np.ascontiguousarray(np.where(countable[..., None], at_recall, -1.0).transpose(1, 3, 2, 0)),
+        np.ascontiguousarray(np.where(countable[..., None], recall, -1.0).transpose(1, 2, 0, 3)),
+    )
 
 
-def _precision_at_recalls(misses: np.ndarray, levels: np.ndarray) -> np.ndarray:
-    """[R] interpolated precision, from the number of false positives before each true one.
+def _best_first(category: np.ndarray, score: np.ndarray, image_id: np.ndarray, rank: np.ndarray) -> np.ndarray:
+    """[D] the order by category, falling score, image id and rank."""
+    order = np.argsort(-score)
+    order = order[np.argsort(category[order], kind="stable")]
+    # Sorting by all four takes five times as long; ties are few.
+    same = (np.diff(score[order]) == 0) & (np.diff(category[order]) == 0)
+    tied = np.flatnonzero(np.append(same, False) | np.append(False, same))
+    rows = order[tied]
+    order[tied] = rows[np.lexsort((rank[rows], image_id[rows], -score[rows], category[rows]))]
+    return order
 
-    pycocotools' arithmetic, at the true positives alone: recall rises and precision peaks nowhere else.
-    levels  [R] how many true positives come before the one that reaches each recall level
+
+def _true_positives(
+    category: np.ndarray, true: np.ndarray, false: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """True positives by column a * T + t, then by row: column [N], row [N], false positives of its curve before it [N].
+
+    category, true, false  [D] sorted by category, best first, as in Matches
     """
-    found = len(misses)
-    hits = np.arange(1, found + 1, dtype=np.float64)
-    precision = hits / (misses + hits + np.spacing(1))
-    envelope = np.zeros(found + 1)  # no precision where the recall is not reached
-    envelope[:found] = np.maximum.accumulate(precision[::-1])[::-1]
-    return envelope[np.minimum(levels, found)]
+    num_areas, num_thresholds = len(AREA_RANGES), len(IOU_THRESHOLDS)
+    start = np.searchsorted(category, np.arange(category.max(initial=-1) + 1))  # first row of each category
+    # Most detections overlap no object, and are false at all thresholds of an area: those are counted once an area.
+    lowest = false & np.uint64(sum(1 << area * num_thresholds for area in range(num_areas)))
+    rows = np.flatnonzero((true != 0) | (lowest * np.uint64(2**num_thresholds - 1) != false))  # [S] all others
+    lowest[rows] = 0
+    elsewhere = np.zeros((num_areas, 1, len(false) + 1), np.int32)
+    for area in range(num_areas):
+        once = (lowest >> np.uint64(area * num_thresholds)) & np.uint64(1)
+        np.cumsum(once, dtype=np.int32, out=elsewhere[area, 0, 1:])
+    misses = np.zeros((num_areas * num_thresholds, len(rows) + 1), np.int32)
+    np.cumsum(_unpack(false[rows]), axis=1, dtype=np.int32, out=misses[:, 1:])
+    misses = misses.reshape(num_areas, num_thresholds, -1)
+    before_category = misses[:, :, np.searchsorted(rows, start)] + elsewhere[:, :, start]
+    misses = misses[:, :, 1:] + elsewhere[:, :, rows] - before_category[:, :, category[rows]]  # [A, T, S]
+
+    hits = _unpack(true[rows])
+    column, place = np.divmod(np.flatnonzero(hits), max(len(rows), 1))
+    return column, rows[place], misses.reshape(hits.shape)[column, place]
+
+
+def _unpack(bits: np.ndarray) -> np.ndarray:
+    """[D] uint64 -> [A * T, D] bool."""
+    count = len(AREA_RANGES) * len(IOU_THRESHOLDS)
+    rows = np.unpackbits(bits.astype("<u8").view(np.uint8).reshape(-1, 8), axis=1, count=count, bitorder="little")
+    return np.ascontiguousarray(rows.T).view(bool)
+
+
+def _hits_before_recalls(positives: np.ndarray) -> np.ndarray:
+    """[A, 1, K, R] true positives before the one that reaches each recall level; positives [K, A]."""
+    counts, where = np.unique(positives, return_inverse=True)
+    needed = [np.searchsorted(np.arange(1, count + 1) / max(count, 1), RECALLS, side="left") for count in counts]
+    return np.stack(needed)[where.reshape(positives.shape)].transpose(1, 0, 2)[:, None]
 
 
 def _mean(values: np.ndarray) -> float:
