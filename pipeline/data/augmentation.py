@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import cv2
 import numpy as np
 
+from pipeline.data.resampling import Border, resize_bordered
 from pipeline.spec import Augmentation
 
 MEAN_RGB = (123, 117, 104)
@@ -65,9 +66,11 @@ def augment(
     if settings.crop:
         window = crop_window(window, boxes, draws[4], trials)
     boxes, labels = project_boxes(boxes, labels, window, size)
-    pixels = _cut(image, window, draws[5:14] if settings.distort else None)
+    pixels, border = _cut(image, window)
+    if settings.distort and pixels.size:
+        pixels = distort(pixels, draws[5:14])
     interpolation = INTERPOLATIONS[int(draws[14] * len(INTERPOLATIONS)) if settings.random_interpolation else 0]
-    pixels = _resize(pixels, size, interpolation)
+    pixels = resize_bordered(pixels, border, MEAN_RGB, size, interpolation)
     if settings.mirror and draws[15] < 0.5:
         pixels, boxes = cv2.flip(pixels, 1), mirror_boxes(boxes, size)
     return pixels, boxes, labels
@@ -133,26 +136,12 @@ def mirror_boxes(boxes: np.ndarray, width: float) -> np.ndarray:
     return mirrored
 
 
-def _cut(image: np.ndarray, window: Window, distortion: np.ndarray | None) -> np.ndarray:
-    """The window's pixels: the image's, distorted, and the mean where it reaches beyond them."""
+def _cut(image: np.ndarray, window: Window) -> tuple[np.ndarray, Border]:
+    """The window's part of the image, and how far it reaches beyond it."""
     height, width, _ = image.shape
     right, bottom = window.left + window.width, window.top + window.height
     x1, y1, x2, y2 = max(window.left, 0), max(window.top, 0), min(right, width), min(bottom, height)
-    if x1 >= x2 or y1 >= y2:
-        return np.full((window.height, window.width, 3), MEAN_RGB, np.uint8)
-    pixels = image[y1:y2, x1:x2]
-    if distortion is not None:
-        pixels = distort(pixels, distortion)
-    border = (y1 - window.top, bottom - y2, x1 - window.left, right - x2)
-    return cv2.copyMakeBorder(pixels, *border, cv2.BORDER_CONSTANT, value=MEAN_RGB) if any(border) else pixels
-
-
-def _resize(image: np.ndarray, size: int, interpolation: int) -> np.ndarray:
-    if interpolation != cv2.INTER_LANCZOS4:
-        return cv2.resize(image, (size, size), interpolation=interpolation)
-    # OpenCV's Lanczos is twice as fast in floating point; a value may round to its neighbour. add() saturates.
-    resized = cv2.resize(image.astype(np.float32), (size, size), interpolation=interpolation)
-    return cv2.add(resized, np.zeros(4), dtype=cv2.CV_8U)
+    return image[y1:y2, x1:x2], (y1 - window.top, bottom - y2, x1 - window.left, right - x2)
 
 
 def distort(image: np.ndarray, draws: np.ndarray) -> np.ndarray:
