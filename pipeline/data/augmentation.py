@@ -90,32 +90,33 @@ def crop_window(canvas: Window, boxes: np.ndarray, choice: float, trials: np.nda
     """
     if not len(boxes):
         return canvas
-    scale = 0.3 + 0.7 * trials[..., 0]
-    aspect = np.clip(0.5 + 1.5 * trials[..., 1], scale**2, 1 / scale**2)
-    width = np.maximum((scale * np.sqrt(aspect) * canvas.width).astype(np.int64), 1)
-    height = np.maximum((scale / np.sqrt(aspect) * canvas.height).astype(np.int64), 1)
-    left = canvas.left + (trials[..., 2] * (canvas.width - width + 1)).astype(np.int64)
-    top = canvas.top + (trials[..., 3] * (canvas.height - height + 1)).astype(np.int64)
-    crops = np.stack([left, top, left + width, top + height], -1)
-    met = _best_iou(crops, boxes) >= np.array(MIN_IOUS)[:, None]
-    successful = np.nonzero(met.any(1))[0]
+    scale, aspect, x, y = trials.reshape(-1, 4).T
+    scale = 0.3 + 0.7 * scale
+    stretch = np.sqrt(np.minimum(np.maximum(0.5 + 1.5 * aspect, scale**2), 1 / scale**2))
+    width = np.maximum(np.floor(scale * stretch * canvas.width), 1)
+    height = np.maximum(np.floor(scale / stretch * canvas.height), 1)
+    left = canvas.left + np.floor(x * (canvas.width - width + 1))
+    top = canvas.top + np.floor(y * (canvas.height - height + 1))
+    met = _best_iou(left, top, width, height, boxes).reshape(trials.shape[:2]) >= np.array(MIN_IOUS)[:, None]
+    successful = np.flatnonzero(met.any(1))
     picked = int(choice * (len(successful) + 1))
     if picked == len(successful):
         return canvas
     sampler = successful[picked]
-    trial = int(met[sampler].argmax())
-    return Window(*(int(values[sampler, trial]) for values in (left, top, width, height)))
+    trial = sampler * trials.shape[1] + met[sampler].argmax()
+    return Window(*(int(values[trial]) for values in (left, top, width, height)))
 
 
-def _best_iou(crops: np.ndarray, boxes: np.ndarray) -> np.ndarray:
-    """IoU of each crop [..., 4] with the box [G, 4] that overlaps it best."""
-    corners = crops[..., None, :]
-    w = np.minimum(corners[..., 2], boxes[:, 2]) - np.maximum(corners[..., 0], boxes[:, 0])
-    h = np.minimum(corners[..., 3], boxes[:, 3]) - np.maximum(corners[..., 1], boxes[:, 1])
+def _best_iou(
+    left: np.ndarray, top: np.ndarray, width: np.ndarray, height: np.ndarray, boxes: np.ndarray
+) -> np.ndarray:
+    """IoU of each of N crops [N] with the box [G, 4] that overlaps it best."""
+    box_areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
+    x1, y1, x2, y2 = boxes.T[:, :, None].astype(np.float64)
+    w = np.minimum(left + width, x2) - np.maximum(left, x1)
+    h = np.minimum(top + height, y2) - np.maximum(top, y1)
     inside = np.maximum(w, 0) * np.maximum(h, 0)
-    crop_area = (corners[..., 2] - corners[..., 0]) * (corners[..., 3] - corners[..., 1])
-    box_area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
-    return (inside / (crop_area + box_area - inside)).max(-1)
+    return (inside / (width * height + box_areas[:, None] - inside)).max(0)
 
 
 def project_boxes(boxes: np.ndarray, labels: np.ndarray, window: Window, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -137,10 +138,11 @@ def mirror_boxes(boxes: np.ndarray, width: float) -> np.ndarray:
 
 
 def _cut(image: np.ndarray, window: Window) -> tuple[np.ndarray, Border]:
-    """The window's part of the image, and how far it reaches beyond it."""
+    """The window's part of the image, which may be empty, and how far the window reaches beyond it."""
     height, width, _ = image.shape
     right, bottom = window.left + window.width, window.top + window.height
-    x1, y1, x2, y2 = max(window.left, 0), max(window.top, 0), min(right, width), min(bottom, height)
+    x1, y1 = max(window.left, 0), max(window.top, 0)
+    x2, y2 = max(min(right, width), x1), max(min(bottom, height), y1)
     return image[y1:y2, x1:x2], (y1 - window.top, bottom - y2, x1 - window.left, right - x2)
 
 

@@ -145,7 +145,7 @@ def test_cropping_first_gives_the_same_pixels_as_the_written_order() -> None:
         interpolation = INTERPOLATIONS[int(draws[14] * 5)]
         slow = cv2.resize(slow, (96, 96), interpolation=interpolation)
         slow = slow[:, ::-1] if draws[15] < 0.5 else slow
-        rounding = 1 if interpolation == cv2.INTER_LANCZOS4 else 0  # OpenCV's fixed point against floating point
+        rounding = 0 if interpolation == cv2.INTER_NEAREST_EXACT else 1  # fixed point against floating point
         assert np.abs(fast.astype(int) - slow.astype(int)).max() <= rounding
 
 
@@ -189,6 +189,40 @@ def test_crop_iou_is_against_any_box() -> None:
         inside = max(x2 - x1, 0) * max(y2 - y1, 0)
         ious.append(inside / (window.width * window.height + 60 * 80 - inside))
     assert all(iou >= bound for iou, bound in zip(sorted(ious[:-2]), sorted(MIN_IOUS), strict=False))
+
+
+def test_crops_are_those_of_trying_one_after_the_other() -> None:
+    """The samplers as the reference writes them: loops over samplers, trials and boxes."""
+
+    def iou(crop: Window, box: list[float]) -> float:
+        w = min(crop.left + crop.width, box[2]) - max(crop.left, box[0])
+        h = min(crop.top + crop.height, box[3]) - max(crop.top, box[1])
+        inside = max(w, 0) * max(h, 0)
+        return inside / (crop.width * crop.height + (box[2] - box[0]) * (box[3] - box[1]) - inside)
+
+    def trial_crop(canvas: Window, trial: np.ndarray) -> Window:
+        scale = 0.3 + 0.7 * trial[0]
+        aspect = min(max(0.5 + 1.5 * trial[1], scale**2), 1 / scale**2)
+        width = max(int(scale * aspect**0.5 * canvas.width), 1)
+        height = max(int(scale / aspect**0.5 * canvas.height), 1)
+        left = canvas.left + int(trial[2] * (canvas.width - width + 1))
+        return Window(left, canvas.top + int(trial[3] * (canvas.height - height + 1)), width, height)
+
+    for seed in range(40):
+        rng = keyed_generator("trials", seed)
+        canvas = Window(
+            -int(rng.integers(50)), -int(rng.integers(50)), *(int(side) for side in rng.integers(80, 400, 2))
+        )
+        corner = rng.integers(0, 60, (int(rng.integers(1, 9)), 2))
+        boxes = np.concatenate([corner, corner + rng.integers(1, 200, corner.shape)], 1).astype(np.float32)
+        choice, trials = rng.random(), rng.random((len(MIN_IOUS), NUM_TRIALS, 4))
+        candidates = []
+        for least, sampler in zip(MIN_IOUS, trials, strict=True):
+            crops = (trial_crop(canvas, trial) for trial in sampler)
+            met = (crop for crop in crops if any(iou(crop, box) >= least for box in boxes.tolist()))
+            candidates.extend([crop] if (crop := next(met, None)) else [])
+        candidates.append(canvas)
+        assert crop_window(canvas, boxes, choice, trials) == candidates[int(choice * len(candidates))]
 
 
 def test_without_boxes_there_is_no_crop() -> None:
