@@ -11,6 +11,7 @@ import cv2
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import default_collate
 
 # EXIF orientation is ignored: the boxes of COCO and VOC refer to the stored pixels.
 _DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
@@ -92,9 +93,5 @@ def resize_image(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
 
 def stack_images(images: Sequence[np.ndarray]) -> Tensor:
     """uint8 images [H, W, 3] of one size to one uint8 tensor [B, 3, H, W], channels-last in memory."""
-    height, width, _ = images[0].shape
-    batch = torch.empty((len(images), height, width, 3), dtype=torch.uint8)
-    out = batch.numpy()
-    for index, image in enumerate(images):
-        out[index] = image
-    return batch.permute(0, 3, 1, 2)
+    # In a worker of a loader this writes to shared memory at once, where the batch would be copied to otherwise.
+    return default_collate([torch.from_numpy(image) for image in images]).permute(0, 3, 1, 2)

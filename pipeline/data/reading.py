@@ -32,7 +32,7 @@ class SampleReader:
     def __init__(self, shards: ShardSet, cache: ShardCache | None = None) -> None:
         self.shards = shards
         self.cache = cache
-        self._local = not shards.remote
+        self._folder = None if shards.remote else storage.filesystem(shards.url)[1]
 
     def read(self, position: int) -> Sample:
         """The sample at a position of the data set; where it is broken, a grey one without objects, and its fault."""
@@ -50,13 +50,12 @@ class SampleReader:
 
     def read_bytes(self, entry: SampleEntry) -> bytes:
         """A sample's part of its shard, checked: a tar of its own."""
-        url = self.shards.shard_url(entry.shard)
-        if self._local:
-            content = _read_local(storage.filesystem(url)[1], entry.offset, entry.size)
+        if self._folder is not None:
+            content = _read_local(os.path.join(self._folder, self.shards.names[entry.shard]), entry.offset, entry.size)
         elif self.cache:
             content = self.cache.read(entry.shard, entry.offset, entry.size)
         else:
-            content = read_range(url, entry.offset, entry.size)
+            content = read_range(self.shards.shard_url(entry.shard), entry.offset, entry.size)
         if len(content) != entry.size:
             raise ValueError(f"the shard ends early: {len(content)} of its {entry.size} bytes are there")
         if zlib.crc32(content) != entry.crc32:
