@@ -1,8 +1,8 @@
 """SSD's augmentation as the Caffe release does it: distort, expand, crop, resize, mirror (RefineDet section IV-B).
 
 One random number after the other is drawn from one generator, then the pixels are touched once each: distortion
-works pixel by pixel, so cutting out the crop first gives the same result for a fraction of the work, and the mean
-border that expansion adds is only made where the crop shows it.
+works pixel by pixel, so cutting out the crop first gives the same result for a fraction of the work, and of the mean
+border that expansion adds only the width is known until the view is made.
 
 Two deviations from the Caffe code, both in favour of its paper: boxes follow the crop in whole pixels, where Caffe
 cuts pixels at truncated and boxes at exact corners; and hue wraps around, where Caffe clamps it at red.
