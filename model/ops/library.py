@@ -9,8 +9,6 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 import model.ops
 
 logger = logging.getLogger(__name__)
@@ -46,7 +44,9 @@ class LibraryStatus:
 @functools.cache
 def describe() -> LibraryStatus:
     """Load the library where it is built, and say what it holds; never raises."""
-    path = next((path for path in _places() if path.is_file()), None)
+    import torch  # not before: to submit a job only `find` is needed
+
+    path = find()
     if path is None:
         reason = f"The operators are not built ({LIBRARY_NAME} is in none of the places of model.ops); "
         return LibraryStatus(loaded=False, reason=f"{reason}build them with `{BUILD_COMMAND}`.")
@@ -73,6 +73,11 @@ def describe() -> LibraryStatus:
         oldest_torch=oldest_torch,
         reason=reason + ".",
     )
+
+
+def find() -> Path | None:
+    """The library, whether this torch can load it or not; None where it is not built."""
+    return next((path for path in _places() if path.is_file()), None)
 
 
 def _places() -> list[Path]:

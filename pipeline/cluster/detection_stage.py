@@ -24,6 +24,7 @@ from pipeline.cluster.detection_job import DetectionJob, write_results
 from pipeline.cluster.detection_pool import DetectionPool
 from pipeline.cluster.logs import log_folder, log_to_file
 from pipeline.cluster.run import Run
+from pipeline.deferred_compiler import defer_compiler
 from pipeline.errors import JobError, StoppedError, UserError
 from pipeline.evaluation import (
     DetectionTable,
@@ -32,8 +33,6 @@ from pipeline.evaluation import (
     Piece,
     accumulate_by_rule,
     best_first,
-    detect_by_rules,
-    detect_piece,
     match_by_rule,
     merge_pieces,
     read_piece,
@@ -200,6 +199,7 @@ class _DetectionWorker:
     """Holds the model; detects or reads a piece, commits it, and matches it with the truth where it is."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
+        defer_compiler()
         self._run = Run(parse_spec(spec, source="the job's spec"))
         self._job: DetectionJob
         self._truth: GroundTruth | None = None
@@ -244,6 +244,7 @@ class _DetectionWorker:
 
     def _detect(self, piece: Piece) -> dict[str, DetectionTable]:
         from pipeline.data import open_shards
+        from pipeline.evaluation import detect_by_rules, detect_piece
 
         spec, shards, model = self._run.spec, open_shards(self._job.shards), self._loaded_model()
         if self._job.mode == "single":

@@ -7,7 +7,7 @@ import logging
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
@@ -25,6 +25,7 @@ from pipeline.spec import JobSpec
 
 if TYPE_CHECKING:
     from pipeline.cluster.detection_pool import DetectionPool
+    from pipeline.cluster.monitor import Monitor
     from pipeline.tracking import RunTracker
 
 logger = logging.getLogger(__name__)
@@ -53,13 +54,12 @@ def launch(
         stack.enter_context(run.open())
         log_to_file(os.path.join(log_folder(run.path), "launch.log"), who="driver")
         stop = stack.enter_context(stop_signals(display))
-        # MLflow and Ray Train take seconds to load: beside Ray's own start, and the writing of shards.
-        beside = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="beside"))
-        beside.submit(importlib.import_module, "pipeline.tracking.runs")
         stack.enter_context(ray_session(spec.cluster, address))
-        tracker = beside.submit(_begin_tracking, run)
+        # Ray Train and MLflow take seconds to load: beside the writing of shards, and the start of the workers.
+        beside = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="beside"))
         if "train" in stages:
             beside.submit(importlib.import_module, "pipeline.cluster.training_stage")
+        tracker = beside.submit(_begin_tracking, run)
         from pipeline.cluster.preflight import check_nodes
 
         job = _Job(run, tracker, display, stop, stack)
@@ -139,6 +139,7 @@ class _Job:
         """`stack` ends with the launch, before its Ray does."""
         self.run, self._tracker, self.display, self.stop, self._stack = run, tracker, display, stop, stack
         self._workers: DetectionPool | None = None
+        self._messages: Monitor | None = None
         self.spec = run.spec
         self._stages: dict[str, Callable[[], None]] = {
             "prepare": self._prepare,
@@ -164,6 +165,14 @@ class _Job:
         logger.info("stage %s begins", stage)
         self._stages[stage]()
 
+    def _monitor(self) -> Monitor:
+        """The same for all stages: to start one takes Ray seconds."""
+        if self._messages is None:
+            from pipeline.cluster.monitor import Monitor
+
+            self._messages = self._stack.enter_context(Monitor(self.run.path))
+        return self._messages
+
     # --- prepare
 
     def _prepare(self) -> None:
@@ -174,18 +183,22 @@ class _Job:
         counts = run_preparation(
             self.run,
             parts,
+            monitor=self._monitor(),
             on_progress=lambda done, total: self._progress(done, total, "images"),
             stop_requested=self.stop.is_set,
         )
+        self._tracker.add_done_callback(lambda begun: begun.exception() or self._track_data(begun.result(), counts))
+        self.display.done(", ".join(f"{facts['num_samples']} {part} images" for part, facts in counts.items()))
+
+    def _track_data(self, tracker: RunTracker, counts: Mapping[str, Mapping[str, Any]]) -> None:
         for part, facts in counts.items():
-            self.tracker.log_dataset(
+            tracker.log_dataset(
                 part,
                 facts["digest"],
                 context="training" if part == "train" else "validation",
                 source=storage.join(self.run.shards, part),
                 num_samples=facts["num_samples"],
             )
-        self.display.done(", ".join(f"{facts['num_samples']} {part} images" for part, facts in counts.items()))
 
     def _progress(self, done: int, total: int, unit: str) -> None:
         self.display.update(done, total, unit=unit)
@@ -223,9 +236,9 @@ class _Job:
             self.display.done("done before")
             return
         self.display.stage("train", unit="steps")
-        recorder = TrainingRecorder(self.run, self.display, self.tracker)
+        recorder = TrainingRecorder(self.run, self.display, self._tracker)
         try:
-            result = run_training(self.run, on_message=recorder, stop_requested=self.stop)
+            result = run_training(self.run, monitor=self._monitor(), on_message=recorder, stop_requested=self.stop)
         finally:
             recorder.close()
         self.run.commit_stage("train", inputs, ["weights.safetensors"])

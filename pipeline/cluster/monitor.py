@@ -54,7 +54,7 @@ def _draining_nodes() -> list[str]:
 
 
 class Monitor:
-    """The driver's side; one for all attempts of a job."""
+    """The driver's side; one for all stages of a job. As a context manager it ends with it."""
 
     def __init__(self, run_path: str) -> None:
         self.name = f"monitor:{run_path}:{uuid.uuid4().hex[:8]}"
@@ -71,7 +71,12 @@ class Monitor:
         )
         self.draining: set[str] = set()
         """ids of nodes that are about to be taken away"""
-        self.drain()
+
+    def __enter__(self) -> Monitor:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ray.kill(self._actor)  # type: ignore[arg-type] - a proxy is a handle
 
     def drain(self) -> list[tuple[int, str, Any]]:
         """Messages since the last call: (rank, kind, content)."""
@@ -82,9 +87,6 @@ class Monitor:
     def set_stop(self, stop: bool) -> None:
         """Whether the workers are to save and end."""
         ray.get(self._actor.set_stop.remote(stop))
-
-    def close(self) -> None:
-        ray.kill(self._actor)  # type: ignore[arg-type] - a proxy is a handle
 
 
 class MonitorClient:

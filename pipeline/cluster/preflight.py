@@ -39,11 +39,15 @@ def preflight(spec: JobSpec, *, address: str | None, display: ProgressDisplay) -
     check_spec(spec)
     log_to_file(os.path.join(log_folder(run.path), "preflight.log"), who="driver")
     with stop_signals(display) as stop, ray_session(spec.cluster, address):
+        from pipeline.cluster.monitor import Monitor
         from pipeline.cluster.training_stage import run_training
 
         restore_loggers()
         display.stage("preflight")
-        result = run_training(run, on_message=_said(display), stop_requested=stop, preflight_only=True)
+        with Monitor(run.path) as monitor:
+            result = run_training(
+                run, monitor=monitor, on_message=_said(display), stop_requested=stop, preflight_only=True
+            )
     print_findings(result["report"], display)
 
 

@@ -12,6 +12,7 @@ from ray.exceptions import RayTaskError
 from pipeline import storage
 from pipeline.cluster.monitor import Monitor, MonitorClient
 from pipeline.cluster.run import Run
+from pipeline.deferred_compiler import defer_compiler
 from pipeline.errors import JobError, StoppedError, UserError
 from pipeline.spec_files import parse_spec
 
@@ -25,6 +26,7 @@ def run_preparation(
     run: Run,
     parts: Sequence[str],
     *,
+    monitor: Monitor,
     on_progress: Callable[[int, int], None],
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, Any]]:
@@ -33,7 +35,6 @@ def run_preparation(
     Raises UserError for faults of the data set, StoppedError after a stop, JobError where no CPU came free within
     `cluster.resource_timeout_s`.
     """
-    monitor = Monitor(f"{run.path}:prepare")
     spec = run.spec_for_workers()
     tasks = {_prepare.remote(spec, part, monitor.name): part for part in parts}
     waiting = list(tasks)
@@ -60,7 +61,6 @@ def run_preparation(
     finally:
         for task in waiting:
             ray.cancel(task, force=True)
-        monitor.close()
     return {part: found[part] for part in parts}
 
 
@@ -82,6 +82,7 @@ def _result(task: ray.ObjectRef) -> dict[str, Any]:
 def _prepare(spec: dict[str, Any], part: str, monitor_name: str) -> dict[str, Any]:
     monitor = MonitorClient(monitor_name, rank=0)
     monitor.push(part, (0, 0))
+    defer_compiler()
     from pipeline.data import prepare_shards, write_coco_annotations
 
     run = Run(parse_spec(spec, source="the job's spec"))

@@ -8,9 +8,10 @@ import os
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.markup import escape
 
@@ -18,8 +19,10 @@ from pipeline import storage
 from pipeline.cluster.gauges import TrainingGauges
 from pipeline.cluster.progress import ProgressDisplay
 from pipeline.cluster.run import Run
-from pipeline.tracking import RunTracker
 from pipeline.training import read_goodput
+
+if TYPE_CHECKING:
+    from pipeline.tracking import RunTracker
 
 logger = logging.getLogger(__name__)
 
@@ -79,10 +82,13 @@ class LinesLog:
 
 
 class TrainingRecorder:
-    """Takes the messages of `run_training`."""
+    """Takes the messages of `run_training`.
 
-    def __init__(self, run: Run, display: ProgressDisplay, tracker: RunTracker) -> None:
-        self._display, self._tracker = display, tracker
+    tracker  may begin later than the workers do; what beginning it raised is raised at the first message
+    """
+
+    def __init__(self, run: Run, display: ProgressDisplay, tracker: Future[RunTracker]) -> None:
+        self._display, self._begun = display, tracker
         self._run = run
         self._gauges = TrainingGauges(run.spec.name)
         self._metrics = LinesLog(run.file(METRICS_LOG))
@@ -90,6 +96,10 @@ class TrainingRecorder:
         self._every = run.spec.tracking.log_every_steps
         self._counts = Counter(event["kind"] for event in self._events_so_far())
         self._validated_on = {"val": "validation", "train": "training"}[run.spec.training.validate_on]
+
+    @property
+    def _tracker(self) -> RunTracker:
+        return self._begun.result()
 
     def __call__(self, rank: int, kind: str, content: dict[str, Any]) -> None:
         if kind == "step":

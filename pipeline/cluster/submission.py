@@ -88,7 +88,7 @@ def stage_code(folder: Path, spec: JobSpec) -> None:
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", model.ops.library.LIBRARY_NAME)
     shutil.copytree(Path(__file__).parent.parent, folder / "pipeline", ignore=ignore)
     shutil.copytree(Path(model.ops.library.__file__).parent.parent, folder / "model", ignore=ignore)
-    built = model.ops.library.describe().path
+    built = model.ops.library.find()
     if built is not None:
         # Beside the package, not in it: nodes whose image has operators of its own, for their GPUs, take those.
         (folder / model.ops.library.CARRIED).mkdir()

@@ -17,6 +17,7 @@ from pipeline.cluster.faults import Fault, with_faults
 from pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
 from pipeline.cluster.monitor import MonitorClient
 from pipeline.cluster.run import Run
+from pipeline.deferred_compiler import defer_compiler
 from pipeline.errors import UserError
 from pipeline.spec_files import parse_spec
 
@@ -45,8 +46,6 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             "pid": os.getpid(),
         },
     )
-    from pipeline.training.deferred_compiler import defer_compiler
-
     defer_compiler()
     from pipeline.training import NonFiniteError
 

@@ -34,6 +34,7 @@ Reason = Literal["stop", "preempted", "resized"]
 def run_training(
     run: Run,
     *,
+    monitor: Monitor,
     on_message: Callable[[int, str, Any], None],
     stop_requested: threading.Event,
     preflight_only: bool = False,
@@ -47,11 +48,7 @@ def run_training(
     Raises StoppedError after a stop, UserError for a mistake in the spec, JobError once the failures allowed
     by `cluster.max_failures` are used up.
     """
-    job = _TrainingJob(run, on_message, stop_requested, preflight_only)
-    try:
-        return job.run_attempts()
-    finally:
-        job.monitor.close()
+    return _TrainingJob(run, monitor, on_message, stop_requested, preflight_only).run_attempts()
 
 
 @dataclasses.dataclass
@@ -77,18 +74,18 @@ class _TrainingJob:
     def __init__(
         self,
         run: Run,
+        monitor: Monitor,
         on_message: Callable[[int, str, Any], None],
         stop_requested: threading.Event,
         preflight_only: bool,
     ) -> None:
-        self.run, self.spec = run, run.spec
+        self.run, self.spec, self.monitor = run, run.spec, monitor
         self.on_message = on_message
         self.stop_requested = stop_requested
         self.preflight_only = preflight_only
         cluster = run.spec.cluster
         self.sizes = possible_world_sizes(run.spec.training, minimum_workers(cluster), maximum_workers(cluster))
         self.placement = Placement(run.spec.cluster)
-        self.monitor = Monitor(run.path)
         self.fatal: list[tuple[bool, str]] = []
         self.attempts = self.failures = 0
 

@@ -1,12 +1,19 @@
 """Data sets, shards, the exact stream, augmentation. The only part that imports webdataset."""
 
-from pipeline.data.images import resize_image, stack_images
-from pipeline.data.index import ShardSet, open_shards
-from pipeline.data.inspection import CheckReport, check_shards, show_samples
-from pipeline.data.reading import EvaluationSamples, write_coco_annotations
-from pipeline.data.samples import BadSample, Batch, Category, Cursor, Sample
-from pipeline.data.shards import prepare_shards
-from pipeline.data.stream import TrainingStream
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.lazy import import_when_asked
+
+if TYPE_CHECKING:
+    from pipeline.data.images import resize_image, stack_images
+    from pipeline.data.index import ShardSet, open_shards
+    from pipeline.data.inspection import CheckReport, check_shards, show_samples
+    from pipeline.data.reading import EvaluationSamples, write_coco_annotations
+    from pipeline.data.samples import BadSample, Batch, Category, Cursor, Sample
+    from pipeline.data.shards import prepare_shards
+    from pipeline.data.stream import TrainingStream
 
 __all__ = [
     "BadSample",
@@ -26,3 +33,16 @@ __all__ = [
     "stack_images",
     "write_coco_annotations",
 ]
+
+__getattr__ = import_when_asked(
+    __name__,
+    {
+        "images": ("resize_image", "stack_images"),
+        "index": ("ShardSet", "open_shards"),
+        "inspection": ("CheckReport", "check_shards", "show_samples"),
+        "reading": ("EvaluationSamples", "write_coco_annotations"),
+        "samples": ("BadSample", "Batch", "Category", "Cursor", "Sample"),
+        "shards": ("prepare_shards",),
+        "stream": ("TrainingStream",),
+    },
+)

@@ -1,39 +1,41 @@
 """Detections, COCO and VOC evaluation, multi-scale testing. Pure functions; pieces make them restartable."""
 
-from pipeline.evaluation.coco import METRIC_NAMES, CocoMetrics, accumulate, evaluate_coco
-from pipeline.evaluation.comparison import (
-    MERGE_RULES,
-    best_first,
-    compare_rules,
-    detect_by_rules,
-    format_comparison,
-    rules_to_compare,
-)
-from pipeline.evaluation.detect import detect_piece
-from pipeline.evaluation.detections import DetectionTable
-from pipeline.evaluation.files import evaluate_files
-from pipeline.evaluation.matching import Matches, match
-from pipeline.evaluation.measures import Metrics, Rule, accumulate_by_rule, evaluate_by_rule, match_by_rule
-from pipeline.evaluation.multiscale import (
-    describe_cost,
-    estimate_cost,
-    multiscale_piece,
-    resolve_merge,
-    resolve_passes,
-)
-from pipeline.evaluation.pieces import (
-    Piece,
-    merge_pieces,
-    missing_pieces,
-    read_piece,
-    split_into_pieces,
-    write_detections,
-    write_piece,
-)
-from pipeline.evaluation.submission import write_submission
-from pipeline.evaluation.truth import GroundTruth
-from pipeline.evaluation.validation import validate
-from pipeline.evaluation.voc import VocMatches, VocMetrics, accumulate_voc, evaluate_voc, match_voc, write_voc_files
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from pipeline.lazy import import_when_asked
+
+if TYPE_CHECKING:
+    from pipeline.evaluation.coco import METRIC_NAMES, CocoMetrics, accumulate, evaluate_coco
+    from pipeline.evaluation.comparison import best_first, compare_rules, format_comparison
+    from pipeline.evaluation.detect import detect_piece
+    from pipeline.evaluation.detections import DetectionTable
+    from pipeline.evaluation.files import evaluate_files
+    from pipeline.evaluation.matching import Matches, match
+    from pipeline.evaluation.measures import Metrics, Rule, accumulate_by_rule, evaluate_by_rule, match_by_rule
+    from pipeline.evaluation.multiscale import detect_by_rules, multiscale_piece
+    from pipeline.evaluation.pieces import (
+        Piece,
+        merge_pieces,
+        missing_pieces,
+        read_piece,
+        split_into_pieces,
+        write_detections,
+        write_piece,
+    )
+    from pipeline.evaluation.recipes import (
+        MERGE_RULES,
+        describe_cost,
+        estimate_cost,
+        resolve_merge,
+        resolve_passes,
+        rules_to_compare,
+    )
+    from pipeline.evaluation.submission import write_submission
+    from pipeline.evaluation.truth import GroundTruth
+    from pipeline.evaluation.validation import validate
+    from pipeline.evaluation.voc import VocMatches, VocMetrics, accumulate_voc, evaluate_voc, match_voc, write_voc_files
 
 __all__ = [
     "MERGE_RULES",
@@ -78,3 +80,38 @@ __all__ = [
     "write_submission",
     "write_voc_files",
 ]
+
+__getattr__ = import_when_asked(
+    __name__,
+    {
+        "coco": ("METRIC_NAMES", "CocoMetrics", "accumulate", "evaluate_coco"),
+        "comparison": ("best_first", "compare_rules", "format_comparison"),
+        "detect": ("detect_piece",),
+        "detections": ("DetectionTable",),
+        "files": ("evaluate_files",),
+        "matching": ("Matches", "match"),
+        "measures": ("Metrics", "Rule", "accumulate_by_rule", "evaluate_by_rule", "match_by_rule"),
+        "multiscale": ("detect_by_rules", "multiscale_piece"),
+        "pieces": (
+            "Piece",
+            "merge_pieces",
+            "missing_pieces",
+            "read_piece",
+            "split_into_pieces",
+            "write_detections",
+            "write_piece",
+        ),
+        "recipes": (
+            "MERGE_RULES",
+            "describe_cost",
+            "estimate_cost",
+            "resolve_merge",
+            "resolve_passes",
+            "rules_to_compare",
+        ),
+        "submission": ("write_submission",),
+        "truth": ("GroundTruth",),
+        "validation": ("validate",),
+        "voc": ("VocMatches", "VocMetrics", "accumulate_voc", "evaluate_voc", "match_voc", "write_voc_files"),
+    },
+)

@@ -91,7 +91,7 @@ def accumulate(truth: GroundTruth, matches: Iterable[Matches]) -> CocoMetrics:
     at_recall = np.append(precision, 0.0)[np.where(needed < found, start + needed, -1)]  # [A, T, K, R]
     countable = (positives.T > 0)[:, None]  # [A, 1, K]
     recalled = [np.bincount(curve[rank[row] < limit], minlength=found.size) for limit in MAX_DETECTIONS]
-    recall = np.stack(recalled, -1).reshape(num_areas, num_thresholds, num_categories, -1)
+    recall = np.stack(recalled, -1).reshape(*by_curve[:3], len(MAX_DETECTIONS))
     recall = recall / np.maximum(positives.T, 1)[:, None, :, None]
     return _summarize(
         truth,
@@ -151,7 +151,8 @@ def _hits_before_recalls(positives: np.ndarray) -> np.ndarray:
     """[A, 1, K, R] true positives before the one that reaches each recall level; positives [K, A]."""
     counts, where = np.unique(positives, return_inverse=True)
     needed = [np.searchsorted(np.arange(1, count + 1) / max(count, 1), RECALLS, side="left") for count in counts]
-    return np.stack(needed)[where.reshape(positives.shape)].transpose(1, 0, 2)[:, None]
+    table = np.array(needed, np.int64).reshape(len(counts), len(RECALLS))
+    return table[where.reshape(positives.shape)].transpose(1, 0, 2)[:, None]
 
 
 def _mean(values: np.ndarray) -> float:

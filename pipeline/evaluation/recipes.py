@@ -1,13 +1,16 @@
-"""Published multi-scale recipes, as data (the RefineDet release's test code), and the one we derive for 1024.
+"""Multi-scale recipes as data: those the RefineDet release's test code holds, and the one we derive for 1024.
 
 Sides are pixels; the rectangle is for landscape images, swapped for portrait ones.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.spec import MergeRule, Pass
+from model import RefineDetConfig
+from pipeline.errors import UserError
+from pipeline.spec import MergeRule, Multiscale, Pass
 
 
 @dataclass(frozen=True)
@@ -43,3 +46,79 @@ RECIPES: dict[str, Recipe] = {
         _SOFT_VOTE,
     ),
 }
+
+MERGE_RULES: dict[str, MergeRule] = {
+    "NMS 0.45": MergeRule(method="nms"),
+    "soft-NMS, linear": MergeRule(method="soft_nms_linear"),
+    "soft-NMS, Gaussian": MergeRule(method="soft_nms_gaussian"),
+    "box voting": MergeRule(method="vote"),
+    "soft box voting": MergeRule(method="soft_vote"),
+    "soft box voting, +1": MergeRule(method="soft_vote", plus_one=True),
+    "weighted box fusion": MergeRule(method="wbf"),
+}
+
+
+def resolve_passes(multiscale: Multiscale, config: RefineDetConfig) -> tuple[Pass, ...]:
+    """The passes of the recipe or the job's own; UserError where a size does not fit the model's strides."""
+    recipe = _recipe(multiscale)
+    passes = recipe.passes if recipe else multiscale.passes
+    if not passes:
+        raise UserError(
+            "multiscale has neither `recipe` nor `passes`: give a recipe "
+            f"({', '.join(sorted(RECIPES))}) or passes such as [{{size: {config.input_size}}}]"
+        )
+    stride = config.coarsest_stride
+    for one in passes:
+        if any(side % stride for side in sides_of(one)):
+            raise UserError(
+                f"multiscale: a pass's size must be a multiple of the model's coarsest stride {stride}, received "
+                f"{one.size}; take {max(stride, round(max(sides_of(one)) / stride) * stride)} for the longer side"
+            )
+    return passes
+
+
+def resolve_merge(multiscale: Multiscale) -> MergeRule:
+    """The job's merge rule, or the recipe's: vote for VOC, soft voting for COCO and own passes."""
+    recipe = _recipe(multiscale)
+    return multiscale.merge or (recipe.merge if recipe else MergeRule(method="soft_vote"))
+
+
+def estimate_cost(passes: Sequence[Pass], *, input_size: int, num_images: int) -> dict[str, float]:
+    """What multi-scale testing costs: {"looks", "relative", "images"}.
+
+    looks     forward passes of one image
+    relative  pixels over those of one look at the input size, which is about how time compares
+    images    looks over all images
+    """
+    looks = sum(1 + one.flip for one in passes)
+    pixels = sum((1 + one.flip) * sides_of(one)[0] * sides_of(one)[1] for one in passes)
+    return {"looks": looks, "relative": pixels / input_size**2, "images": looks * num_images}
+
+
+def describe_cost(passes: Sequence[Pass], *, input_size: int, num_images: int) -> str:
+    """`estimate_cost` in one line, to print before it starts."""
+    cost = estimate_cost(passes, input_size=input_size, num_images=num_images)
+    return (
+        f"multi-scale: {len(passes)} passes, {cost['looks']:.0f} looks at each of {num_images} images "
+        f"({cost['images']:.0f} in all), about {cost['relative']:.1f} times the single-scale time"
+    )
+
+
+def rules_to_compare(multiscale: Multiscale) -> dict[str, MergeRule]:
+    """MERGE_RULES with the job's own score threshold and number of detections."""
+    own = resolve_merge(multiscale)
+    limits = {"score_threshold": own.score_threshold, "max_detections": own.max_detections}
+    return {name: rule.model_copy(update=limits) for name, rule in MERGE_RULES.items()}
+
+
+def sides_of(one: Pass) -> tuple[int, int]:
+    """Height and width for landscape images."""
+    return one.size if isinstance(one.size, tuple) else (one.size, one.size)
+
+
+def _recipe(multiscale: Multiscale) -> Recipe | None:
+    if multiscale.recipe is None:
+        return None
+    if multiscale.recipe not in RECIPES:
+        raise UserError(f"multiscale.recipe must be one of {', '.join(sorted(RECIPES))}, received {multiscale.recipe}")
+    return RECIPES[multiscale.recipe]

@@ -1,13 +1,10 @@
-"""Training: the loop, the DeepSpeed engine, checkpoints. It never asks Ray or MLflow; it takes a `World`.
-
-The names are imported when they are first asked for: planning a job needs the arithmetic of batches, and should not
-wait for torch.
-"""
+"""Training: the loop, the DeepSpeed engine, checkpoints. It never asks Ray or MLflow; it takes a `World`."""
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pipeline.lazy import import_when_asked
 
 if TYPE_CHECKING:
     from pipeline.training.batches import BatchPlan, plan_batches, possible_world_sizes
@@ -56,25 +53,21 @@ __all__ = [
     "train",
 ]
 
-_HOMES = {
-    "batches": ("BatchPlan", "plan_batches", "possible_world_sizes"),
-    "checkpoint": ("Checkpoint", "Rejected", "find_checkpoint"),
-    "engine": ("resolve_precision",),
-    "finite": ("NonFiniteError",),
-    "goodput": ("Goodput", "read_goodput"),
-    "loop": ("train",),
-    "preflight": ("Finding", "PreflightReport", "check_workers"),
-    "records": ("Event", "StepRecord", "StepTimes", "TrainResult"),
-    "schedule": ("Schedule", "make_schedule"),
-    "stop": ("StopSignals",),
-    "stragglers": ("Straggler", "find_stragglers"),
-    "watchdog": ("StallReport", "StallVerdict", "exit_process", "judge_stall"),
-    "world": ("World", "open_world"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    for home, names in _HOMES.items():
-        if name in names:
-            return getattr(import_module(f"{__name__}.{home}"), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+__getattr__ = import_when_asked(
+    __name__,
+    {
+        "batches": ("BatchPlan", "plan_batches", "possible_world_sizes"),
+        "checkpoint": ("Checkpoint", "Rejected", "find_checkpoint"),
+        "engine": ("resolve_precision",),
+        "finite": ("NonFiniteError",),
+        "goodput": ("Goodput", "read_goodput"),
+        "loop": ("train",),
+        "preflight": ("Finding", "PreflightReport", "check_workers"),
+        "records": ("Event", "StepRecord", "StepTimes", "TrainResult"),
+        "schedule": ("Schedule", "make_schedule"),
+        "stop": ("StopSignals",),
+        "stragglers": ("Straggler", "find_stragglers"),
+        "watchdog": ("StallReport", "StallVerdict", "exit_process", "judge_stall"),
+        "world": ("World", "open_world"),
+    },
+)

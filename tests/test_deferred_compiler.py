@@ -9,7 +9,7 @@ import pytest
 
 PROGRAM = """
 import sys
-from pipeline.training.deferred_compiler import defer_compiler
+from pipeline.deferred_compiler import defer_compiler
 defer_compiler()
 import torch, timm
 from model import RefineDet

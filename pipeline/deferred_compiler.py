@@ -1,4 +1,4 @@
-"""Training without torch's compiler, which this project's training never calls.
+"""Workers without torch's compiler, which no stage of a job calls.
 
 torchvision and the optimizers ask it small things as they are loaded: whether a device is supported, and not to trace
 a function. Answering them by itself takes it six seconds of a core, in every worker, at every start.
