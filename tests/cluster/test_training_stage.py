@@ -5,11 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
 from pipeline.cluster import training_stage
+from pipeline.cluster.monitor import Monitor
 from pipeline.cluster.placement import NODE_LABEL, Placement
 from pipeline.cluster.run import Run
 from pipeline.cluster.training_stage import _Attempt, _TrainingJob
@@ -24,7 +25,7 @@ SAVED = {"result": {"status": "stopped", "step": 12}}
 class FakeMonitor:
     name = "monitor"
 
-    def __init__(self, run_path: str) -> None:
+    def __init__(self) -> None:
         self.draining: set[str] = set()
         self.stop = False
         self.messages: list[tuple[int, str, Any]] = []
@@ -36,9 +37,6 @@ class FakeMonitor:
     def set_stop(self, stop: bool) -> None:
         self.stop = stop
 
-    def close(self) -> None:
-        pass
-
 
 class FakePlacement(Placement):
     room = 2
@@ -49,7 +47,6 @@ class FakePlacement(Placement):
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    monkeypatch.setattr(training_stage, "Monitor", FakeMonitor)
     monkeypatch.setattr(training_stage, "Placement", FakePlacement)
     return []
 
@@ -63,7 +60,13 @@ def make_job(events: list[dict[str, Any]], tmp_path: Path, **cluster: Any) -> _T
         "cluster": {"workers": 2, **cluster},
     }
     run = Run(JobSpec.model_validate(values))
-    return _TrainingJob(run, lambda rank, kind, content: events.append(content), threading.Event(), False)
+    return _TrainingJob(
+        run,
+        cast(Monitor, FakeMonitor()),
+        lambda rank, kind, content: events.append(content),
+        threading.Event(),
+        preflight_only=False,
+    )
 
 
 def play(job: _TrainingJob, *attempts: tuple[str | None, dict[str, Any]]) -> list[int]:
