@@ -1,9 +1,10 @@
 """Ray Train without the helpers that this project has no use for.
 
-For every run Ray Train starts actors that serve Ray Data's shards, ask an autoscaler for room, watch placement groups
-and watch preemptions. Each is a process that imports Ray Train: together half a minute of a core before the first step,
-and again after every failure. Here data comes from webdataset, places are found by `placement`, which autoscalers see,
-placement groups end with their job, and the driver watches for nodes that drain.
+For every run Ray Train starts actors that serve Ray Data's shards, ask an autoscaler for room, watch placement groups,
+watch preemptions and hold a barrier. Each is a process that imports Ray Train: together half a minute of a core before
+the first step, and again after every failure. Here data comes from webdataset, places are found by `placement`, which
+autoscalers see, placement groups end with their job, the driver watches for nodes that drain, and workers meet in
+torch's collectives.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ import ray.train
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.execution.callback import WorkerGroupCallback
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
+from ray.train.v2._internal.execution.worker_group import state, worker_group
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 
@@ -47,7 +50,8 @@ class LeanTrainer(DataParallelTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+        kept = [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
+        return [*kept, _WithoutBarrier()]
 
     def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Any:
         policy = _FixedSize(self.scaling_config)
@@ -65,6 +69,26 @@ class _FixedSize(FixedScalingPolicy):
 
     def _cancel_resource_request(self) -> None:
         pass
+
+
+class _WithoutBarrier(WorkerGroupCallback):
+    """Runs in the controller: its workers meet in torch's collectives, so Ray Train's barrier need not be a process."""
+
+    def before_worker_group_start(self, worker_group_context: Any) -> None:
+        worker_group.SynchronizationActor = _NoBarrier  # type: ignore[misc, assignment]
+        state._shutdown_sync_actor = lambda sync_actor: None  # it is the controller
+
+
+class _NoBarrier:
+    """Stands where an actor class does; the handle that workers get is the controller's, which has no barrier."""
+
+    @classmethod
+    def options(cls, **_: Any) -> type[_NoBarrier]:
+        return cls
+
+    @classmethod
+    def remote(cls, **_: Any) -> Any:
+        return ray.get_runtime_context().current_actor
 
 
 class _MeetingPlace(BackendConfig):
