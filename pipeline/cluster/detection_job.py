@@ -11,7 +11,15 @@ from typing import Any, Literal
 from pipeline import storage
 from pipeline.cluster.run import Run
 from pipeline.errors import UserError
-from pipeline.evaluation import DetectionTable, Metrics, Rule, rules_to_compare, write_submission, write_voc_files
+from pipeline.evaluation import (
+    DetectionTable,
+    Metrics,
+    Rule,
+    rules_to_compare,
+    usual_rule,
+    write_submission,
+    write_voc_files,
+)
 from pipeline.spec import JobSpec, MergeRule
 
 Mode = Literal["single", "multiscale"]
@@ -101,7 +109,7 @@ def make_detection_job(
         "spec": storage.digest_json(settings),
     }
     own_set = spec.data.val[0].set if spec.data.val and not shards else None
-    measure: Rule = spec.evaluation.rule or _usual_rule(found.format, own_set)
+    measure: Rule = spec.evaluation.rule or usual_rule(found.format, own_set)
     job = DetectionJob(
         mode=mode,
         name=spec.name,
@@ -118,12 +126,6 @@ def make_detection_job(
     )
     compared = {name: job.rule_fingerprint(name) for name in job.merge_rules}
     return job, {**detected, "measure": measure, "merge_rules": storage.digest_json(compared)}
-
-
-def _usual_rule(data_format: str, image_set: str | None) -> Rule:
-    if data_format != "voc":
-        return "coco"
-    return "voc2007" if image_set and image_set.startswith("VOC2007") else "voc2012"
 
 
 def _check_weights(path: str, spec: JobSpec) -> None:

@@ -178,7 +178,7 @@ class TrainingRecorder:
             self._tracker.log_metrics(
                 event["step"], {f"validation/{name}": value for name, value in values.items() if name != "epoch"}
             )
-            shown = "  ".join(f"{name} {values[name]:.3f}" for name in ("AP", "AP50") if name in values)
+            shown = "  ".join(f"{name} {values[name]:.3f}" for name in ("AP", "AP50", "mAP") if name in values)
             self._display.note(f"  {event['message']}: {shown} on the {self._validated_on} images")
         elif kind in _TOLD:
             self._display.note(f"  {escape(event['message'])}")

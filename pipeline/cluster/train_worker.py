@@ -31,7 +31,8 @@ if TYPE_CHECKING:
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """The function that Ray Train calls in every worker; returns the loop's result as JSON values.
 
-    config  spec, monitor (its name), faults, estimate_memory, preflight_only
+    config  spec, monitor (its name), faults, estimate_memory, preflight_only,
+            began_at (seconds since the epoch)
     """
     run = Run(parse_spec(config["spec"], source="the job's spec"))
     rank = ray.train.get_context().get_world_rank()
@@ -122,6 +123,7 @@ def _train(run: Run, monitor: MonitorClient, config: dict[str, Any]) -> dict[str
             validate=_validation(run, world) if spec.training.validate_every_epochs else None,
             stop_requested=lambda: monitor.stop_requested,
             on_stall=on_stall,
+            began_at=config["began_at"],
             facts={"spec": spec.model_dump(mode="json"), "shards": shards.digest},
         )
         return dataclasses.asdict(result)
@@ -129,10 +131,12 @@ def _train(run: Run, monitor: MonitorClient, config: dict[str, Any]) -> dict[str
 
 def _validation(run: Run, world: World) -> Callable[[torch.nn.Module, int], dict[str, float]]:
     from pipeline.data import open_shards
-    from pipeline.evaluation import GroundTruth, validate
+    from pipeline.evaluation import GroundTruth, usual_rule, validate
 
     part = run.spec.training.validate_on
     shards = open_shards(storage.join(run.shards, part))
+    splits = run.spec.data.train if part == "train" else run.spec.data.val
+    rule = run.spec.evaluation.rule or usual_rule(shards.format, splits[0].set)
     truth = GroundTruth.of(run.ground_truth(part))
 
     def measure(detector: torch.nn.Module, epochs_done: int) -> dict[str, float]:
@@ -144,6 +148,7 @@ def _validation(run: Run, world: World) -> Callable[[torch.nn.Module, int], dict
             world_size=world.size,
             all_gather=world.all_gather_object,
             evaluation=run.spec.evaluation,
+            measure=rule,
         ).values
 
     return measure

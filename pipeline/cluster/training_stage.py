@@ -88,6 +88,7 @@ class _TrainingJob:
         self.placement = Placement(run.spec.cluster)
         self.fatal: list[tuple[bool, str]] = []
         self.attempts = self.failures = 0
+        self.began_at = time.time()
 
     def run_attempts(self) -> dict[str, Any]:
         while True:
@@ -230,6 +231,7 @@ class _TrainingJob:
                 # Counting takes seconds: once a job, and on a CPU, whose memory is not a worker's own, when asked for.
                 "estimate_memory": self.preflight_only or (bool(cluster.gpus_per_worker) and self.attempts == 0),
                 "preflight_only": self.preflight_only,
+                "began_at": self.began_at,
             },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,

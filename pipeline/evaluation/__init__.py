@@ -13,7 +13,14 @@ if TYPE_CHECKING:
     from pipeline.evaluation.detections import DetectionTable
     from pipeline.evaluation.files import evaluate_files
     from pipeline.evaluation.matching import Matches, match
-    from pipeline.evaluation.measures import Metrics, Rule, accumulate_by_rule, evaluate_by_rule, match_by_rule
+    from pipeline.evaluation.measures import (
+        Metrics,
+        Rule,
+        accumulate_by_rule,
+        evaluate_by_rule,
+        match_by_rule,
+        usual_rule,
+    )
     from pipeline.evaluation.multiscale import detect_by_rules, multiscale_piece
     from pipeline.evaluation.pieces import (
         Piece,
@@ -74,6 +81,7 @@ __all__ = [
     "resolve_passes",
     "rules_to_compare",
     "split_into_pieces",
+    "usual_rule",
     "validate",
     "write_detections",
     "write_piece",
@@ -90,7 +98,7 @@ __getattr__ = import_when_asked(
         "detections": ("DetectionTable",),
         "files": ("evaluate_files",),
         "matching": ("Matches", "match"),
-        "measures": ("Metrics", "Rule", "accumulate_by_rule", "evaluate_by_rule", "match_by_rule"),
+        "measures": ("Metrics", "Rule", "accumulate_by_rule", "evaluate_by_rule", "match_by_rule", "usual_rule"),
         "multiscale": ("detect_by_rules", "multiscale_piece"),
         "pieces": (
             "Piece",

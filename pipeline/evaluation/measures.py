@@ -23,6 +23,13 @@ def check_rule(rule: str) -> Rule:
     return rule  # type: ignore[return-value]
 
 
+def usual_rule(data_format: str, image_set: str | None) -> Rule:
+    """COCO's; for a `voc` set the year's own: 11 points in 2007, the area after. `image_set` as in VOC2007/test."""
+    if data_format != "voc":
+        return "coco"
+    return "voc2007" if image_set and image_set.startswith("VOC2007") else "voc2012"
+
+
 def match_by_rule(
     rule: Rule, truth: GroundTruth, detections: DetectionTable, image_ids: Sequence[int] | None = None
 ) -> Matches | VocMatches:

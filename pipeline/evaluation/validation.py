@@ -9,10 +9,11 @@ import torch
 
 from model import RefineDet
 from pipeline.data import EvaluationSamples, ShardSet
-from pipeline.evaluation.coco import CocoMetrics, accumulate
 from pipeline.evaluation.detect import detect_samples
-from pipeline.evaluation.matching import Matches, match
+from pipeline.evaluation.matching import Matches
+from pipeline.evaluation.measures import Metrics, Rule, accumulate_by_rule, match_by_rule
 from pipeline.evaluation.truth import GroundTruth
+from pipeline.evaluation.voc import VocMatches
 from pipeline.spec import Evaluation
 
 
@@ -25,21 +26,22 @@ def validate(
     world_size: int,
     all_gather: Callable[[Any], list[Any]],
     evaluation: Evaluation,
+    measure: Rule = "coco",
     autocast: torch.dtype | None = None,
-) -> CocoMetrics:
-    """Metrics over all samples, each detected by exactly one rank; every rank returns the same.
+) -> Metrics:
+    """Metrics by the rule `measure` over all samples, each detected by exactly one rank; every rank returns the same.
 
     `all_gather` returns the objects of all ranks on every rank (torch.distributed.all_gather_object, or [x] alone).
     It is called once, also by a rank that failed: then every rank raises, naming the failed one.
     """
     failure: Exception | None = None
-    outcome: Matches | str
+    outcome: Matches | VocMatches | str
     try:
         own = range(shards.num_samples * rank // world_size, shards.num_samples * (rank + 1) // world_size)
         detections, images = detect_samples(
             model, EvaluationSamples(shards, own), shards.categories, evaluation, autocast
         )
-        outcome = match(truth, detections, images)
+        outcome = match_by_rule(measure, truth, detections, images)
     except Exception as error:  # told to the other ranks, which would wait for ever otherwise
         failure, outcome = error, f"{type(error).__name__}: {error}"
     parts = all_gather(outcome)
@@ -47,4 +49,4 @@ def validate(
     if failed:
         said = "; ".join(f"rank {place}: {reason}" for place, reason in failed.items())
         raise RuntimeError(f"validation failed on {len(failed)} of {world_size} ranks: {said}") from failure
-    return accumulate(truth, parts)
+    return accumulate_by_rule(measure, truth, parts)

@@ -28,7 +28,7 @@ class Goodput:
     lost_s: float
     """steps taken after the last commit before a crash, and taken again"""
     restart_s: float
-    """from the last sign of life of one attempt to the first step of the next, and the first start"""
+    """from the last sign of life of one attempt to the first step of the next; the first, from the job's beginning"""
     waiting_s: float
     """for data, and for checkpoints and validation"""
     attempts: int
@@ -46,7 +46,7 @@ class Goodput:
 class Ledger:
     """One attempt's page. Rank 0 keeps it; on other ranks it does nothing."""
 
-    def __init__(self, run_dir: str, step: int, active: bool) -> None:
+    def __init__(self, run_dir: str, step: int, active: bool, began_at: float | None = None) -> None:
         self.ended = "failed"
         """how the attempt ended, unless it is told otherwise"""
         self._active = active
@@ -55,7 +55,7 @@ class Ledger:
         folder = storage.join(run_dir, "goodput")
         self._path = storage.join(folder, f"attempt-{len(storage.list_folder(folder)):04d}.json")
         self._page = {
-            "started_at": time.time(),
+            "started_at": began_at or time.time(),
             "first_step_at": None,
             "updated_at": time.time(),
             "resumed_step": step,

@@ -53,6 +53,7 @@ def train(
     stop_requested: Callable[[], bool] = lambda: False,
     on_stall: Callable[[StallVerdict], None] = exit_process,
     facts: Mapping[str, Any] | None = None,
+    began_at: float | None = None,
 ) -> TrainResult:
     """Train `detector` from the newest good checkpoint under `run_dir`, or from its own weights, to the end.
 
@@ -68,6 +69,7 @@ def train(
     stop_requested  asked every step; True on any rank saves and ends training on all
     on_stall        called from a thread, on every rank that can, when a step takes longer than `stall_timeout_s`
     facts           JSON values that go into every manifest and into the weights: the spec, the shards' digest
+    began_at        when the job began to ask for workers, in seconds since the epoch; goodput counts from there
 
     Raises, on all ranks alike: NonFiniteError; what the stream raised on one of them; OSError where the last
     checkpoint could not be written.
@@ -107,7 +109,7 @@ def train(
 
         clock = StepClock(world.device)
         stragglers = StragglerWatch(spec.zero_stage)
-        ledger = Ledger(run_dir, step, world.is_main)
+        ledger = Ledger(run_dir, step, world.is_main, began_at)
         stack.callback(ledger.close)
         watchdog = Watchdog(run_dir, world, clock, spec.stall_timeout_s, on_stall)
         stack.callback(watchdog.close)

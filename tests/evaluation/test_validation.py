@@ -17,12 +17,14 @@ from pipeline.evaluation import (
     compare_rules,
     detect_by_rules,
     detect_piece,
+    evaluate_by_rule,
     evaluate_coco,
     format_comparison,
     match,
     merge_pieces,
     multiscale_piece,
     split_into_pieces,
+    usual_rule,
     validate,
 )
 from pipeline.spec import Data, Evaluation, Multiscale, Pass, Split
@@ -85,16 +87,26 @@ def run_ranks(size: int, run) -> list[Any]:
     return results
 
 
-def test_validation_is_the_same_on_any_number_of_ranks(model, shards, truth):
+@pytest.mark.parametrize("rule", ["coco", "voc2007", "voc2012"])
+def test_validation_is_the_same_on_any_number_of_ranks(model, shards, truth, rule):
     model.eval()  # threads share the model
-    whole = evaluate_coco(truth, detect_piece(model, shards, range(shards.num_samples), evaluation=EVALUATION))
+    whole = evaluate_by_rule(rule, truth, detect_piece(model, shards, range(shards.num_samples), evaluation=EVALUATION))
 
     def run(rank: int, all_gather):
         return validate(
-            model, shards, truth, rank=rank, world_size=3, all_gather=all_gather, evaluation=EVALUATION
+            model, shards, truth, rank=rank, world_size=3, all_gather=all_gather, evaluation=EVALUATION, measure=rule
         ).values
 
     assert run_ranks(3, run) == [whole.values] * 3
+
+
+def test_voc_sets_are_measured_by_their_years_rule():
+    assert [usual_rule("voc", name) for name in ("VOC2007/test", "VOC2012/val", None)] == [
+        "voc2007",
+        "voc2012",
+        "voc2012",
+    ]
+    assert usual_rule("coco", None) == usual_rule("shapes", "VOC2007/test") == "coco"
 
 
 def test_a_rank_that_fails_fails_all_and_is_named(model, shards, truth):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipeline.training import StallReport, StepTimes, find_stragglers, judge_stall, read_goodput
+from pipeline.training.goodput import Ledger
 
 
 def times(**parts: float) -> StepTimes:
@@ -72,6 +74,14 @@ def test_where_all_wait_nobody_is_blamed() -> None:
     verdict = judge_stall([report(rank) for rank in range(3)], HOSTS)
     assert verdict.ranks == ()
     assert "network" in str(verdict)
+
+
+def test_goodput_counts_from_the_jobs_beginning(tmp_path: Path) -> None:
+    ledger = Ledger(str(tmp_path), 0, active=True, began_at=time.time() - 30)
+    ledger.begin()
+    ledger.add(1, times(), saved=False)
+    ledger.close()
+    assert 30 <= read_goodput(str(tmp_path)).restart_s < 40
 
 
 def test_goodput_adds_up_what_was_useful_lost_and_waited_for(tmp_path: Path) -> None:
