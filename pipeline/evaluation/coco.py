@@ -7,7 +7,10 @@ K categories, A area ranges.
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +29,7 @@ from pipeline.evaluation.matching import (
 from pipeline.evaluation.truth import GroundTruth
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+_DETECTIONS_A_THREAD = 50_000
 
 
 @dataclass(frozen=True)
@@ -71,11 +75,48 @@ def accumulate(truth: GroundTruth, matches: Iterable[Matches]) -> CocoMetrics:
         np.concatenate([getattr(part, name) for part in matches])
         for name in ("category", "score", "image_id", "rank", "true", "false")
     )
-    order = _best_first(category, score, image_id, rank)
-    category, rank, true, false = category[order], rank[order], true[order], false[order]
 
+    def curves_of(categories: range) -> tuple[np.ndarray, np.ndarray]:
+        rows = np.flatnonzero((category >= categories.start) & (category < categories.stop))
+        order = rows[_best_first(category[rows], score[rows], image_id[rows], rank[rows])]
+        first = categories.start
+        return _curves(
+            positives[first : categories.stop], category[order] - first, rank[order], true[order], false[order]
+        )
+
+    # Categories do not meet before the means: they are shared out to threads, in which NumPy works side by side.
+    shares = _shares(np.bincount(category, minlength=len(truth.names)), os.cpu_count() or 1)
+    with ThreadPoolExecutor(len(shares), thread_name_prefix="accumulate") as pool:
+        precision, recall = zip(*pool.map(curves_of, shares), strict=True)
+    return _summarize(
+        truth,
+        np.ascontiguousarray(np.concatenate(precision, axis=2)),
+        np.ascontiguousarray(np.concatenate(recall, axis=1)),
+    )
+
+
+def _shares(detections: np.ndarray, most: int) -> list[range]:
+    """Neighbouring categories in at most `most` shares of about as many detections, enough to be worth a thread.
+
+    detections  [K]
+    """
+    total = int(detections.sum())
+    count = max(1, min(most, total // _DETECTIONS_A_THREAD))
+    borders = np.searchsorted(np.cumsum(detections), total * np.arange(1, count) / count) + 1
+    ends = sorted({*borders.tolist(), len(detections)})
+    return [range(first, last) for first, last in itertools.pairwise([0, *ends])]
+
+
+def _curves(
+    positives: np.ndarray, category: np.ndarray, rank: np.ndarray, true: np.ndarray, false: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Precision [T, R, K, A] at the recall levels, and recall [T, K, A, M]; -1 where there is nothing to find.
+
+    positives  [K, A]
+    others     [D] sorted by category, best first, as in Matches
+    """
     column, row, before = _true_positives(category, true, false)
-    num_areas, num_thresholds, num_categories = len(AREA_RANGES), len(IOU_THRESHOLDS), len(truth.names)
+    num_areas, num_thresholds, num_categories = len(AREA_RANGES), len(IOU_THRESHOLDS), len(positives)
     curve = column * num_categories + category[row]
     found = np.bincount(curve, minlength=num_areas * num_thresholds * num_categories)
     start = np.cumsum(found) - found
@@ -93,10 +134,9 @@ def accumulate(truth: GroundTruth, matches: Iterable[Matches]) -> CocoMetrics:
     recalled = [np.bincount(curve[rank[row] < limit], minlength=found.size) for limit in MAX_DETECTIONS]
     recall = np.stack(recalled, -1).reshape(*by_curve[:3], len(MAX_DETECTIONS))
     recall = recall / np.maximum(positives.T, 1)[:, None, :, None]
-    return _summarize(
-        truth,
-        np.ascontiguousarray(np.where(countable[..., None], at_recall, -1.0).transpose(1, 3, 2, 0)),
-        np.ascontiguousarray(np.where(countable[..., None], recall, -1.0).transpose(1, 2, 0, 3)),
+    return (
+        np.where(countable[..., None], at_recall, -1.0).transpose(1, 3, 2, 0),
+        np.where(countable[..., None], recall, -1.0).transpose(1, 2, 0, 3),
     )
 
 

@@ -4,8 +4,8 @@
 
 Every evaluator starts from the same Python objects (an instances dict and a list of rows) and ends with the twelve
 numbers; pycocotools runs once, as it takes a minute. Times are CPU time of all threads, so that a busy machine counts
-less. Workers are processes that hold their images' detections: for them it is the longest matching of a worker, and
-reading the matches and accumulating in one process, which is how long the whole takes where each has a core.
+less. Workers are processes that hold their images' detections: for them it is the CPU time of the longest matching, and
+the wall clock of reading the matches and accumulating in the driver, as long as the whole takes where each has a core.
 """
 
 from __future__ import annotations
@@ -67,11 +67,11 @@ def evaluate_by_workers(
         processes.append(context.Process(target=work, args=(truth, own, images, results)))
         processes[-1].start()
     answers = [results.get() for _ in processes]
-    start = time.process_time()
-    metrics = accumulate(truth, [pickle.loads(content) for _, content in answers])
-    seconds = time.process_time() - start
     for process in processes:
         process.join()
+    start = time.perf_counter()
+    metrics = accumulate(truth, [pickle.loads(content) for _, content in answers])
+    seconds = time.perf_counter() - start
     return max(answer[0] for answer in answers), seconds, sum(len(answer[1]) for answer in answers), metrics.values
 
 
@@ -120,13 +120,17 @@ def main() -> None:
         sys.stdout.write(f"{name:20}{median:10.2f}{spread:10.2f}{median / base:15.3f}  {same}\n")
         report["evaluators"][name] = {"seconds": seconds, "ratio": median / base, "largest_difference": worst}
     known, table = GroundTruth.of(truth), DetectionTable.of(rows)
-    sys.stdout.write(f"{'':20}{'matching s':>10}{'rest s':>10}{'MB sent':>10}\n")
+    sys.stdout.write(f"{'':20}{'matching s':>10}{'rest s':>10}{'whole s':>10}{'times':>10}{'MB sent':>10}\n")
+    alone = 0.0
     for workers in (1, 2, 3, 5):
         runs_of_workers = [evaluate_by_workers(known, table, workers) for _ in range(args.repeats)]
         matching, rest, sent = (statistics.median(one[column] for one in runs_of_workers) for column in range(3))
         equal = all(one[3] == values["pycocotools"] for one in runs_of_workers)
+        whole = matching + rest
+        alone = alone or whole
         sys.stdout.write(
-            f"{workers:2} worker{'s' if workers > 1 else ' ':11}{matching:10.2f}{rest:10.2f}{sent / 1e6:10.1f}"
+            f"{workers:2} worker{'s' if workers > 1 else ' ':11}{matching:10.3f}{rest:10.3f}{whole:10.3f}"
+            f"{alone / whole:10.1f}{sent / 1e6:10.1f}"
         )
         sys.stdout.write(f"{'':5}  {'equal to the last digit' if equal else 'DIFFERENT'}\n")
         report["workers"][workers] = {"matching_s": matching, "rest_s": rest, "bytes": sent, "equal": equal}

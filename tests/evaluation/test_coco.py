@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.errors import UserError
-from pipeline.evaluation import DetectionTable, GroundTruth, accumulate, evaluate_coco, match
+from pipeline.evaluation import DetectionTable, GroundTruth, accumulate, coco, evaluate_coco, match
 from pipeline.evaluation.judge import judge_by_faster_coco_eval, judge_by_pycocotools
 
 from .random_truth import random_truth
@@ -61,6 +62,26 @@ def test_random_truth_equals_pycocotools(seed):
     assert evaluate_in_parts(truth, rows, 3) == expected
     # faster-coco-eval sums in another order, so that its last digit may differ
     assert judge_by_faster_coco_eval(truth, rows) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("threads", [2, 3, 16])
+def test_categories_shared_out_to_threads_equal_pycocotools(threads, monkeypatch):
+    truth, rows = random_truth(seed=threads, images=12, categories=7)
+    monkeypatch.setattr(coco, "_DETECTIONS_A_THREAD", 1)
+    monkeypatch.setattr(os, "cpu_count", lambda: threads)
+    assert evaluate_coco(truth, rows).values == judge_by_pycocotools(truth, rows)
+
+
+def test_shares_hold_every_category_once_and_about_as_many_detections(monkeypatch):
+    monkeypatch.setattr(coco, "_DETECTIONS_A_THREAD", 10)
+    counts = np.random.default_rng(0).integers(0, 20, 80)
+    for most in (1, 2, 5, 100):
+        shares = coco._shares(counts, most)
+        assert [category for share in shares for category in share] == list(range(80))
+        assert len(shares) <= most
+        assert max(counts[list(share)].sum() for share in shares) <= counts.sum() / len(shares) + 20
+    assert coco._shares(np.zeros(0, int), 4) == [range(0)]
+    assert coco._shares(np.zeros(3, int), 4) == [range(3)]
 
 
 def test_more_detections_of_a_class_than_count():
