@@ -96,7 +96,8 @@ class Data(Section):
 class Training(Section):
     global_batch: PositiveInt = 32
     micro_batch: PositiveInt | None = None
-    """images a worker holds at once; default: all of its share of the global batch"""
+    """images a worker holds at once; default: all of its share of the global batch. `norm: batch` takes its statistics
+    from them: set it where the number of workers may change and the training is to stay the same"""
     epochs: PositiveInt = 110
     learning_rate: PositiveFloat = 4e-3
     """at `reference_batch`; scaled linearly when global_batch differs"""

@@ -186,7 +186,7 @@ def resize(bench: Bench) -> None:
     steps = bench.steps(name)
     bench.check("steps taken", f"1 to {STEPS}, each once", f"{len(steps)} steps", steps == list(range(1, STEPS + 1)))
     far = _distance(bench, name)
-    bench.check("final weights", "near those of an undisturbed run", f"{far:.1e} apart, relative", far < 0.05)
+    bench.check("final weights", "near those of an undisturbed run", f"{far:.1e} apart, relative", far < 1e-3)
 
 
 DRILLS: dict[str, Callable[[Bench], None]] = {

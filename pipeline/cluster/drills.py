@@ -37,6 +37,7 @@ SPEC: dict[str, Any] = {
     },
     "training": {
         "global_batch": 4,
+        "micro_batch": 2,  # batch norm's statistics are then the same with one worker
         "epochs": 4,
         "learning_rate": 0.002,
         "reference_batch": 4,
