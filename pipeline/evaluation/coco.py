@@ -71,21 +71,21 @@ def accumulate(truth: GroundTruth, matches: Iterable[Matches]) -> CocoMetrics:
     matches = list(matches)
     check_images_once(truth, (part.images for part in matches))
     positives = np.sum([part.positives for part in matches], axis=0)  # [K, A]
-    category, score, image_id, rank, true, false = (
-        np.concatenate([getattr(part, name) for part in matches])
-        for name in ("category", "score", "image_id", "rank", "true", "false")
-    )
+    borders = [np.searchsorted(part.category, np.arange(len(truth.names) + 1)) for part in matches]
 
     def curves_of(categories: range) -> tuple[np.ndarray, np.ndarray]:
-        rows = np.flatnonzero((category >= categories.start) & (category < categories.stop))
-        order = rows[_best_first(category[rows], score[rows], image_id[rows], rank[rows])]
-        first = categories.start
-        return _curves(
-            positives[first : categories.stop], category[order] - first, rank[order], true[order], false[order]
+        first, last = categories.start, categories.stop
+        category, score, image_id, rank, true, false = (
+            np.concatenate(
+                [getattr(part, name)[at[first] : at[last]] for part, at in zip(matches, borders, strict=True)]
+            )
+            for name in ("category", "score", "image_id", "rank", "true", "false")
         )
+        order = _best_first(category, score, image_id, rank)
+        return _curves(positives[first:last], category[order] - first, rank[order], true[order], false[order])
 
     # Categories do not meet before the means: they are shared out to threads, in which NumPy works side by side.
-    shares = _shares(np.bincount(category, minlength=len(truth.names)), os.cpu_count() or 1)
+    shares = _shares(np.diff(np.sum(borders, axis=0)), os.cpu_count() or 1)
     with ThreadPoolExecutor(len(shares), thread_name_prefix="accumulate") as pool:
         precision, recall = zip(*pool.map(curves_of, shares), strict=True)
     return _summarize(

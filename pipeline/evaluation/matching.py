@@ -33,7 +33,7 @@ class Matches:
 
     images      image ids that were matched
     positives   [K, A] int64 objects that count
-    category    [D] int16 index of the category
+    category    [D] int16 index of the category, ascending
     score       [D] float64
     image_id    [D] int64
     rank        [D] uint8 place among the detections of its cell, best first
@@ -62,7 +62,7 @@ def match(truth: GroundTruth, detections: DetectionTable, image_ids: Sequence[in
 
     def cell_of(image_id: np.ndarray, category_id: np.ndarray) -> np.ndarray:
         category = np.searchsorted(truth.category_ids, category_id)
-        return np.searchsorted(images, image_id) * num_categories + category
+        return category * len(images) + np.searchsorted(images, image_id)
 
     chosen = np.flatnonzero(np.isin(truth.image_id, images))
     cell = cell_of(truth.image_id[chosen], truth.category_id[chosen])
@@ -72,7 +72,7 @@ def match(truth: GroundTruth, detections: DetectionTable, image_ids: Sequence[in
     outside = (area[:, None] < AREA_RANGES[:, 0]) | (area[:, None] > AREA_RANGES[:, 1])
     ignored = crowd[:, None] | outside  # [G, A]
     positives = np.zeros((num_categories, len(AREA_RANGES)), np.int64)
-    np.add.at(positives, object_cell % max(num_categories, 1), ~ignored)
+    np.add.at(positives, object_cell // max(len(images), 1), ~ignored)
 
     cell = cell_of(detections.image_id, detections.category_id)
     order = np.lexsort((-detections.score, cell))  # stable: equal scores stay in the file's order
@@ -99,7 +99,7 @@ def match(truth: GroundTruth, detections: DetectionTable, image_ids: Sequence[in
     return Matches(
         images=images,
         positives=positives,
-        category=(cell % max(num_categories, 1)).astype(np.int16),
+        category=(cell // max(len(images), 1)).astype(np.int16),
         score=detections.score[order],
         image_id=detections.image_id[order],
         rank=rank.astype(np.uint8),
