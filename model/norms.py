@@ -5,6 +5,7 @@ B images, F channels, H W cells, R ranks
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,7 +42,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             one_value = self.training and input.shape[0] * input.shape[2] * input.shape[3] == 1
-            return normalize_by_running(self, input) if one_value else super().forward(input)
+            return normalize_by_running(self, input) if one_value else _BatchNorm.forward(self, input)
         if input.device.type != "cpu":
             return super().forward(input)
         x = input.float()
@@ -89,9 +90,16 @@ def synchronize_norms(module: nn.Module) -> None:
         if converted is None:
             synchronize_norms(child)
             continue
-        if type(converted) is nn.SyncBatchNorm:
-            converted.__class__ = SyncBatchNorm  # same fields; works on a CPU too
+        # Same fields; works on a CPU too.
+        plain = type(converted) is nn.SyncBatchNorm
+        converted.__class__ = SyncBatchNorm if plain else _with_activation(type(converted))
         setattr(module, name, converted)
+
+
+@functools.cache
+def _with_activation(converted: type[nn.SyncBatchNorm]) -> type[SyncBatchNorm]:
+    """timm's norm with an activation, around the norm of this module."""
+    return type(converted.__name__, (converted, SyncBatchNorm), {})
 
 
 def freeze_norms(module: nn.Module) -> None:
