@@ -137,7 +137,7 @@ def _work_through(
     waiting = deque(pieces)
     idle: list[tuple[int, Any]] = []  # by number, and the worker
     held: dict[Any, tuple[int, Any, Piece | None]] = {}  # by what the worker is to answer; no piece: that it started
-    failures, started, began = 0, False, time.monotonic()
+    failures, seen = 0, time.monotonic()  # when a worker was last there, idle or at work
 
     def start_worker(number: int) -> None:
         worker = pool.take() or _DetectionWorker.options(  # type: ignore[attr-defined]
@@ -160,7 +160,9 @@ def _work_through(
             if stop.is_set():
                 left = len(waiting) + sum(piece is not None for _, _, piece in held.values())
                 raise StoppedError(f"{left} of {len(pieces)} pieces are left; the same command goes on")
-            if not started and time.monotonic() - began > cluster.resource_timeout_s:
+            if idle or any(piece for _, _, piece in held.values()):
+                seen = time.monotonic()
+            elif time.monotonic() - seen > cluster.resource_timeout_s:
                 raise JobError(
                     f"no evaluation worker was placed within cluster.resource_timeout_s {cluster.resource_timeout_s:g} "
                     f"s: each needs {cluster.cpus_per_worker:g} CPU and {cluster.gpus_per_worker:g} GPU"
@@ -184,7 +186,6 @@ def _work_through(
                 except RayTaskError as error:
                     cause = error.cause if isinstance(error.cause, UserError) else None
                     raise UserError(str(cause)) if cause else JobError(f"{what}: {error.cause}") from error
-                started = True
                 idle.append((number, worker))
                 if piece:
                     yield piece, answer
@@ -247,11 +248,15 @@ class _DetectionWorker:
         from pipeline.evaluation import detect_by_rules, detect_piece
 
         spec, shards, model = self._run.spec, open_shards(self._job.shards), self._loaded_model()
+        limit = spec.data.max_bad_samples
         if self._job.mode == "single":
-            return {_OWN: detect_piece(model, shards, piece.positions, evaluation=spec.evaluation)}
+            found = detect_piece(model, shards, piece.positions, evaluation=spec.evaluation, max_bad_samples=limit)
+            return {_OWN: found}
         assert spec.multiscale is not None
         rules = {_OWN: resolve_merge(spec.multiscale), **self._job.merge_rules}
-        return detect_by_rules(model, shards, piece.positions, multiscale=spec.multiscale, rules=rules)
+        return detect_by_rules(
+            model, shards, piece.positions, multiscale=spec.multiscale, rules=rules, max_bad_samples=limit
+        )
 
     def _loaded_model(self) -> Any:
         if self._model is None or self._weights != self._job.weights:

@@ -32,7 +32,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
     """The function that Ray Train calls in every worker; returns the loop's result as JSON values.
 
     config  spec, monitor (its name), faults, estimate_memory, preflight_only,
-            began_at (seconds since the epoch)
+            began_at (seconds since the epoch), attempt (the first is 0)
     """
     run = Run(parse_spec(config["spec"], source="the job's spec"))
     rank = ray.train.get_context().get_world_rank()
@@ -54,7 +54,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         return _train(run, monitor, config)
     except (UserError, NonFiniteError) as error:  # trying again would not mend it
         monitor.push("fatal", (isinstance(error, UserError), str(error)), wait=True)
-        return {"status": "failed"}
+        raise  # so that Ray Train ends the other ranks, which may be waiting for this one
 
 
 def _train(run: Run, monitor: MonitorClient, config: dict[str, Any]) -> dict[str, Any]:
@@ -70,18 +70,18 @@ def _train(run: Run, monitor: MonitorClient, config: dict[str, Any]) -> dict[str
     shards = _open_shards(run)
     faults = [Fault(**fault) for fault in config["faults"]]
 
-    with open_world() as world:
+    # Without a GPU of its own a worker would take those that Ray has lent to others.
+    with open_world(None if spec.cluster.gpus_per_worker else "cpu") as world:
         tell = monitor.push if world.is_main else lambda kind, content: None
         preflight = _check(run, world, shards, config["estimate_memory"])
         tell("event", dataclasses.asdict(Event("preflight", 0, str(preflight), dataclasses.asdict(preflight))))
         if config["preflight_only"]:
             return {"status": "checked", "report": dataclasses.asdict(preflight)}
-        preflight.raise_faults()
+        _raise_faults(preflight, again=config["attempt"] > 0)
         assert shards is not None
         torch.manual_seed(spec.seed)
         detector = RefineDet(spec.model)
-        first_attempt = find_checkpoint(run.path)[0] is None
-        if spec.training.init_weights and first_attempt:
+        if spec.training.init_weights and world.broadcast_object(world.is_main and not find_checkpoint(run.path)[0]):
             load_initial_weights(detector, spec.training.init_weights)
 
         def make_stream(start: Cursor, plan: BatchPlan) -> TrainingStream:
@@ -129,6 +129,16 @@ def _train(run: Run, monitor: MonitorClient, config: dict[str, Any]) -> dict[str
         return dataclasses.asdict(result)
 
 
+def _raise_faults(preflight: PreflightReport, *, again: bool) -> None:
+    """A mistake of the user at the first attempt; later, what was in order before may be so again."""
+    try:
+        preflight.raise_faults()
+    except UserError as error:
+        if again:
+            raise RuntimeError(str(error)) from error
+        raise
+
+
 def _validation(run: Run, world: World) -> Callable[[torch.nn.Module, int], dict[str, float]]:
     from pipeline.data import open_shards
     from pipeline.evaluation import GroundTruth, usual_rule, validate
@@ -149,6 +159,7 @@ def _validation(run: Run, world: World) -> Callable[[torch.nn.Module, int], dict
             all_gather=world.all_gather_object,
             evaluation=run.spec.evaluation,
             measure=rule,
+            max_bad_samples=run.spec.data.max_bad_samples,
         ).values
 
     return measure

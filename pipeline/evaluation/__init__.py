@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         match_by_rule,
         usual_rule,
     )
-    from pipeline.evaluation.multiscale import detect_by_rules, multiscale_piece
+    from pipeline.evaluation.multiscale import detect_by_rules
     from pipeline.evaluation.pieces import (
         Piece,
         merge_pieces,
@@ -75,7 +75,6 @@ __all__ = [
     "match_voc",
     "merge_pieces",
     "missing_pieces",
-    "multiscale_piece",
     "read_piece",
     "resolve_merge",
     "resolve_passes",
@@ -99,7 +98,7 @@ __getattr__ = import_when_asked(
         "files": ("evaluate_files",),
         "matching": ("Matches", "match"),
         "measures": ("Metrics", "Rule", "accumulate_by_rule", "evaluate_by_rule", "match_by_rule", "usual_rule"),
-        "multiscale": ("detect_by_rules", "multiscale_piece"),
+        "multiscale": ("detect_by_rules",),
         "pieces": (
             "Piece",
             "merge_pieces",

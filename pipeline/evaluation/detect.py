@@ -48,13 +48,16 @@ def detect_piece(
     *,
     evaluation: Evaluation,
     autocast: torch.dtype | None = None,
+    max_bad_samples: int = 10,
 ) -> DetectionTable:
     """Detections of the samples at `positions`, at the model's input size.
 
     Boxes are scaled back to the original image and clipped to it. `evaluation.merge` replaces the model's own
-    suppression. The model's device is used; it is put into evaluation mode, and back.
+    suppression. The model's device is used; it is put into evaluation mode, and back. More than `max_bad_samples`
+    images that cannot be decoded are a UserError.
     """
-    return detect_samples(model, EvaluationSamples(shards, positions), shards.categories, evaluation, autocast)[0]
+    samples = EvaluationSamples(shards, positions, max_bad_samples=max_bad_samples)
+    return detect_samples(model, samples, shards.categories, evaluation, autocast)[0]
 
 
 def detect_samples(

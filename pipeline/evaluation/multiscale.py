@@ -14,22 +14,10 @@ from pipeline.data import Category, EvaluationSamples, Sample, ShardSet
 from pipeline.evaluation.detect import Found, as_table, batched, evaluating, look
 from pipeline.evaluation.detections import DetectionTable
 from pipeline.evaluation.merging import merge_boxes
-from pipeline.evaluation.recipes import MERGE_RULES, resolve_merge, resolve_passes, sides_of
+from pipeline.evaluation.recipes import MERGE_RULES, resolve_passes, sides_of
 from pipeline.spec import MergeRule, Multiscale, Pass
 
 _BATCHES_DECODED = 4  # images held at once, in batches: enough to fill batches of landscape and of portrait ones
-
-
-def multiscale_piece(
-    model: RefineDet,
-    shards: ShardSet,
-    positions: Sequence[int],
-    *,
-    multiscale: Multiscale,
-    autocast: torch.dtype | None = None,
-) -> DetectionTable:
-    """Detections of the samples at `positions`, merged over all passes. Otherwise as `detect_piece`."""
-    return multiscale_samples(model, EvaluationSamples(shards, positions), shards.categories, multiscale, autocast)
 
 
 def detect_by_rules(
@@ -40,32 +28,32 @@ def detect_by_rules(
     multiscale: Multiscale,
     rules: Mapping[str, MergeRule] = MERGE_RULES,
     autocast: torch.dtype | None = None,
+    max_bad_samples: int = 10,
 ) -> dict[str, DetectionTable]:
-    """Detections of the samples at `positions` by each rule; every image is looked at once for all of them."""
-    num_looks = sum(1 + one.flip for one in resolve_passes(multiscale, model.config))
-    tables: dict[str, list[DetectionTable]] = {name: [] for name in rules}
-    for batch, found in look_many_times(model, EvaluationSamples(shards, positions), multiscale, autocast):
-        for name, rule in rules.items():
-            merged = merge_boxes(rule, found.boxes, found.scores, found.labels, found.image, num_looks=num_looks)
-            tables[name].append(as_table(Found(*merged), batch, shards.categories))
-    return {name: DetectionTable.concatenate(parts) for name, parts in tables.items()}
+    """Detections of the samples at `positions` by each rule; every image is looked at once for all of them.
+
+    Otherwise as `detect_piece`.
+    """
+    samples = EvaluationSamples(shards, positions, max_bad_samples=max_bad_samples)
+    return detect_samples_by_rules(model, samples, shards.categories, multiscale, rules, autocast)
 
 
-def multiscale_samples(
+def detect_samples_by_rules(
     model: RefineDet,
     samples: Iterable[Sample],
     categories: Sequence[Category],
     multiscale: Multiscale,
+    rules: Mapping[str, MergeRule] = MERGE_RULES,
     autocast: torch.dtype | None = None,
-) -> DetectionTable:
-    """As `multiscale_piece`, of any samples."""
-    rule = resolve_merge(multiscale)
+) -> dict[str, DetectionTable]:
+    """As `detect_by_rules`, of any samples."""
     num_looks = sum(1 + one.flip for one in resolve_passes(multiscale, model.config))
-    tables = []
+    tables: dict[str, list[DetectionTable]] = {name: [] for name in rules}
     for batch, found in look_many_times(model, samples, multiscale, autocast):
-        merged = merge_boxes(rule, found.boxes, found.scores, found.labels, found.image, num_looks=num_looks)
-        tables.append(as_table(Found(*merged), batch, categories))
-    return DetectionTable.concatenate(tables)
+        for name, rule in rules.items():
+            merged = merge_boxes(rule, found.boxes, found.scores, found.labels, found.image, num_looks=num_looks)
+            tables[name].append(as_table(Found(*merged), batch, categories))
+    return {name: DetectionTable.concatenate(parts) for name, parts in tables.items()}
 
 
 def look_many_times(

@@ -3,18 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from model import RefineDet
 from pipeline.data import EvaluationSamples, ShardSet
+from pipeline.errors import UserError
 from pipeline.evaluation.detect import detect_samples
 from pipeline.evaluation.matching import Matches
 from pipeline.evaluation.measures import Metrics, Rule, accumulate_by_rule, match_by_rule
 from pipeline.evaluation.truth import GroundTruth
 from pipeline.evaluation.voc import VocMatches
 from pipeline.spec import Evaluation
+
+
+@dataclass(frozen=True)
+class _Failure:
+    """What a rank that failed hands to the others."""
+
+    reason: str
+    of_user: bool
+    """it was a UserError"""
 
 
 def validate(
@@ -28,25 +39,34 @@ def validate(
     evaluation: Evaluation,
     measure: Rule = "coco",
     autocast: torch.dtype | None = None,
+    max_bad_samples: int = 10,
 ) -> Metrics:
     """Metrics by the rule `measure` over all samples, each detected by exactly one rank; every rank returns the same.
 
     `all_gather` returns the objects of all ranks on every rank (torch.distributed.all_gather_object, or [x] alone).
-    It is called once, also by a rank that failed: then every rank raises, naming the failed one.
+    It is called once, also by a rank that failed: then every rank raises, naming the failed one. What raises is a
+    UserError where a rank failed with one, as for more than `max_bad_samples` images on it that cannot be decoded:
+    trying again would not mend it.
     """
     failure: Exception | None = None
-    outcome: Matches | VocMatches | str
+    outcome: Matches | VocMatches | _Failure
     try:
         own = range(shards.num_samples * rank // world_size, shards.num_samples * (rank + 1) // world_size)
         detections, images = detect_samples(
-            model, EvaluationSamples(shards, own), shards.categories, evaluation, autocast
+            model,
+            EvaluationSamples(shards, own, max_bad_samples=max_bad_samples),
+            shards.categories,
+            evaluation,
+            autocast,
         )
         outcome = match_by_rule(measure, truth, detections, images)
     except Exception as error:  # told to the other ranks, which would wait for ever otherwise
-        failure, outcome = error, f"{type(error).__name__}: {error}"
+        failure = error
+        outcome = _Failure(f"{type(error).__name__}: {error}", of_user=isinstance(error, UserError))
     parts = all_gather(outcome)
-    failed = {place: part for place, part in enumerate(parts) if isinstance(part, str)}
+    failed = {place: part for place, part in enumerate(parts) if isinstance(part, _Failure)}
     if failed:
-        said = "; ".join(f"rank {place}: {reason}" for place, reason in failed.items())
-        raise RuntimeError(f"validation failed on {len(failed)} of {world_size} ranks: {said}") from failure
+        said = "; ".join(f"rank {place}: {part.reason}" for place, part in failed.items())
+        kind = UserError if any(part.of_user for part in failed.values()) else RuntimeError
+        raise kind(f"validation failed on {len(failed)} of {world_size} ranks: {said}") from failure
     return accumulate_by_rule(measure, truth, parts)

@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from model import RefineDet, RefineDetConfig, load_weights  # noqa: E402
 from model.ops import library  # noqa: E402
 from pipeline.data import open_shards, prepare_shards  # noqa: E402
-from pipeline.evaluation import describe_cost, multiscale_piece  # noqa: E402
+from pipeline.evaluation import describe_cost, detect_by_rules, resolve_merge  # noqa: E402
 from pipeline.spec import Data, Multiscale, Pass, Split  # noqa: E402
 
 
@@ -60,6 +60,7 @@ def main() -> None:
     side = config.input_size
     passes = (Pass(size=side), Pass(size=side * 3 // 2), Pass(size=side * 2))
     multiscale = Multiscale(passes=passes)
+    rules = {"own": resolve_merge(multiscale)}
     sys.stdout.write(describe_cost(passes, input_size=side, num_images=args.images) + "\n")
 
     forward_s: list[float] = []
@@ -77,7 +78,8 @@ def main() -> None:
         for _ in range(args.repeats + 1):
             forward_s.clear()
             start = time.process_time()
-            boxes = len(multiscale_piece(model, shards, range(args.images), multiscale=multiscale))
+            tables = detect_by_rules(model, shards, range(args.images), multiscale=multiscale, rules=rules)
+            boxes = len(tables["own"])
             shares.append(((time.process_time() - start), sum(forward_s)))
     finally:
         RefineDet.forward = original  # type: ignore[method-assign]

@@ -15,7 +15,7 @@ from pipeline.data import Category, Sample
 from pipeline.errors import UserError
 from pipeline.evaluation import describe_cost, estimate_cost, resolve_merge, resolve_passes
 from pipeline.evaluation.detect import detect_samples
-from pipeline.evaluation.multiscale import multiscale_samples
+from pipeline.evaluation.multiscale import detect_samples_by_rules
 from pipeline.evaluation.recipes import RECIPES
 from pipeline.spec import Evaluation, MergeRule, Multiscale, Pass
 
@@ -94,8 +94,9 @@ def test_boxes_and_categories_are_the_data_sets_own(model, merge):
 @pytest.mark.parametrize("flip", [False, True])
 @pytest.mark.parametrize("size", [64, 256, (64, 192)])
 def test_a_pass_of_any_size_finds_the_same_boxes(model, size, flip):
-    multiscale = Multiscale(passes=(Pass(size=size, flip=flip),), merge=MergeRule(method="vote"), batch_size=4)
-    table = multiscale_samples(model, PICTURES, CATEGORIES, multiscale)
+    multiscale = Multiscale(passes=(Pass(size=size, flip=flip),), batch_size=4)
+    rules = {"vote": MergeRule(method="vote")}
+    table = detect_samples_by_rules(model, PICTURES, CATEGORIES, multiscale, rules)["vote"]
     check_boxes(table, tolerance=6)
     if isinstance(size, tuple):  # the tall picture is looked at upright
         assert {shape[2:] for shape in model.sizes} == {(64, 192), (192, 64)}
@@ -104,8 +105,9 @@ def test_a_pass_of_any_size_finds_the_same_boxes(model, size, flip):
 
 def test_size_filters_are_in_pixels_of_the_original(model):
     def kept(**limits: float) -> list[int]:
-        multiscale = Multiscale(passes=(Pass(size=256, **limits),), merge=MergeRule())
-        return multiscale_samples(model, PICTURES, CATEGORIES, multiscale).image_id.tolist()
+        multiscale = Multiscale(passes=(Pass(size=256, **limits),))
+        tables = detect_samples_by_rules(model, PICTURES, CATEGORIES, multiscale, {"nms": MergeRule()})
+        return tables["nms"].image_id.tolist()
 
     assert kept(min_side_below=60) == [5]
     assert kept(min_side_below=95) == [3, 5]

@@ -10,11 +10,13 @@ import torch
 
 from model import RefineDet, RefineDetConfig
 from pipeline.data import EvaluationSamples, ShardSet, prepare_shards, write_coco_annotations
+from pipeline.data.shapes import write_shapes
+from pipeline.errors import UserError
 from pipeline.evaluation import (
     MERGE_RULES,
     GroundTruth,
     accumulate,
-    compare_rules,
+    best_first,
     detect_by_rules,
     detect_piece,
     evaluate_by_rule,
@@ -22,7 +24,7 @@ from pipeline.evaluation import (
     format_comparison,
     match,
     merge_pieces,
-    multiscale_piece,
+    resolve_merge,
     split_into_pieces,
     usual_rule,
     validate,
@@ -119,6 +121,66 @@ def test_a_rank_that_fails_fails_all_and_is_named(model, shards, truth):
         assert "1 of 2 ranks: rank 1: AttributeError" in str(outcome)
 
 
+@pytest.fixture(scope="module")
+def damaged(tmp_path_factory) -> ShardSet:
+    """12 images of which 11 are cut short after they were listed: they have no end marker, and still decode."""
+    folder = tmp_path_factory.mktemp("damaged")
+    write_shapes(str(folder), 12, seed=1, image_size=64)
+    for path in sorted((folder / "train").iterdir())[1:]:
+        path.write_bytes(path.read_bytes()[:-2])
+    split = Split(images="train", annotations="annotations/instances_train.json")
+    data = Data(format="coco", root=str(folder), train=(split,), max_bad_samples=11)
+    return prepare_shards(data, "train", str(folder / "shards"))
+
+
+def test_the_jobs_own_limit_of_bad_samples_counts(model, damaged, tmp_path):
+    positions, multiscale = range(damaged.num_samples), Multiscale(passes=(Pass(size=64, flip=False),))
+    write_coco_annotations(damaged, str(tmp_path / "truth.json"))
+    truth = GroundTruth.of(str(tmp_path / "truth.json"))
+
+    def validate_alone(**limit: int):
+        return validate(
+            model,
+            damaged,
+            truth,
+            rank=0,
+            world_size=1,
+            all_gather=lambda part: [part],
+            evaluation=EVALUATION,
+            **limit,
+        )
+
+    for detect in (
+        lambda **limit: detect_piece(model, damaged, positions, evaluation=EVALUATION, **limit),
+        lambda **limit: detect_by_rules(model, damaged, positions, multiscale=multiscale, **limit),
+        validate_alone,
+    ):
+        detect(max_bad_samples=11)
+        with pytest.raises(UserError, match="more than 10 faults"):
+            detect(max_bad_samples=10)
+
+
+def test_a_users_mistake_on_one_rank_is_one_on_all(model, damaged, truth):
+    """A UserError is not tried again: the other ranks must not make another error of it."""
+
+    def run(rank: int, all_gather):
+        limit = 0 if rank == 1 else 11
+        return validate(
+            model,
+            damaged,
+            truth,
+            rank=rank,
+            world_size=2,
+            all_gather=all_gather,
+            evaluation=EVALUATION,
+            max_bad_samples=limit,
+        )
+
+    for outcome in run_ranks(2, run):
+        assert isinstance(outcome, UserError)
+        assert "rank 1: UserError: shards" in str(outcome)
+
+
 def test_pieces_matched_apart_equal_the_whole(model, shards, truth):
     pieces = split_into_pieces(shards.num_samples, 3)
     ids = [[sample.image_id for sample in EvaluationSamples(shards, piece.positions)] for piece in pieces]
@@ -131,7 +193,8 @@ def test_pieces_matched_apart_equal_the_whole(model, shards, truth):
 
 def test_multiscale_of_a_real_model(model, shards, truth):
     multiscale = Multiscale(passes=(Pass(size=64), Pass(size=(64, 128)), Pass(size=128, min_side_below=40)))
-    table = multiscale_piece(model, shards, range(shards.num_samples), multiscale=multiscale)
+    rules = {"own": resolve_merge(multiscale)}
+    table = detect_by_rules(model, shards, range(shards.num_samples), multiscale=multiscale, rules=rules)["own"]
     assert 0 <= evaluate_coco(truth, table).values["AP"] <= 1
     boxes = table.bbox.copy()
     boxes[:, 2:] += boxes[:, :2]
@@ -140,12 +203,14 @@ def test_multiscale_of_a_real_model(model, shards, truth):
 
 
 def test_every_merge_rule_from_one_look(model, shards, truth):
-    multiscale = Multiscale(passes=(Pass(size=64), Pass(size=128)), merge=MERGE_RULES["box voting"])
+    multiscale = Multiscale(passes=(Pass(size=64), Pass(size=128)))
     positions = range(shards.num_samples)
     tables = detect_by_rules(model, shards, positions, multiscale=multiscale)
     assert tables.keys() == MERGE_RULES.keys()
-    assert tables["box voting"].rows() == multiscale_piece(model, shards, positions, multiscale=multiscale).rows()
-    metrics = compare_rules(truth, tables)
+    rules = {"alone": MERGE_RULES["box voting"]}
+    alone = detect_by_rules(model, shards, positions, multiscale=multiscale, rules=rules)
+    assert tables["box voting"].rows() == alone["alone"].rows()
+    metrics = best_first({name: evaluate_by_rule("coco", truth, table) for name, table in tables.items()})
     ap = [one.values["AP"] for one in metrics.values()]
     assert ap == sorted(ap, reverse=True)
     lines = format_comparison(metrics).splitlines()
