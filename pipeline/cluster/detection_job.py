@@ -76,9 +76,10 @@ def make_detection_job(
 ) -> tuple[DetectionJob, dict[str, Any]]:
     """The job of a run's own weights and validation shards, or of others; and the inputs it depends on, as JSON.
 
-    Raises UserError where there are no weights, or where they or the shards are of another model.
+    Raises UserError where there are no weights, or where they or the shards are of another model, or the shards' labels
+    mean other categories than those of the training shards, where these are there.
     """
-    from pipeline.data import open_shards, write_coco_annotations
+    from pipeline.data import check_same_categories, open_shards, write_coco_annotations
 
     spec = run.spec
     found = open_shards(shards or storage.join(run.shards, "val"))
@@ -87,6 +88,9 @@ def make_detection_job(
             f"The shards {found.url} have {found.num_classes} categories, the model has {spec.model.num_classes}; "
             "give shards of the data set that it was trained on."
         )
+    trained_on = storage.join(run.shards, "train")
+    if storage.exists(storage.join(trained_on, "index.json")):
+        check_same_categories(open_shards(trained_on), found)
     if weights:
         _check_weights(weights, spec)
     elif not storage.exists(run.weights):

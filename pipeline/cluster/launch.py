@@ -96,8 +96,10 @@ def _begin_tracking(run: Run) -> RunTracker:
 
 def check_spec(spec: JobSpec) -> None:
     """What can be known to be wrong before a worker starts, and without the data."""
+    from pipeline.cluster.submission import refuse_secrets
     from pipeline.training import possible_world_sizes
 
+    refuse_secrets(spec)
     possible_world_sizes(spec.training, minimum_workers(spec.cluster), maximum_workers(spec.cluster))
     if not spec.data.train:
         raise UserError("data.train is empty: name at least one split to train on.")
@@ -155,13 +157,22 @@ class _Job:
         return self._tracker.result()
 
     def end_tracking(self, status: Literal["FAILED", "KILLED"], reason: str) -> None:
-        """Give the MLflow run its true end, where it has begun."""
-        if self._tracker.exception() is None:
-            self.tracker.finish(status, reason)
+        """Give the MLflow run its true end, where it has begun; must not hide why the job ended."""
+        try:
+            if self._tracker.exception() is None:
+                self.tracker.finish(status, reason)
+        except Exception:
+            logger.exception("the end of the MLflow run could not be set")
+
+    def _check_tracking(self) -> None:
+        """Raise what beginning the MLflow run raised, as soon as it is known; waits for nothing."""
+        if self._tracker.done():
+            self._tracker.result()
 
     def run_stage(self, stage: str) -> None:
         if self.stop.is_set():
             raise StoppedError(f"before the stage {stage}; the same command goes on there")
+        self._check_tracking()
         logger.info("stage %s begins", stage)
         self._stages[stage]()
 
@@ -201,6 +212,7 @@ class _Job:
             )
 
     def _progress(self, done: int, total: int, unit: str) -> None:
+        self._check_tracking()
         self.display.update(done, total, unit=unit)
 
     # --- train
@@ -208,7 +220,7 @@ class _Job:
     def _train(self) -> None:
         from pipeline.cluster.recorder import TrainingRecorder
         from pipeline.cluster.training_stage import run_training
-        from pipeline.data import open_shards
+        from pipeline.data import check_same_categories, open_shards
 
         shards = open_shards(storage.join(self.run.shards, "train"))
         if shards.num_classes != self.spec.model.num_classes:
@@ -216,6 +228,9 @@ class _Job:
                 f"model.num_classes is {self.spec.model.num_classes}, but the data set has {shards.num_classes} "
                 f"categories; set model.num_classes={shards.num_classes}."
             )
+        validated = storage.join(self.run.shards, "val")
+        if self.spec.data.val and storage.exists(storage.join(validated, "index.json")):
+            check_same_categories(shards, open_shards(validated))
         if self.spec.multiscale is not None:  # only then: evaluation is many seconds of imports
             from pipeline.cluster.evaluate import check_passes
 
@@ -280,13 +295,13 @@ class _Job:
         if storage.exists(self.run.weights):
             self._package_model()
         path = build_report(self.run.path, status="FINISHED")  # the last stage: what follows is saying so
-        self.tracker.log_artifact(path)
+        self.tracker.log_artifact(self._local_copy(path))
         self.display.done(path)
 
     def _package_model(self) -> None:
         from pipeline.tracking.packaging import package_model
 
-        folder = os.path.join(os.path.dirname(log_folder(self.run.path)), "model")
+        folder = self._model_folder
         part = "val" if self.spec.data.val else "train"
         categories = storage.read_json(self.run.ground_truth(part))["categories"]
         package_model(
@@ -297,6 +312,10 @@ class _Job:
             facts={"run": self.spec.name},
         )
         self.tracker.log_model(folder, name=self.spec.name, digest=storage.digest_file(self.run.weights).sha256)
+
+    @property
+    def _model_folder(self) -> str:
+        return os.path.join(self._local_folder, "model")
 
     def report_after_failure(self) -> None:
         """A failed job leaves its report too; whatever goes wrong with it must not hide why the job failed."""
@@ -309,10 +328,29 @@ class _Job:
 
     def finish(self) -> None:
         for name in ("spec.yaml", "metrics.json", "detections/single.json", "detections/multiscale.json"):
-            if storage.is_local(self.run.path) and storage.exists(self.run.file(name)):
-                self.tracker.log_artifact(self.run.file(name), os.path.dirname(name) or None)
-        self.tracker.finish("FINISHED")
+            if storage.exists(self.run.file(name)):
+                self.tracker.log_artifact(self._local_copy(self.run.file(name)), os.path.dirname(name) or None)
+        if not self.tracker.finish("FINISHED"):
+            self.display.warn(
+                f"MLflow ({self.tracker.location}) did not take everything; {log_folder(self.run.path)} says what, and "
+                "the run's folder has it all"
+            )
         self._print_summary()
+
+    def _local_copy(self, path: str) -> str:
+        """A file of the run where MLflow can read it: as long as this machine keeps the run's logs."""
+        if storage.is_local(path):
+            return path
+        copy = os.path.join(self._local_folder, path.removeprefix(self.run.path).lstrip("/"))
+        os.makedirs(os.path.dirname(copy), exist_ok=True)
+        with open(copy, "wb") as file:
+            file.write(storage.read_bytes(path))
+        return copy
+
+    @property
+    def _local_folder(self) -> str:
+        """On this machine: the run's own folder, or what stands for it where the run is behind a URI."""
+        return os.path.dirname(log_folder(self.run.path))
 
     def _print_summary(self) -> None:
         from pipeline.tracking import merge_rule_rows, summary_rows
@@ -328,7 +366,10 @@ class _Job:
         for what, where in (
             ("report", self.run.file("report.html")),
             ("weights", self.run.weights),
-            ("model", "in MLflow, and as a folder for mlflow.pyfunc.load_model: " + _shown(self.run.file("model"))),
+            (
+                "model",
+                "in MLflow, and as a folder for mlflow.pyfunc.load_model: " + _shown(self._model_folder),
+            ),
             ("MLflow", self.tracker.location),
             ("logs", log_folder(self.run.path)),
         ):

@@ -8,7 +8,7 @@ from pipeline.lazy import import_when_asked
 
 if TYPE_CHECKING:
     from pipeline.data.images import resize_image, stack_images
-    from pipeline.data.index import ShardSet, open_shards
+    from pipeline.data.index import ShardSet, check_same_categories, open_shards
     from pipeline.data.inspection import CheckReport, check_shards, show_samples
     from pipeline.data.reading import EvaluationSamples, write_coco_annotations
     from pipeline.data.samples import BadSample, Batch, Category, Cursor, Sample
@@ -25,6 +25,7 @@ __all__ = [
     "Sample",
     "ShardSet",
     "TrainingStream",
+    "check_same_categories",
     "check_shards",
     "open_shards",
     "prepare_shards",
@@ -38,7 +39,7 @@ __getattr__ = import_when_asked(
     __name__,
     {
         "images": ("resize_image", "stack_images"),
-        "index": ("ShardSet", "open_shards"),
+        "index": ("ShardSet", "check_same_categories", "open_shards"),
         "inspection": ("CheckReport", "check_shards", "show_samples"),
         "reading": ("EvaluationSamples", "write_coco_annotations"),
         "samples": ("BadSample", "Batch", "Category", "Cursor", "Sample"),

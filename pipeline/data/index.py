@@ -7,6 +7,7 @@ read only when one of them is wanted: an index of ten million samples opens as f
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -128,6 +129,18 @@ class ShardSet:
 
 def contents_name(shard_name: str) -> str:
     return shard_name.removesuffix(".tar") + ".json"
+
+
+def check_same_categories(first: ShardSet, second: ShardSet) -> None:
+    """UserError unless each label stands for the same name in both: a detector knows labels, not names or ids."""
+    for label, (one, other) in enumerate(itertools.zip_longest(first.categories, second.categories), start=1):
+        if one is None or other is None or one.name != other.name:
+            names = [repr(category.name) if category else "missing" for category in (one, other)]
+            raise UserError(
+                f"{first.url} and {second.url} differ in their categories: label {label} (the categories by ascending "
+                f"id) is {names[0]} in the first and {names[1]} in the second; give both data sets the same category "
+                "names in the order of their ids"
+            )
 
 
 def open_shards(url: str) -> ShardSet:

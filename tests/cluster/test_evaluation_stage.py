@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import threading
 import time
@@ -253,6 +254,16 @@ def test_mistakes_are_met_before_a_worker_starts(shapes_run: Run, tmp_path: Path
         evaluate_run(folder, "multiscale", overrides=["multiscale.recipe=coco300"], output=output)
     with pytest.raises(UserError, match=r"--weights: .*nowhere\.pth' cannot be read"):
         evaluate_run(folder, "single", weights=str(tmp_path / "nowhere.pth"), output=output)
+    other = Run(shapes_run.spec.model_copy(update={"name": "swapped"}))
+    for part in ("train", "val"):
+        shutil.copytree(f"{shapes_run.shards}/val", f"{other.shards}/{part}")
+    index = Path(other.shards, "train", "index.json")
+    content = json.loads(index.read_text())
+    first, second, *_ = content["categories"]
+    first["name"], second["name"] = second["name"], first["name"]
+    index.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"label 1 .* is 'square' in the first and 'disc' in the second"):
+        make_detection_job(other, "single", weights=shapes_run.weights)
     other = RefineDet(shapes_run.spec.model).state_dict()
     name = next(name for name in other if name.startswith("tcb"))
     torch.save({key: value for key, value in other.items() if key != name}, tmp_path / "part.pth")

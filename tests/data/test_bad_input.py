@@ -11,7 +11,14 @@ from typing import Any
 
 import pytest
 
-from pipeline.data import EvaluationSamples, check_shards, prepare_shards, write_coco_annotations
+from pipeline.data import (
+    EvaluationSamples,
+    ShardSet,
+    check_same_categories,
+    check_shards,
+    prepare_shards,
+    write_coco_annotations,
+)
 from pipeline.data.reading import expand_tar
 from pipeline.errors import UserError
 from pipeline.spec import Data
@@ -199,3 +206,24 @@ def test_two_splits_may_not_share_images_or_disagree_on_categories(coco_folder: 
     other = data.train[0].model_copy(update={"annotations": "other.json"})
     with pytest.raises(UserError, match="has other categories"):
         prepare_shards(data.model_copy(update={"train": (data.train[0], other)}), "train", str(tmp_path / "other"))
+
+
+def test_the_same_labels_must_mean_the_same_categories(coco_folder: Write, tmp_path: Path) -> None:
+    def named(folder: str, *names: str) -> ShardSet:
+        def edit(content: dict[str, Any]) -> None:
+            content["categories"] = [{"id": 7 + number, "name": name} for number, name in enumerate(names)]
+
+        return prepare_shards(coco_folder(2, edit), "train", str(tmp_path / folder))
+
+    train = named("train", "dog", "cat")
+    check_same_categories(train, named("same", "dog", "cat"))
+    with pytest.raises(UserError, match=r"label 1 .* is 'dog' in the first and 'cat' in the second"):
+        check_same_categories(train, named("swapped", "cat", "dog"))
+    with pytest.raises(UserError, match=r"label 2 .* is 'cat' in the first and missing in the second"):
+        check_same_categories(train, named("fewer", "dog"))
+    # Ids are the data set's own affair: labels go by their order.
+    other = coco_folder(2, lambda content: content["categories"][0].update(id=8, name="brush"))
+    check_same_categories(
+        prepare_shards(coco_folder(2), "train", str(tmp_path / "ids")),
+        prepare_shards(other, "train", str(tmp_path / "other ids")),
+    )
