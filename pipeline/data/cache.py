@@ -75,13 +75,21 @@ class ShardCache:
         """A range of a shard, from its copy or from the store."""
         try:
             handle = os.open(self.path(shard), os.O_RDONLY)
+            try:
+                os.utime(handle)  # the least recently used goes first
+                return os.pread(handle, size, offset)
+            finally:
+                os.close(handle)
         except FileNotFoundError:
-            return read_range(self.shards.shard_url(shard), offset, size)
-        try:
-            os.utime(handle)  # the least recently used goes first
-            return os.pread(handle, size, offset)
-        finally:
-            os.close(handle)
+            pass
+        except OSError as error:  # the node's disk, not the store
+            self.discard(shard, str(error))
+        return read_range(self.shards.shard_url(shard), offset, size)
+
+    def discard(self, shard: int, reason: str) -> None:
+        """Remove a copy that is no good; it is read from the store until it is copied again."""
+        logger.warning("the copy %s is removed: %s", self.path(shard), reason)
+        _discard(self.path(shard))
 
     def copy(self, shard: int) -> bool:
         """Copy a shard to the disk; False where another process is at it, or where there is no room for it."""
@@ -91,7 +99,9 @@ class ShardCache:
             if not _try_lock(lock):
                 return False
             if os.path.exists(path):
-                return True
+                if (found := os.path.getsize(path)) == size:
+                    return True
+                self.discard(shard, f"it has {found} of {size} bytes")
             if not self._reserve(lock, size):
                 return False
             partial = f"{path}.partial"

@@ -26,6 +26,10 @@ from pipeline.errors import UserError
 _IMAGE_EXTENSIONS = ("jpg", "png")
 
 
+class DamagedError(ValueError):
+    """A sample's bytes are there, and are not those that were written."""
+
+
 class SampleReader:
     """Reads and decodes samples of a set of shards, through `cache` where they are remote; safe for several threads."""
 
@@ -35,32 +39,49 @@ class SampleReader:
         self._folder = None if shards.remote else storage.filesystem(shards.url)[1]
 
     def read(self, position: int) -> Sample:
-        """The sample at a position of the data set; where it is broken, a grey one without objects, and its fault."""
+        """The sample at a position of the data set; where it is broken, a grey one without objects, and its fault.
+
+        A store or disk that cannot be read is an error: nothing is known then of the samples.
+        """
         entry = self.shards.entry(position)
         shard = self.shards.names[entry.shard]
         try:
-            members = expand_tar(self.read_bytes(entry), shard)
+            content = self.read_bytes(entry)
         except FileNotFoundError:
             raise UserError(f"{self.shards.shard_url(entry.shard)} is gone: write the shards again") from None
-        except (OSError, ValueError) as error:
+        except DamagedError as error:
             return _broken(entry, shard, str(error))
+        members = expand_tar(content, shard)
         if members.get("__key__") != entry.key:
             return _broken(entry, shard, f"the tar holds {members.get('__key__')!r} where this key should be")
         return decode_sample(members, self.shards, shard)
 
     def read_bytes(self, entry: SampleEntry) -> bytes:
-        """A sample's part of its shard, checked: a tar of its own."""
+        """A sample's part of its shard, checked: a tar of its own. DamagedError where it is not what was written.
+
+        A copy in the cache may be damaged where the shard is not: it is discarded then, and the store is asked.
+        """
         if self._folder is not None:
             content = _read_local(os.path.join(self._folder, self.shards.names[entry.shard]), entry.offset, entry.size)
         elif self.cache:
             content = self.cache.read(entry.shard, entry.offset, entry.size)
+            if reason := _damage(content, entry):
+                self.cache.discard(entry.shard, reason)
+                content = read_range(self.shards.shard_url(entry.shard), entry.offset, entry.size)
         else:
             content = read_range(self.shards.shard_url(entry.shard), entry.offset, entry.size)
-        if len(content) != entry.size:
-            raise ValueError(f"the shard ends early: {len(content)} of its {entry.size} bytes are there")
-        if zlib.crc32(content) != entry.crc32:
-            raise ValueError("its bytes are not those that were written (checksum)")
+        if reason := _damage(content, entry):
+            raise DamagedError(reason)
         return content
+
+
+def _damage(content: bytes, entry: SampleEntry) -> str | None:
+    """Why these are not the bytes of a sample, or None."""
+    if len(content) != entry.size:
+        return f"the shard ends early: {len(content)} of its {entry.size} bytes are there"
+    if zlib.crc32(content) != entry.crc32:
+        return "its bytes are not those that were written (checksum)"
+    return None
 
 
 def _read_local(path: str, offset: int, size: int) -> bytes:
@@ -175,7 +196,7 @@ def read_facts(shards: ShardSet, *, threads: int = 4) -> Iterator[dict[str, Any]
         entry = shards.entry(position)
         try:
             return json.loads(expand_tar(reader.read_bytes(entry), shards.names[entry.shard])["json"])
-        except (OSError, ValueError, KeyError) as error:
+        except (FileNotFoundError, DamagedError, KeyError) as error:
             raise UserError(
                 f"the objects of sample {entry.key} in {shards.shard_url(entry.shard)} cannot be read ({error}): "
                 "write the shards again"

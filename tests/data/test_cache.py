@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 
 from pipeline.data import Cursor, ShardSet, TrainingStream, cache, open_shards
 from pipeline.data.cache import ShardCache, node_cache, prefetch, retry
+from pipeline.data.reading import SampleReader
 from pipeline.errors import UserError
 from pipeline.spec import Augmentation
 
@@ -63,6 +66,65 @@ def test_copies_serve_when_the_store_is_gone(remote: ShardSet, tmp_path: Path) -
     for name in remote.names:
         memory.rm(f"/shapes/{name}")
     assert [held.read(shard, 100, 50) for shard in range(len(remote))] == expected
+
+
+def damage(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2] if how == "cut" else content[:700] + b"~~~~" + content[704:])
+
+
+@pytest.mark.parametrize("how", ["cut", "changed"])
+def test_a_damaged_copy_is_read_from_the_store_and_made_again(remote: ShardSet, tmp_path: Path, how: str) -> None:
+    held = ShardCache(remote, str(tmp_path), 2**30)
+    expected = [SampleReader(remote).read(position) for position in range(remote.num_samples)]
+    assert all(held.copy(shard) for shard in range(len(remote)))
+    for shard in range(len(remote)):
+        damage(Path(held.path(shard)), how)
+    reader = SampleReader(remote, held)
+    for position, sample in enumerate(expected):
+        read = reader.read(position)
+        assert read.fault is None
+        np.testing.assert_array_equal(read.image, sample.image)
+    assert not any(os.path.exists(held.path(shard)) for shard in range(len(remote)))
+    assert held.copy(3)
+    assert os.path.getsize(held.path(3)) == remote.num_bytes[3]
+
+
+def test_a_copy_of_another_size_is_made_again(remote: ShardSet, tmp_path: Path) -> None:
+    held = ShardCache(remote, str(tmp_path), 2**30)
+    assert held.copy(0)
+    damage(Path(held.path(0)), "cut")
+    assert held.copy(0)
+    assert Path(held.path(0)).read_bytes() == fsspec.filesystem("memory").cat(f"/shapes/{remote.names[0]}")
+
+
+def test_what_is_damaged_in_the_store_too_is_a_grey_sample(remote: ShardSet, tmp_path: Path) -> None:
+    memory = fsspec.filesystem("memory")
+    content = memory.cat(f"/shapes/{remote.names[0]}")
+    memory.pipe(f"/shapes/{remote.names[0]}", content[:700] + b"~~~~" + content[704:])
+    held = ShardCache(remote, str(tmp_path), 2**30)
+    assert held.copy(0)
+    fault = SampleReader(remote, held).read(0).fault
+    assert fault is not None
+    assert "checksum" in fault.reason
+
+
+def test_a_store_or_disk_that_fails_is_an_error_and_no_grey_sample(
+    remote: ShardSet, shapes_shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for shards in (remote, shapes_shards):
+        shards.contents(0)
+
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", fail)
+    monkeypatch.setattr(cache.retry, "__kwdefaults__", {**cache.retry.__kwdefaults__, "timeout_s": 0.0})
+    with pytest.raises(UserError, match=r"could not be read .* check the store"):
+        SampleReader(remote).read(0)
+    monkeypatch.setattr(os, "pread", fail)
+    with pytest.raises(OSError, match="Input/output error"):
+        SampleReader(shapes_shards).read(0)
 
 
 def test_the_least_recently_used_copy_makes_room(remote: ShardSet, tmp_path: Path) -> None:
