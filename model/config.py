@@ -5,6 +5,7 @@ Free of torch, so that a job spec can be read and checked without loading it.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -74,8 +75,19 @@ class RefineDetConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
-        if self.num_classes < 1:
-            raise ValueError(f"num_classes must be at least 1, received {self.num_classes}.")
+        for name in ("num_classes", "tcb_channels", "pre_nms_top_k", "max_detections"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, received {getattr(self, name)}.")
+        if self.kernel_size not in (3, 5, 7):
+            raise ValueError(f"kernel_size must be 3, 5 or 7, received {self.kernel_size}.")
+        if not 0.0 <= self.score_threshold < 1.0:
+            raise ValueError(f"score_threshold must lie in [0, 1), received {self.score_threshold}.")
+        if not 0.0 <= self.nms_iou <= 1.0:
+            raise ValueError(f"nms_iou must lie in [0, 1], received {self.nms_iou}.")
+        if not 0.0 < self.negatives_per_positive < math.inf:
+            raise ValueError(
+                f"negatives_per_positive must be a number above 0, received {self.negatives_per_positive}."
+            )
         if self.num_levels not in (None, 4, 5):
             raise ValueError(f"num_levels must be 4 or 5, received {self.num_levels}.")
         if self.input_size < self.coarsest_stride or self.input_size % self.coarsest_stride:

@@ -15,11 +15,15 @@ from model.config import RefineDetConfig
 PositiveInt = Annotated[int, Field(gt=0)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=())
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
 
 
 class Split(Section):
@@ -53,7 +57,7 @@ class Data(Section):
     format: Literal["shapes", "coco", "voc"] = "coco"
     root: str | None = None
     """folder of the data set; shapes draws its own and needs none"""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     """shapes: seed of the drawings"""
     image_size: PositiveInt = 160
     """shapes: longer side of the drawn images, pixels"""
@@ -102,15 +106,15 @@ class Training(Section):
     learning_rate: PositiveFloat = 4e-3
     """at `reference_batch`; scaled linearly when global_batch differs"""
     reference_batch: PositiveInt = 32
-    warmup_epochs: Annotated[float, Field(ge=0)] = 1.0
+    warmup_epochs: NonNegativeFloat = 1.0
     warmup_learning_rate: PositiveFloat = 3.125e-4
-    decay_epochs: tuple[float, ...] = (80, 100)
+    decay_epochs: tuple[NonNegativeFloat, ...] = (80, 100)
     """epochs after which the learning rate is divided by ten"""
-    momentum: Fraction = 0.9
-    weight_decay: Annotated[float, Field(ge=0)] = 5e-4
+    momentum: FractionBelowOne = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
     bias_lr_multiplier: PositiveFloat = 1.0
     """2 in the Caffe release"""
-    bias_decay_multiplier: Annotated[float, Field(ge=0)] = 1.0
+    bias_decay_multiplier: NonNegativeFloat = 1.0
     """0 in the Caffe release"""
     optimizer: Literal["sgd", "fused_sgd", "apex_sgd"] = "sgd"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -119,7 +123,7 @@ class Training(Section):
     gradient_clip: PositiveFloat | None = None
     """largest gradient norm; none by default, as in the paper"""
     channels_last: bool = True
-    ema_decay: Fraction | None = None
+    ema_decay: FractionBelowOne | None = None
     """keep an exponential moving average of the weights, and evaluate it"""
     init_weights: str | None = None
     """file or URI of weights to start from: a backbone (torchvision, timm) or an earlier run's"""
@@ -159,7 +163,7 @@ class MergeRule(Section):
     iou: Fraction | None = None
     """overlap from which boxes meet; default: soft_nms 0.30, wbf 0.55, else 0.45"""
     sigma: PositiveFloat = 0.5
-    score_threshold: Fraction = 0.01
+    score_threshold: FractionBelowOne = 0.01
     plus_one: bool = False
     """inclusive pixel corners: width = x2 - x1 + 1, as the authors' test code counts"""
     max_detections: PositiveInt = 200
@@ -232,7 +236,7 @@ class Cluster(Section):
     workers: PositiveInt | Workers = 1
     """training workers: a number, or {min, max}"""
     cpus_per_worker: PositiveFloat = 1
-    gpus_per_worker: Annotated[float, Field(ge=0)] = 0
+    gpus_per_worker: NonNegativeFloat = 0
     evaluation_workers: PositiveInt | None = None
     """default: as many as training workers"""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
@@ -255,7 +259,7 @@ class JobSpec(Section):
     """a run's name and home: runs/<name>"""
     runs: str = "runs"
     """folder or fsspec URI that holds the runs"""
-    seed: int = 0
+    seed: NonNegativeInt = 0
     data: Data
     model: RefineDetConfig = RefineDetConfig()
     training: Training = Training()
