@@ -99,7 +99,8 @@ def synchronize_norms(module: nn.Module) -> None:
 @functools.cache
 def _with_activation(converted: type[nn.SyncBatchNorm]) -> type[SyncBatchNorm]:
     """timm's norm with an activation, around the norm of this module."""
-    return type(converted.__name__, (converted, SyncBatchNorm), {})
+    bases: tuple[type, ...] = (converted, SyncBatchNorm)
+    return type(converted.__name__, bases, {})  # pyright: ignore[reportGeneralTypeIssues]
 
 
 def freeze_norms(module: nn.Module) -> None:

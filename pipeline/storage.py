@@ -41,6 +41,7 @@ def is_local(path: str) -> bool:
 
 def absolute(path: str) -> str:
     """URIs as they are, local paths absolute: workers run in folders of their own."""
+    path = path.removeprefix("file://")
     return os.path.abspath(os.path.expanduser(path)) if "://" not in path else path
 
 

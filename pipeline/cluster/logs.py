@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import posixpath
 import sys
 import tempfile
 import warnings
@@ -17,7 +18,10 @@ _FORMAT = "%(asctime)s %(levelname).1s {who} %(name)s: %(message)s"
 
 def log_folder(run_path: str) -> str:
     """A local folder for the logs of a run on this machine: inside the run where that is local."""
-    folder = run_path if storage.is_local(run_path) else os.path.join(tempfile.gettempdir(), "refinedet-logs")
+    folder = run_path
+    if not storage.is_local(run_path):
+        name = f"{posixpath.basename(run_path)}-{storage.digest_json(run_path)[:8]}"
+        folder = os.path.join(tempfile.gettempdir(), "refinedet-logs", name)
     folder = os.path.join(folder, "logs")
     os.makedirs(folder, exist_ok=True)
     return folder

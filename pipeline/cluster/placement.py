@@ -74,6 +74,10 @@ class Placement:
         finally:
             remove_placement_group(group)
 
+    def nodes(self) -> frozenset[str]:
+        """Ids of the nodes that live and are not left out."""
+        return frozenset(node["NodeID"] for node in ray.nodes() if node["Alive"]) - self.left_out
+
     def labels(self) -> dict[str, str]:
         """Labels that a worker's node has to have: those of the spec, and not to be left out."""
         left_out = {NODE_LABEL: f"!in({','.join(sorted(self.left_out))})"} if self.left_out else {}

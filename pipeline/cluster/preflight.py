@@ -86,7 +86,7 @@ def check_nodes(run: Run) -> None:
     node has nothing to compare. Raises UserError that names every node at fault.
     """
     import ray
-    from ray.exceptions import RayError
+    from ray.exceptions import RayError, RayTaskError
 
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     if len(nodes) < 2:
@@ -101,14 +101,17 @@ def check_nodes(run: Run) -> None:
         for rank, node in enumerate(nodes)
     ]
     ready, missing = ray.wait(probes, num_returns=len(probes), timeout=_PROBE_TIMEOUT_S)
-    answers = []
+    answers, faults = [], []
     for each in ready:
         try:
             answers.append(ray.get(each))
+        except RayTaskError as error:
+            faults.append(f"a node cannot look at {run.path} ({type(error.cause).__name__}: {error.cause})")
         except RayError as error:
             logger.warning("a node went away before it answered: %s", error)
     answers.sort(key=lambda answer: answer["rank"])
-    faults = [f"{len(missing)} of {len(nodes)} nodes did not answer in {_PROBE_TIMEOUT_S:g} s"] if missing else []
+    if missing:
+        faults.append(f"{len(missing)} of {len(nodes)} nodes did not answer in {_PROBE_TIMEOUT_S:g} s")
     for answer in answers:
         seen = answer["fault"] is None and storage.exists(_probe_file(run.path, token, answer["rank"]))
         if answer["fault"]:

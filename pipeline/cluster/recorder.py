@@ -8,6 +8,7 @@ import os
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
@@ -44,7 +45,10 @@ _WARNED = (
 
 
 class LinesLog:
-    """One JSON object a line, appended as training goes; where the run is behind a URI, uploaded now and then."""
+    """One JSON object a line, appended as training goes; where the run is behind a URI, uploaded now and then.
+
+    While storage is away or full, lines wait: training goes on, and every line is written later.
+    """
 
     def __init__(self, target: str) -> None:
         self._target = target
@@ -57,28 +61,40 @@ class LinesLog:
             if storage.exists(self._target):
                 with open(path, "wb") as file:
                     file.write(storage.read_bytes(self._target))
-        self._file = open(path, "a", encoding="utf-8")  # noqa: SIM115 - lives as long as the job
         self._path, self._uploaded = path, time.monotonic()
+        self._waiting = b""
+        self._failing = False
 
     def append(self, line: dict[str, Any]) -> None:
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        self._waiting += json.dumps(line).encode() + b"\n"
+        self._try(self._write)
         if not self._local and time.monotonic() - self._uploaded > _UPLOAD_INTERVAL_S:
-            self._upload()
+            self._try(self._upload)
 
     def close(self) -> None:
-        self._file.close()
+        self._try(self._write)
         if not self._local:
-            self._upload()
+            self._try(self._upload)
             os.unlink(self._path)
+
+    def _write(self) -> None:
+        with open(self._path, "ab", buffering=0) as file:  # opened each time: a handle may outlive what it stands for
+            while self._waiting:
+                self._waiting = self._waiting[file.write(self._waiting) :]
 
     def _upload(self) -> None:
         self._uploaded = time.monotonic()
+        with open(self._path, "rb") as file:
+            storage.write_bytes(self._target, file.read())
+
+    def _try(self, action: Callable[[], None]) -> None:
         try:
-            with open(self._path, "rb") as file:
-                storage.write_bytes(self._target, file.read())
-        except OSError as error:
-            logger.warning("%s could not be written, it will be tried again: %s", self._target, error)
+            action()
+            self._failing = False
+        except Exception as error:  # a library of remote storage raises what it likes
+            if not self._failing:
+                logger.warning("%s cannot be written now, its lines wait: %s", self._target, error)
+            self._failing = True
 
 
 class TrainingRecorder:
@@ -102,6 +118,8 @@ class TrainingRecorder:
         return self._begun.result()
 
     def __call__(self, rank: int, kind: str, content: dict[str, Any]) -> None:
+        if self._begun.done():
+            self._begun.result()
         if kind == "step":
             self._step(content)
         elif kind == "event":
@@ -110,7 +128,10 @@ class TrainingRecorder:
     def close(self) -> None:
         self._metrics.close()
         self._events.close()
-        self._write_ledger()
+        try:
+            self._write_ledger()
+        except Exception:  # must not hide how training ended
+            logger.exception("the ledger of the run's time could not be written")
 
     def _write_ledger(self) -> None:
         """Where the time went, for the report and MLflow; a run that never took a step has none."""

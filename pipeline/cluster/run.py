@@ -94,10 +94,10 @@ class Run:
         """Hold the run for this process; refuse where another holds it, or where it was started from another spec."""
         try:
             storage.make_folder(self.path)
-        except OSError as error:
+        except Exception as error:  # a library of remote storage raises what it likes, or is not there
+            reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
             raise UserError(
-                f"The run's folder {self.path} cannot be written ({error.strerror or error}); set runs=FOLDER to one "
-                "that can."
+                f"The run's folder {self.path} cannot be written ({reason}); set runs=FOLDER to one that can."
             ) from None
         with self._lock():
             self._check_same_spec()

@@ -58,8 +58,8 @@ def described_spec(metadata: dict[str, str]) -> JobSpec | None:
         return None
 
 
-def check_spec(spec: JobSpec) -> None:
-    """Refuse what could not work on a cluster: relative paths, and secrets, which everybody there could read."""
+def refuse_secrets(spec: JobSpec) -> None:
+    """UserError where the spec holds one: it is kept in the run, in checkpoints and in MLflow."""
     from pipeline.tracking import redact
 
     plain = spec.model_dump(mode="json")
@@ -67,9 +67,14 @@ def check_spec(spec: JobSpec) -> None:
     if hidden != plain:
         raise UserError(
             f"{_first_difference(plain, hidden)} holds what looks like a secret (a password or key), and a spec is "
-            "kept where many can read it; take it out, and set it in the cluster's environment "
+            "kept where many can read it; take it out, and set it in the job's environment "
             "(AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD and the like)."
         )
+
+
+def check_spec(spec: JobSpec) -> None:
+    """Refuse what could not work on a cluster: relative paths, and secrets, which everybody there could read."""
+    refuse_secrets(spec)
     paths = {"runs": spec.runs, "data.shards": spec.data.shards, "training.init_weights": spec.training.init_weights}
     if spec.data.format != "shapes":
         paths["data.root"] = spec.data.root

@@ -89,10 +89,15 @@ class _TrainingJob:
         self.fatal: list[tuple[bool, str]] = []
         self.attempts = self.failures = 0
         self.began_at = time.time()
+        self.grew_in_vain: frozenset[str] = frozenset()
+        """the nodes on which a job that had ended to grow found no more room than before"""
 
     def run_attempts(self) -> dict[str, Any]:
+        attempt: _Attempt | None = None
         while True:
             workers = self._place()
+            if attempt and attempt.asked == "resized" and workers <= attempt.workers:
+                self.grew_in_vain = self.placement.nodes()
             attempt = _Attempt(workers)
             outcome = self._run(attempt)
             self.attempts += 1
@@ -159,6 +164,8 @@ class _TrainingJob:
         if time.monotonic() - attempt.looked_at < self.spec.cluster.resize_interval_s:
             return False
         attempt.looked_at = time.monotonic()
+        if self.grew_in_vain and self.placement.nodes() == self.grew_in_vain:
+            return False  # STRICT_PACK and STRICT_SPREAD may not take what is free beside those that run
         return any(self.placement.fits(size - attempt.workers, 0.5) for size in larger)
 
     def _prepare_next(self, attempt: _Attempt, outcome: dict[str, Any]) -> None:
@@ -206,8 +213,7 @@ class _TrainingJob:
     def _leave_out(self, attempt: _Attempt, event: dict[str, Any]) -> None:
         """Keep the next attempt off the nodes that were named in a stall, where the others suffice."""
         named = {attempt.nodes[rank] for rank in event["facts"]["ranks"] if rank in attempt.nodes}
-        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
-        if self.spec.cluster.leave_out_stalled and named and alive - named - self.placement.left_out:
+        if self.spec.cluster.leave_out_stalled and named and self.placement.nodes() - named:
             self.placement.left_out |= named
             hosts = ", ".join(sorted(set(event["facts"]["hosts"])))
             self._say("left_out", event["step"], f"{hosts} is left out of the restart, if the other nodes suffice")
@@ -232,6 +238,7 @@ class _TrainingJob:
                 "estimate_memory": self.preflight_only or (bool(cluster.gpus_per_worker) and self.attempts == 0),
                 "preflight_only": self.preflight_only,
                 "began_at": self.began_at,
+                "attempt": self.attempts,
             },
             scaling_config=ray.train.ScalingConfig(
                 num_workers=workers,

@@ -69,9 +69,9 @@ class Outbox:
         self._hurry = False
         self._closing = False
         self._last_success = time.monotonic()
-        self._said_away = False
+        self._said_away = self._said_full = False
         self.num_lost = 0
-        """points dropped for good"""
+        """points and calls dropped for good"""
         self._thread = threading.Thread(target=self._run, name="tracking-outbox", daemon=True)
         self._thread.start()
 
@@ -104,7 +104,7 @@ class Outbox:
             return not (self._queue or self._busy)
 
     def close(self, timeout_s: float) -> bool:
-        """Flush, then end the thread. What could not be delivered is counted as lost, and said."""
+        """Flush, then end the thread; False where anything was ever lost. What could not be delivered is said."""
         delivered = self.flush(timeout_s)
         with self._changed:
             self._closing = True
@@ -121,7 +121,7 @@ class Outbox:
                 self._num_points = 0
             self._changed.notify_all()
         self._thread.join(timeout=1.0)
-        return delivered
+        return delivered and not self.num_lost
 
     def _drop_oldest_point(self) -> None:
         for index, item in enumerate(self._queue):
@@ -129,7 +129,8 @@ class Outbox:
                 del self._queue[index]
                 break
         self._num_points -= 1
-        if not self.num_lost:
+        if not self._said_full:
+            self._said_full = True
             logger.warning(
                 "The tracking server is away and %d metric values are waiting: from now on the oldest are dropped. "
                 "The run's folder keeps them all.",
@@ -187,6 +188,7 @@ class Outbox:
 
     def _drop(self, delivery: list[Point] | _Call, error: Exception | None) -> None:
         if isinstance(delivery, _Call):
+            self.num_lost += 1
             logger.warning("%s could not be delivered to the tracking server: %s", delivery.what, error)
             return
         self.num_lost += len(delivery)

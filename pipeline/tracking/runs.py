@@ -116,10 +116,6 @@ class RunTracker:
         """Copy a local file into the run's artifacts, under `folder`; read when its turn comes, so leave it there."""
         self._outbox.put_call(path, lambda: self.client.log_artifact(self.run_id, path, folder))
 
-    def log_artifacts(self, path: str, folder: str | None = None) -> None:
-        """Copy a local folder into the run's artifacts."""
-        self._outbox.put_call(path, lambda: self.client.log_artifacts(self.run_id, path, folder))
-
     def log_model(self, path: str, *, name: str, digest: str, step: int = 0) -> None:
         """Log a packaged model, a local folder, as a model of this run; the same weights are logged once.
 
@@ -142,7 +138,10 @@ class RunTracker:
         self._outbox.put_call(
             f"the status {status}", lambda: self.client.set_terminated(self.run_id, status=status, end_time=end_ms)
         )
-        self._write_identity(status, reason)
+        try:
+            self._write_identity(status, reason)
+        except Exception as error:  # storage may be why the run failed; MLflow is to know it all the same
+            logger.warning("%s could not be written: %s", TRACKING_FILE, error)
         delivered = self._outbox.close(timeout_s)
         self._guardian.dismiss()
         stores.settle_store(self.uri)

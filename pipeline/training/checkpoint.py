@@ -107,7 +107,7 @@ def prune(run_dir: str, keep_last: int, keep_best: int) -> None:
     if not scores:
         return
     ranked = sorted((step for step in scores if scores[step] is not None), key=lambda step: (scores[step], step))
-    keep = set(sorted(scores)[-keep_last:]) | set(ranked[len(ranked) - keep_best :])
+    keep = set(sorted(scores)[-keep_last:]) | set(ranked[max(0, len(ranked) - keep_best) :])
     for step, path in _folders(run_dir):
         if step not in keep and step < max(scores):
             storage.remove(storage.join(path, MANIFEST))  # first: half a checkpoint must not count as one

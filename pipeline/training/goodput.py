@@ -7,6 +7,7 @@ was lost.
 from __future__ import annotations
 
 import logging
+import re
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -53,7 +54,7 @@ class Ledger:
         if not active:
             return
         folder = storage.join(run_dir, "goodput")
-        self._path = storage.join(folder, f"attempt-{len(storage.list_folder(folder)):04d}.json")
+        self._path = storage.join(folder, f"attempt-{len(_pages(folder)):04d}.json")
         self._page = {
             "started_at": began_at or time.time(),
             "first_step_at": None,
@@ -108,7 +109,7 @@ class Ledger:
 def read_goodput(run_dir: str) -> Goodput:
     """Add up the attempts of a run."""
     folder = storage.join(run_dir, "goodput")
-    pages = [storage.read_json(storage.join(folder, name)) for name in storage.list_folder(folder)]
+    pages = [storage.read_json(storage.join(folder, name)) for name in _pages(folder)]
     useful = lost = restart = waiting = 0.0
     for number, page in enumerate(pages):
         before = pages[number - 1]["updated_at"] if number else page["started_at"]
@@ -123,8 +124,13 @@ def read_goodput(run_dir: str) -> Goodput:
     return Goodput(useful, lost, restart, waiting, len(pages))
 
 
+def _pages(folder: str) -> list[str]:
+    """Names of the whole pages; a process that was killed may have left part of one beside them."""
+    return sorted(name for name in storage.list_folder(folder) if re.fullmatch(r"attempt-\d+\.json", name))
+
+
 def _write_page(path: str, page: dict) -> None:
     try:
         storage.write_json(path, page)
-    except OSError as error:
+    except Exception as error:  # a library of remote storage raises what it likes
         logger.warning("the goodput ledger could not be written: %s", error)

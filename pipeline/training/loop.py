@@ -90,7 +90,7 @@ def train(
         average = AveragedWeights(detector, spec.ema_decay, world)
         writer = CheckpointWriter(run_dir, world, spec.keep_last, spec.keep_best)
         stack.callback(writer.close)
-        step, skipped, metrics = 0, 0, {}
+        step, skipped, metrics, validated = 0, 0, {}, -1
         if saved:
             known = saved.checkpoint.manifest
             step, skipped, metrics = known["step"], known["skipped_steps"], known["metrics"]
@@ -105,7 +105,7 @@ def train(
         stream = stack.enter_context(closing(make_stream(start_cursor(checkpoint), plan)))
         schedule = make_schedule(spec, stream.batches_per_epoch)
         if saved:
-            check_same_data(saved.checkpoint, schedule, plan)
+            check_same_data(saved.checkpoint, schedule, plan, (facts or {}).get("shards"))
 
         clock = StepClock(world.device)
         stragglers = StragglerWatch(spec.zero_stage)
@@ -115,7 +115,7 @@ def train(
         stack.callback(watchdog.close)
 
         def save() -> None:
-            facts_now = manifest_facts(step, schedule, plan, engine, skipped, metrics, facts or {})
+            facts_now = manifest_facts(step, schedule, plan, engine, skipped, metrics, facts or {}, validated == step)
             writer.start(step, capture_state(engine, average.own), facts_now)
 
         batches, batch = iter(stream), None
@@ -175,6 +175,7 @@ def train(
                 with clock.measure("validation"), average.applied() as averaged:
                     watchdog.pause()
                     metrics = world.broadcast_object(dict(validate(averaged, step // schedule.steps_per_epoch)))
+                    validated = step
                     watchdog.finished(step)
                 on_event(Event("validated", step, f"validated after step {step}", dict(metrics)))
             with clock.measure("checkpoint"):

@@ -34,10 +34,13 @@ def start_cursor(checkpoint: Checkpoint | None) -> Cursor:
     return Cursor(checkpoint.manifest["epoch"], checkpoint.manifest["batch"]) if checkpoint else Cursor()
 
 
-def check_same_data(checkpoint: Checkpoint, schedule: Schedule, plan: BatchPlan) -> None:
-    """A cursor and a schedule mean something else with another data set or global batch."""
-    for name, now in (("steps_per_epoch", schedule.steps_per_epoch), ("global_batch", plan.global_batch)):
-        then = checkpoint.manifest[name]
+def check_same_data(checkpoint: Checkpoint, schedule: Schedule, plan: BatchPlan, shards: str | None) -> None:
+    """A cursor and a schedule mean something else with other shards or another global batch."""
+    known = checkpoint.manifest["facts"].get("shards", shards) if shards else None
+    of_then = checkpoint.manifest | {"shards": known}
+    of_now = {"steps_per_epoch": schedule.steps_per_epoch, "global_batch": plan.global_batch, "shards": shards}
+    for name, now in of_now.items():
+        then = of_then[name]
         if then != now:
             raise UserError(
                 f"the run's checkpoint {checkpoint.path} was written with {name} {then}, and now it is {now}; go on "
@@ -53,8 +56,12 @@ def manifest_facts(
     skipped_steps: int,
     metrics: Mapping[str, float],
     facts: Mapping[str, Any],
+    validated: bool,
 ) -> dict[str, Any]:
-    """What the manifest of a checkpoint says beside its files."""
+    """What the manifest of a checkpoint says beside its files; it has a score where these very weights were validated.
+
+    metrics  of the last validation, at whatever step it was
+    """
     epoch, batch = divmod(step, schedule.steps_per_epoch)
     return {
         "epoch": epoch,
@@ -67,7 +74,7 @@ def manifest_facts(
         "loss_scale": [engine.scale.value, engine.scale.good_steps],
         "skipped_steps": skipped_steps,
         "metrics": dict(metrics),
-        "score": metrics["AP"] if "AP" in metrics else next(iter(metrics.values()), None),
+        "score": metrics.get("AP", next(iter(metrics.values()), None)) if validated else None,
         "saved_at": time.time(),
         "facts": dict(facts),
     }

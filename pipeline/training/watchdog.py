@@ -7,7 +7,6 @@ collective are held up by the ones that do not.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import socket
@@ -150,18 +149,29 @@ class Watchdog:
             stack="".join(traceback.format_stack(frame)[-12:]) if frame else "",
         )
         logger.error("no step finished for %.0f s, in %s:\n%s", mine.seconds, mine.phase, mine.stack)
-        storage.write_json(storage.join(self._folder, f"rank-{mine.rank}.json"), asdict(mine))
+        report = storage.join(self._folder, f"rank-{mine.rank}.json")
+        _try("a report of a stall", lambda: storage.write_json(report, asdict(mine)))
         # The others started to wait when this rank did, or somewhat later; they look as often as this one.
         self._closed.wait(min(15.0, self._timeout_s / 2))
         if self._since > time.monotonic() - self._timeout_s:
+            _try("the report of a slow step", lambda: storage.remove(report))  # or it would speak for the next stall
             return None  # it went on after all
         reports = []
         for rank in range(self._world.size):
-            with suppress(OSError, json.JSONDecodeError, TypeError):
+            with suppress(Exception):  # not there, or storage is away
                 reports.append(StallReport(**storage.read_json(storage.join(self._folder, f"rank-{rank}.json"))))
         verdict = judge_stall(reports or [mine], self.hosts)
-        storage.write_json(storage.join(self._folder, "verdict.json"), asdict(verdict))
+        found = storage.join(self._folder, "verdict.json")
+        _try("a verdict", lambda: storage.write_json(found, asdict(verdict)))
         return verdict
+
+
+def _try(what: str, action: Callable[[], object]) -> None:
+    """A stall is told of and ended also where storage is away, which may well be its cause."""
+    try:
+        action()
+    except Exception as error:
+        logger.warning("%s could not be kept: %s", what, error)
 
 
 def _waits(phase: str, frame: FrameType | None) -> bool:

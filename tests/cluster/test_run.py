@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from pipeline.cluster.logs import log_folder
 from pipeline.cluster.run import Run, spec_difference
 from pipeline.errors import UserError
 from pipeline.spec import JobSpec
@@ -33,6 +35,29 @@ def test_another_spec_under_the_same_name_is_refused_with_the_difference(tmp_pat
     ):
         pass
     assert (tmp_path / "r" / "spec.yaml").read_bytes() == before
+
+
+def test_a_file_uri_is_a_path(tmp_path: Path) -> None:
+    with Run(make_spec(tmp_path, runs=f"file://{tmp_path}")).open() as run:
+        assert run.path == str(tmp_path / "r")
+
+
+@pytest.mark.parametrize("runs", ["nosuchscheme://bucket/runs", "s3://bucket/runs"])
+def test_storage_that_cannot_be_reached_is_one_sentence(runs: str, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
+    with (
+        pytest.raises(UserError, match=r"The run's folder .*/r cannot be written \(.+\); set runs=FOLDER"),
+        Run(make_spec(tmp_path, runs=runs)).open(),
+    ):
+        pass
+
+
+def test_runs_behind_uris_have_logs_of_their_own() -> None:
+    folders = {log_folder(f"s3://{bucket}/runs/r") for bucket in "ab"}
+    assert len(folders) == 2
+    for folder in folders:
+        shutil.rmtree(Path(folder).parent)
 
 
 def test_workers_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

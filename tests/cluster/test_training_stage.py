@@ -40,6 +40,10 @@ class FakeMonitor:
 
 class FakePlacement(Placement):
     room = 2
+    alive = frozenset("ab")
+
+    def nodes(self) -> frozenset[str]:
+        return self.alive - self.left_out
 
     def fits(self, workers: int, wait_s: float, stopped: Any = lambda: False) -> bool:
         return workers <= self.room
@@ -145,6 +149,18 @@ def test_an_elastic_job_takes_the_largest_size_there_is_room_for(
     assert not job._can_grow(_Attempt(2, step=3, looked_at=0.0))
 
 
+def test_a_job_that_grew_in_vain_waits_for_other_nodes(
+    events: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(events, tmp_path, workers={"min": 2, "max": 4}, resize_interval_s=0.001)
+    play(job, ("resized", SAVED), (None, FINISHED))
+    job.run_attempts()  # two before, and two after: STRICT_PACK may not use another node's room
+    monkeypatch.setattr(FakePlacement, "room", 4)
+    assert not job._can_grow(_Attempt(2, step=3, looked_at=0.0))
+    monkeypatch.setattr(FakePlacement, "alive", frozenset("abc"))
+    assert job._can_grow(_Attempt(2, step=3, looked_at=0.0))
+
+
 def test_a_draining_node_or_a_wish_to_stop_makes_the_workers_save(events: list[dict[str, Any]], tmp_path: Path) -> None:
     job = make_job(events, tmp_path)
     attempt = _Attempt(2, nodes={0: "a", 1: "b"})
@@ -163,10 +179,8 @@ def test_a_draining_node_or_a_wish_to_stop_makes_the_workers_save(events: list[d
 
 
 def test_the_node_of_a_stalled_rank_is_left_out_where_there_are_others(
-    events: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    events: list[dict[str, Any]], tmp_path: Path
 ) -> None:
-    alive = [{"NodeID": name, "Alive": True} for name in ("a", "b")]
-    monkeypatch.setattr(training_stage.ray, "nodes", lambda: alive)
     stalled = {"kind": "stalled", "step": 5, "message": "", "facts": {"ranks": [1], "hosts": ["node-b"]}}
     for changes, expected in (({}, {"b"}), ({"leave_out_stalled": False}, set())):
         job = make_job(events, tmp_path, **changes)

@@ -37,6 +37,18 @@ def test_the_last_and_the_best_are_kept(writer: CheckpointWriter, tmp_path: Path
     assert best_checkpoint(str(tmp_path)) == str(tmp_path / "checkpoints" / "step-2")
 
 
+@pytest.mark.parametrize(("keep_last", "keep_best"), [(1, 3), (2, 5), (1, 0)])
+def test_fewer_checkpoints_than_are_to_be_kept_are_all_kept(
+    world: World, tmp_path: Path, keep_last: int, keep_best: int
+) -> None:
+    writer = CheckpointWriter(str(tmp_path), world, keep_last, keep_best)
+    for step in range(1, 6):
+        save(writer, step, score=step / 10)
+    writer.close()
+    kept = max(keep_last, keep_best)
+    assert steps(tmp_path) == [f"step-{step}" for step in range(6 - kept, 6)]
+
+
 def test_what_has_no_manifest_does_not_exist_and_is_cleared_away(writer: CheckpointWriter, tmp_path: Path) -> None:
     save(writer, 1)
     storage.write_bytes(str(tmp_path / "checkpoints" / "step-2" / "part-00000-of-00001.safetensors"), b"half")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from pipeline.errors import UserError
 from pipeline.spec import Training
 from pipeline.training import Event, StepRecord, TrainResult, World, train
 from pipeline.training.finite import NonFiniteError
@@ -124,6 +126,21 @@ def test_validation_sees_the_average_and_its_score_chooses_the_best(world: World
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["step-10", "step-15"]
     assert torch.equal(weights(tmp_path)["rare.weight"], seen[-1])
     assert records[4].times.validation > 0
+
+
+def test_only_the_weights_that_were_validated_have_a_score(world: World, tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"validate_every_epochs": 2, "keep_last": 1})
+    result, _ = run(world, tmp_path, spec, validate=lambda detector, epochs: {"AP": 0.6})
+    assert result.best == str(tmp_path / "checkpoints" / "step-10")
+    scores = {path.parent.name: json.loads(path.read_text())["score"] for path in tmp_path.glob("checkpoints/*/man*")}
+    assert scores == {"step-10": 0.6, "step-15": None}
+
+
+def test_other_shards_in_the_middle_of_a_run_are_refused(world: World, tmp_path: Path) -> None:
+    run(world, tmp_path, stop_requested=stop_after([], 7), facts={"shards": "one"})
+    with pytest.raises(UserError, match="was written with shards one, and now it is another"):
+        run(world, tmp_path, facts={"shards": "another"})
+    assert run(world, tmp_path, facts={"shards": "one"})[0].status == "finished"
 
 
 def test_fp16_skips_a_step_that_overflows_halves_the_scale_and_remembers_it(world: World, tmp_path: Path) -> None:

@@ -9,8 +9,19 @@ from typing import Any
 
 import pytest
 
-from pipeline.training import StallReport, StepTimes, find_stragglers, judge_stall, read_goodput
+from pipeline import storage
+from pipeline.training import (
+    StallReport,
+    StallVerdict,
+    StepTimes,
+    World,
+    find_stragglers,
+    judge_stall,
+    read_goodput,
+)
+from pipeline.training.clock import StepClock
 from pipeline.training.goodput import Ledger
+from pipeline.training.watchdog import Watchdog
 
 
 def times(**parts: float) -> StepTimes:
@@ -82,6 +93,37 @@ def test_goodput_counts_from_the_jobs_beginning(tmp_path: Path) -> None:
     ledger.add(1, times(), saved=False)
     ledger.close()
     assert 30 <= read_goodput(str(tmp_path)).restart_s < 40
+
+
+def test_half_a_page_of_the_ledger_is_no_attempt(tmp_path: Path) -> None:
+    for name in ("attempt-0000.json.3f2a.partial", "notes.txt"):
+        storage.write_bytes(str(tmp_path / "goodput" / name), b"")
+    ledger = Ledger(str(tmp_path), 0, active=True)
+    ledger.add(1, times(), saved=False)
+    ledger.close()
+    assert read_goodput(str(tmp_path)).attempts == 1
+
+
+def test_a_stall_is_told_of_where_storage_is_away(world: World, tmp_path: Path) -> None:
+    (tmp_path / "stalls").write_text("a file where a folder should be")
+    told: list[StallVerdict] = []
+    watchdog = Watchdog(str(tmp_path), world, StepClock(world.device), 0.2, told.append)
+    while not told:
+        time.sleep(0.01)
+    watchdog.close()
+    assert told[0].ranks == (0,)
+
+
+def test_a_slow_step_leaves_no_report_behind(world: World, tmp_path: Path) -> None:
+    told: list[StallVerdict] = []
+    watchdog = Watchdog(str(tmp_path), world, StepClock(world.device), 1.0, told.append)
+    while not list(tmp_path.glob("stalls/*/rank-0.json")):
+        time.sleep(0.01)
+    watchdog.finished(1)
+    while list(tmp_path.glob("stalls/*/rank-0.json")):
+        time.sleep(0.01)
+    watchdog.close()
+    assert not told
 
 
 def test_goodput_adds_up_what_was_useful_lost_and_waited_for(tmp_path: Path) -> None:
