@@ -149,7 +149,7 @@ def stop(name: RunOrJob, address: Dashboard = None) -> None:
 def plan(
     job: Job,
     overrides: Overrides = None,
-    device: Annotated[str | None, typer.Option(help="CPU, T4, A100, H100 or H200")] = None,
+    device: Annotated[str | None, typer.Option(help="CPU, A100, H100 or H200")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="instead of cluster.workers")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:

@@ -54,7 +54,8 @@ def align_conv(
     """
     features, weight, bias = (_autocast(tensors, features) for tensors in (features, weight, bias))
     _check(features, strides, boxes, index, weight, bias)
-    if not _is_ready(features[0].device.type, features[0].dtype):
+    device = features[0].device
+    if not _is_ready(device.type, device.index, features[0].dtype):
         return align_conv_reference(features, strides, boxes, index, weight, bias)
     if features[0].is_cuda:
         features, weight = _pad_channels(features), _pad_channels(weight)
@@ -140,12 +141,12 @@ def _pad_channels(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
 
 
 @torch.compiler.assume_constant_result
-def _is_ready(device: str, dtype: torch.dtype) -> bool:
+def _is_ready(device: str, index: int | None, dtype: torch.dtype) -> bool:
     with _REGISTERING:
         if not _register():
             return False
     # fp64 is for checking, which the reference does as well.
-    return device == "cpu" or (device == "cuda" and library.describe().cuda and dtype != torch.float64)
+    return device == "cpu" or (device == "cuda" and dtype != torch.float64 and library.runs_on_gpu(index or 0))
 
 
 @functools.cache

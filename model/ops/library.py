@@ -5,7 +5,9 @@ from __future__ import annotations
 import ctypes
 import functools
 import logging
+import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,6 +102,31 @@ def is_loaded() -> bool:
     if not status.loaded:
         logger.warning("%s Until then the slower PyTorch reference runs.", status.reason)
     return status.loaded
+
+
+@functools.cache
+def runs_on_gpu(index: int) -> bool:
+    """Whether the CUDA kernels run on this GPU; says once, as a warning, when it is older than they are built for."""
+    import torch
+
+    status = describe()
+    if not status.cuda:
+        return False
+    needed, found = lowest_capability(status.architectures), torch.cuda.get_device_capability(index)
+    if found < needed:
+        logger.warning(
+            "GPU %d has compute capability %d.%d, the operators are built for %d.%d and later: the slower PyTorch "
+            "reference runs on it.",
+            *(index, *found, *needed),
+        )
+    return found >= needed
+
+
+def lowest_capability(architectures: Sequence[str]) -> tuple[int, int]:
+    """(major, minor) of the lowest of CMake's names, such as "80-real" or "90a"; (0, 0) where none has a number."""
+    numbers = [int(number[0]) for name in architectures if (number := re.match(r"\d+", name))]
+    major, minor = divmod(min(numbers, default=0), 10)
+    return major, minor
 
 
 def cpu_capability() -> str:

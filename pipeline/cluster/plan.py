@@ -48,7 +48,6 @@ DEVICES = {
     "CPU": Device(
         "CPU core", 3 * _GIB, 0.039, 0.50, 1.0, "one AVX2 core in fp32, utilization measured in the quickstart"
     ),
-    "T4": Device("T4", 15 * _GIB, 65, 0.25, 1.2, _ASSUMED, node_gb_s=3, per_node=4),
     "A100": Device("A100 80 GB", 79 * _GIB, 312, 0.25, 20, _ASSUMED, node_gb_s=40),
     "H100": Device("H100 80 GB", 79 * _GIB, 790, 0.20, 40, _ASSUMED, node_gb_s=80),
     "H200": Device("H200", 139 * _GIB, 790, 0.20, 40, _ASSUMED, node_gb_s=80),

@@ -18,7 +18,7 @@ from tests.model.ops.align_conv_cases import make_case
 
 @pytest.fixture
 def looked_up_afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    caches = (library.describe, library.is_loaded, align_conv_module._register)
+    caches = (library.describe, library.is_loaded, library.runs_on_gpu, align_conv_module._register)
     for function in caches:
         function.cache_clear()
     yield
@@ -74,3 +74,37 @@ def test_found_from_anywhere(tmp_path: Path) -> None:
     if found.returncode != 0 and "No module named 'model'" in found.stderr:
         pytest.skip("the package is not installed in this environment")
     assert found.stdout.strip() == str(library.describe().path), found.stderr
+
+
+@pytest.mark.parametrize(
+    ("architectures", "lowest"),
+    [
+        (("80-real", "90"), (8, 0)),
+        (("90a-real", "86-virtual", "100"), (8, 6)),
+        (("120",), (12, 0)),
+        (("native",), (0, 0)),
+        ((), (0, 0)),
+    ],
+)
+def test_the_lowest_architecture_counts(architectures: tuple[str, ...], lowest: tuple[int, int]) -> None:
+    assert library.lowest_capability(architectures) == lowest
+
+
+@pytest.mark.usefixtures("looked_up_afresh")
+@pytest.mark.parametrize(("capability", "runs"), [((7, 5), False), ((8, 0), True), ((8, 9), True), ((10, 0), True)])
+def test_a_gpu_older_than_the_kernels_has_the_reference_and_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capability: tuple[int, int], runs: bool
+) -> None:
+    status = library.LibraryStatus(loaded=True, cuda=True, architectures=("80-real", "90"))
+    monkeypatch.setattr(library, "describe", lambda: status)
+    monkeypatch.setattr(align_conv_module, "_register", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
+    seen = [align_conv_module._is_ready("cuda", 0, torch.float32) for _ in range(2)]
+    assert seen == [runs, runs]
+    assert not align_conv_module._is_ready("cuda", 0, torch.float64)
+    assert [record.message.split(":")[0] for record in caplog.records] == [
+        "GPU 0 has compute capability 7.5, the operators are built for 8.0 and later"
+    ] * (not runs)
+    monkeypatch.setattr(library, "describe", lambda: library.LibraryStatus(loaded=True))
+    library.runs_on_gpu.cache_clear()
+    assert not align_conv_module._is_ready("cuda", 0, torch.float32)
