@@ -112,8 +112,9 @@ def make_detection_job(
         "shards": found.digest,
         "spec": storage.digest_json(settings),
     }
-    own_set = spec.data.val[0].set if spec.data.val and not shards else None
-    measure: Rule = spec.evaluation.rule or usual_rule(found.format, own_set)
+    listed = spec.data.val[0].set if spec.data.val and not shards else None  # shards of earlier releases do not say
+    image_set = found.sets[0] if found.sets else listed
+    measure: Rule = spec.evaluation.rule or usual_rule(found.format, image_set)
     job = DetectionJob(
         mode=mode,
         name=spec.name,
@@ -126,7 +127,7 @@ def make_detection_job(
         measure=measure,
         merge_rules=rules_to_compare(multiscale) if multiscale and multiscale.compare_rules else {},
         format=found.format,
-        image_set=own_set or f"VOC{measure[3:] if measure != 'coco' else 2012}/test",
+        image_set=image_set or f"VOC{measure[3:] if measure != 'coco' else 2012}/test",
     )
     compared = {name: job.rule_fingerprint(name) for name in job.merge_rules}
     return job, {**detected, "measure": measure, "merge_rules": storage.digest_json(compared)}

@@ -146,7 +146,8 @@ def _validation(run: Run, world: World) -> Callable[[torch.nn.Module, int], dict
     part = run.spec.training.validate_on
     shards = open_shards(storage.join(run.shards, part))
     splits = run.spec.data.train if part == "train" else run.spec.data.val
-    rule = run.spec.evaluation.rule or usual_rule(shards.format, splits[0].set)
+    image_set = shards.sets[0] if shards.sets else splits[0].set
+    rule = run.spec.evaluation.rule or usual_rule(shards.format, image_set)
     truth = GroundTruth.of(run.ground_truth(part))
 
     def measure(detector: torch.nn.Module, epochs_done: int) -> dict[str, float]:

@@ -55,6 +55,8 @@ class ShardSet:
         self.url = url
         self.format: str = index["format"]
         self.part: str = index["part"]
+        self.sets: tuple[str, ...] = tuple(index.get("sets", ()))
+        """voc: the lists they were written from, as VOC2007/test; empty in shards of earlier releases"""
         self.digest: str = index["digest"]
         self.categories = tuple(Category(entry["id"], entry["name"]) for entry in index["categories"])
         self.names: list[str] = table["names"]

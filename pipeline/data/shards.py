@@ -82,7 +82,8 @@ def prepare_shards(
             pool.shutdown(cancel_futures=True)
             raise
     entries = [shards[number] for number in range(len(groups)) if shards[number]["num_samples"]]
-    _write_index(destination, data.format, part, request, source, entries, faults)
+    sets = [split.set for split in splits if split.set] if data.format == "voc" else []
+    _write_index(destination, data.format, part, sets, request, source, entries, faults)
     return open_shards(destination)
 
 
@@ -244,6 +245,7 @@ def _write_index(
     destination: str,
     data_format: str,
     part: str,
+    sets: Sequence[str],
     request: str,
     source: Source,
     lines: list[dict[str, Any]],
@@ -256,6 +258,7 @@ def _write_index(
         "format_version": FORMAT_VERSION,
         "format": data_format,
         "part": part,
+        "sets": list(sets),
         "request": request,
         "digest": storage.digest_json([categories, table["sha256"], table["num_samples"]]),
         "num_samples": sum(table["num_samples"]),

@@ -20,8 +20,10 @@ import pytest
 import torch
 from jsonschema import validate
 from safetensors.torch import save_file
+from typer.testing import CliRunner
 
 from model import RefineDet
+from pipeline.cli import app
 from pipeline.cluster.detection_job import DetectionJob, make_detection_job, write_results
 from pipeline.cluster.drills import SPEC
 from pipeline.cluster.evaluate import evaluate_run
@@ -158,13 +160,13 @@ def test_a_killed_worker_and_a_cut_file_cost_a_piece_each_and_no_digit(cluster, 
     assert disturbed.metrics.to_json() == undisturbed.metrics.to_json()
 
 
-def write_voc(root: Path) -> None:
+def write_voc(root: Path, year: str = "VOC2007", *, annotated: bool = True) -> None:
     """Six images in VOC's layout with bright rectangles, one of them difficult."""
-    for folder in ("ImageSets/Main", "JPEGImages", "Annotations"):
-        (root / "VOC2007" / folder).mkdir(parents=True)
+    for folder in ("ImageSets/Main", "JPEGImages", "Annotations")[: 2 + annotated]:
+        (root / year / folder).mkdir(parents=True)
     rng = np.random.default_rng(0)
     names = [f"{number:06d}" for number in range(1, 7)]
-    (root / "VOC2007" / "ImageSets" / "Main" / "test.txt").write_text("\n".join(names) + "\n")
+    (root / year / "ImageSets" / "Main" / "test.txt").write_text("\n".join(names) + "\n")
     for name in names:
         image, objects = rng.integers(0, 40, (80, 100, 3), dtype=np.uint8), ""
         for number, kind in enumerate(("dog", "person", "dog")):
@@ -173,9 +175,10 @@ def write_voc(root: Path) -> None:
             box = f"<xmin>{x + 1}</xmin><ymin>{y + 1}</ymin><xmax>{x + 45}</xmax><ymax>{y + 35}</ymax>"
             hard = int(number == 2 and name == names[0])
             objects += f"<object><name>{kind}</name><difficult>{hard}</difficult><bndbox>{box}</bndbox></object>"
-        cv2.imwrite(str(root / "VOC2007" / "JPEGImages" / f"{name}.jpg"), image)
+        cv2.imwrite(str(root / year / "JPEGImages" / f"{name}.jpg"), image)
         size = "<size><width>100</width><height>80</height></size>"
-        (root / "VOC2007" / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
+        if annotated:
+            (root / year / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
 
 
 def test_a_voc_job_is_measured_by_its_years_rule_and_by_every_merge_rule(cluster, tmp_path: Path) -> None:
@@ -213,6 +216,38 @@ def test_a_voc_job_is_measured_by_its_years_rule_and_by_every_merge_rule(cluster
     assert set(found.files) == {"detections/multiscale.json"} | {
         str((folder / name).relative_to(run.path)) for name in written
     }
+
+
+def test_other_voc_shards_are_measured_and_sent_as_their_own_year(tmp_path: Path) -> None:
+    """The spec trains and validates on one year; the shards that are named are of another, one without annotations."""
+    write_voc(tmp_path / "VOCdevkit")
+    write_voc(tmp_path / "VOCdevkit", "VOC2012", annotated=False)
+    data = {"format": "voc", "root": str(tmp_path / "VOCdevkit"), "val": [{"set": "VOC2007/test"}]}
+    run = make_run(tmp_path, data=data, model={**SPEC["model"], "num_classes": 20})
+    own, _ = make_detection_job(run, "single")
+    named, _ = make_detection_job(run, "single", shards=f"{run.shards}/val", output=str(tmp_path / "again"))
+    assert (own.measure, own.image_set) == (named.measure, named.image_set) == ("voc2007", "VOC2007/test")
+
+    path = Path(run.file("spec.yaml"))
+    overrides = ["data.train=[]", f"data.shards={tmp_path}/voc12-test", "data.val=[{set: VOC2012/test}]"]
+    done = CliRunner().invoke(app, ["shard", str(path), *overrides], catch_exceptions=False)
+    assert "6 images in 1 shards" in done.output
+    job, _ = make_detection_job(run, "single", shards=f"{tmp_path}/voc12-test/val", output=str(tmp_path / "out"))
+    assert (job.measure, job.image_set) == ("voc2012", "VOC2012/test")
+    truth = json.loads(Path(job.truth).read_text())
+    assert (len(truth["images"]), truth["annotations"]) == (6, [])
+    rows = [{"image_id": image, "category_id": 12, "bbox": [1, 2, 30, 40], "score": 0.5} for image in job.image_ids]
+    files = write_results(job, truth, DetectionTable.of(rows), None, {})
+    folder = "submission/single/results/VOC2012/Main"
+    assert {f"{folder}/comp4_det_test_dog.txt", f"{folder}/comp4_det_test_cat.txt"} < set(files)
+    lines = (tmp_path / "out" / folder / "comp4_det_test_dog.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == [f"{number:06d}" for number in range(1, 7)]
+
+    index = Path(f"{tmp_path}/voc12-test/val/index.json")
+    content = json.loads(index.read_text())
+    del content["sets"]  # as an earlier release wrote it
+    index.write_text(json.dumps(content))
+    assert open_shards(str(index.parent)).sets == ()
 
 
 def test_a_set_without_annotations_gives_what_its_server_takes(tmp_path: Path) -> None:
