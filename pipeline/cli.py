@@ -221,6 +221,7 @@ def evaluate(
     json_file: Json = None,
 ) -> None:
     """COCO's twelve numbers or VOC's mAP, of a run's weights or of a detections file."""
+    _check_writable(json_file)
     if run and not (detections or annotations):
         from pipeline.cluster.evaluate import evaluate_run
 
@@ -248,12 +249,20 @@ def multiscale(
     json_file: Json = None,
 ) -> None:
     """The numbers of a run's weights, tested at several scales and mirrored; what it costs is said first."""
+    _check_writable(json_file)
     from pipeline.cluster.evaluate import evaluate_run
 
     metrics = evaluate_run(
         run, "multiscale", overrides=overrides or (), weights=weights, shards=shards, output=output, address=address
     )
     _print_metrics(metrics, json_file)
+
+
+def _check_writable(json_file: Path | None) -> None:
+    """Before hours of evaluation rather than after."""
+    if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
+        fault = "is a folder" if json_file.is_dir() else f"lies in no folder: there is no {json_file.parent}"
+        raise UserError(f"--json: {json_file} {fault}; give a file in a folder that is there.")
 
 
 def _print_metrics(metrics: Metrics | None, json_file: Path | None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 from collections import defaultdict
 from functools import partial
@@ -15,7 +16,7 @@ from typing import Any
 
 from pipeline import storage
 from pipeline.data.faults import FaultLog
-from pipeline.data.records import Annotation, Record, Source, fault_of_box
+from pipeline.data.records import Annotation, Record, Source, as_number, fault_of_box, whole_number
 from pipeline.data.samples import BadSample, Category
 from pipeline.errors import UserError
 from pipeline.spec import Data, Split
@@ -75,19 +76,28 @@ def _load_instances(path: str, *, with_annotations: bool) -> dict[str, Any]:
         raise UserError(f"{path} is not a COCO file, received {received}: it needs the lists {', '.join(wanted)}")
     for image in content["images"]:
         if not (
-            isinstance(image, dict) and isinstance(image.get("id"), int) and isinstance(image.get("file_name"), str)
+            isinstance(image, dict)
+            and isinstance(image.get("id"), int)
+            and whole_number(image["id"]) is not None
+            and isinstance(image.get("file_name"), str)
         ):
             raise UserError(f"{path}: every image needs a whole number `id` and a `file_name`, received {image!r:.120}")
+        for side in ("width", "height"):
+            if image.get(side) is not None and (whole_number(image[side]) or 0) < 1:
+                raise UserError(
+                    f"{path}: the {side} of image {image['id']} must be a whole number of pixels, received "
+                    f"{image[side]!r:.80}; mend the file, or leave width and height out"
+                )
     return content
 
 
 def _merge_categories(categories: dict[int, Category], content: dict[str, Any], file: str) -> None:
     found: dict[int, Category] = {}
     for entry in content["categories"]:
-        try:
-            category = Category(int(entry["id"]), str(entry["name"]))
-        except (KeyError, TypeError, ValueError):
-            raise UserError(f"{file}: every category needs `id` and `name`, received {entry!r:.120}") from None
+        number = whole_number(entry.get("id")) if isinstance(entry, dict) else None
+        if number is None or "name" not in entry:
+            raise UserError(f"{file}: every category needs a whole number `id` and a `name`, received {entry!r:.120}")
+        category = Category(number, str(entry["name"]))
         if category.id in found:
             raise UserError(f"{file}: category id {category.id} is there twice: give every category its own id")
         found[category.id] = category
@@ -121,11 +131,11 @@ def read_ids(path: str) -> list[int]:
     try:
         if text.lstrip()[:1] in ("[", "{"):
             content = json.loads(text)
-            return (
-                [int(entry["id"]) for entry in content["images"]]
-                if isinstance(content, dict)
-                else list(map(int, content))
-            )
+            listed = [entry["id"] for entry in content["images"]] if isinstance(content, dict) else content
+            ids = [(whole_number(entry), entry) for entry in listed]
+            if wrong := [entry for number, entry in ids if number is None]:
+                raise ValueError(f"{wrong[0]!r:.80} is no whole number")
+            return [number for number, _ in ids if number is not None]
         return [int(line) for line in text.split()]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path} is not a list of image ids ({error}): give one id a line, or a JSON list") from None
@@ -147,7 +157,7 @@ class _AnnotationIds:
         self.split += 1
 
     def take(self, received: Any, file: str) -> int:
-        number = isinstance(received, int) and received > 0
+        number = isinstance(received, int) and (whole_number(received) or 0) > 0
         before = self.seen.get(received) if number else None
         if number:
             self.seen[received] = self.split
@@ -165,29 +175,42 @@ def _objects_by_image(
 ) -> dict[int, list[Annotation]]:
     objects: dict[int, list[Annotation]] = defaultdict(list)
     images = {image["id"] for image in content["images"]}
-    for entry in content.get("annotations") or ():
-        name = f"annotation {entry.get('id')!r}"
-        if entry.get("image_id") not in images:
-            faults.add(BadSample(file, name, f"image {entry.get('image_id')!r} does not exist; left out"))
+    for place, entry in enumerate(content.get("annotations") or ()):
+        if not isinstance(entry, dict):
+            faults.add(BadSample(file, f"annotations[{place}]", f"{entry!r:.80} is not an object; left out"))
             continue
-        if entry.get("category_id") not in categories:
-            faults.add(BadSample(file, name, f"category {entry.get('category_id')!r} does not exist; left out"))
+        name = f"annotation {entry.get('id')!r:.80}"
+        image_id, category_id = whole_number(entry.get("image_id")), whole_number(entry.get("category_id"))
+        bbox, crowd = _box(entry.get("bbox")), entry.get("iscrowd")
+        fault = None
+        if image_id not in images:
+            fault = f"image {entry.get('image_id')!r:.80} does not exist"
+        elif category_id not in categories:
+            fault = f"category {entry.get('category_id')!r:.80} does not exist"
+        elif isinstance(bbox, str):
+            fault = bbox
+        elif crowd not in (0, 1, None):
+            fault = f"iscrowd {crowd!r:.80} is neither 0 nor 1"
+        if fault or image_id is None or category_id is None or isinstance(bbox, str):
+            faults.add(BadSample(file, name, f"{fault}; left out"))
             continue
-        try:
-            bbox = tuple(float(value) for value in entry["bbox"])
-        except (KeyError, TypeError, ValueError):
-            faults.add(BadSample(file, name, f"box {entry.get('bbox')!r} is not four numbers; left out"))
-            continue
-        if len(bbox) != 4 or any(value != value or abs(value) == float("inf") for value in bbox):
-            faults.add(BadSample(file, name, f"{fault_of_box(bbox)}; left out"))
-            continue
-        area = entry.get("area")
-        area = float(area) if isinstance(area, int | float) and area == area else bbox[2] * bbox[3]
-        annotation = Annotation(
-            ids.take(entry.get("id"), file), entry["category_id"], bbox, area, int(bool(entry.get("iscrowd", 0)))
-        )
-        objects[entry["image_id"]].append(annotation)
+        area = as_number(entry.get("area"))
+        if area is None or not math.isfinite(area):
+            area = bbox[2] * bbox[3]
+        annotation = Annotation(ids.take(entry.get("id"), file), category_id, bbox, area, int(crowd or 0))
+        objects[image_id].append(annotation)
     return objects
+
+
+def _box(received: Any) -> tuple[float, float, float, float] | str:
+    """The four finite numbers of a box, or why it has none."""
+    values = [as_number(value) for value in received] if isinstance(received, list) else [None]
+    if None in values:
+        return f"box {received!r:.80} is not four numbers"
+    found = tuple(value for value in values if value is not None)
+    if len(found) != 4 or not all(map(math.isfinite, found)):
+        return fault_of_box(found) or ""
+    return found
 
 
 def _file_sizes(folder: str, names: list[str]) -> dict[str, int]:

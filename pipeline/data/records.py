@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from pipeline.data.samples import Category
 
@@ -44,6 +45,24 @@ class Source:
 
     categories: tuple[Category, ...]
     records: tuple[Record, ...]
+
+
+def whole_number(value: Any) -> int | None:
+    """A number that JSON holds as 7 or 7.0, within 64 bits; None for anything else: text, true, 7.5, null."""
+    number = as_number(value)
+    if number is None or not number.is_integer() or not -(2**63) <= value < 2**63:
+        return None
+    return int(value)
+
+
+def as_number(value: Any) -> float | None:
+    """A number as a float; None for anything else, text and true too, and for one beyond a float's range."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        return None
+    try:
+        return float(value)
+    except OverflowError:
+        return None
 
 
 def fault_of_box(bbox: tuple[float, ...], width: float = math.inf, height: float = math.inf) -> str | None:

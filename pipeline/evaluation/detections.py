@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.data.records import as_number, whole_number
 from pipeline.errors import UserError
 
 
@@ -63,27 +64,34 @@ class DetectionTable:
             table = DetectionTable(
                 np.array([row["image_id"] for row in detections]),
                 np.array([row["category_id"] for row in detections]),
-                np.array([row["bbox"] for row in detections], np.float64).reshape(-1, 4),
-                np.array([row["score"] for row in detections], np.float64),
+                np.array([row["bbox"] for row in detections]).reshape(-1, 4),
+                np.array([row["score"] for row in detections]),
             )
-            whole = all(ids.dtype.kind in "iu" for ids in (table.image_id, table.category_id)) or not len(table)
+            whole = not len(table) or (
+                all(ids.dtype.kind == "i" for ids in (table.image_id, table.category_id))
+                and all(numbers.dtype.kind in "iuf" for numbers in (table.bbox, table.score))
+            )
         except (KeyError, TypeError, ValueError):
             whole = False
         if not whole or len(table.bbox) != len(detections):
             for index, row in enumerate(detections):
                 _check_row(index, row)
             table = DetectionTable(  # whole numbers written as floats
-                np.array([int(row["image_id"]) for row in detections]),
-                np.array([int(row["category_id"]) for row in detections]),
+                np.array([int(row["image_id"]) for row in detections], np.int64),
+                np.array([int(row["category_id"]) for row in detections], np.int64),
                 np.array([row["bbox"] for row in detections], np.float64).reshape(-1, 4),
                 np.array([row["score"] for row in detections], np.float64),
             )
+        table = DetectionTable(
+            table.image_id.astype(np.int64),
+            table.category_id.astype(np.int64),
+            table.bbox.astype(np.float64),
+            table.score.astype(np.float64),
+        )
         faulty = ~(np.isfinite(table.bbox).all(1) & np.isfinite(table.score) & (table.bbox[:, 2:] >= 0).all(1))
         if faulty.any():
             _check_row(index := int(faulty.argmax()), detections[index])
-        return DetectionTable(
-            table.image_id.astype(np.int64), table.category_id.astype(np.int64), table.bbox, table.score
-        )
+        return table
 
     @staticmethod
     def empty() -> DetectionTable:
@@ -111,20 +119,17 @@ def _check_row(index: int, row: Any) -> None:
         if field not in row:
             raise UserError(f"{where} has no {field}; {remedy}")
     for field in ("image_id", "category_id"):
-        if isinstance(row[field], bool) or not isinstance(row[field], (int, np.integer)):
-            if isinstance(row[field], float) and row[field].is_integer():
-                continue
+        if whole_number(row[field]) is None:
             raise UserError(f"{where}: {field} must be a whole number, received {row[field]!r:.80}; {remedy}")
     try:
-        box = np.asarray(row["bbox"], np.float64)
-    except (TypeError, ValueError):
+        box = np.asarray(row["bbox"])
+    except ValueError:  # of uneven lists
         box = np.zeros(0)
-    if box.shape != (4,):
+    if box.shape != (4,) or box.dtype.kind not in "iuf":
         raise UserError(f"{where}: bbox must be four numbers, received {row['bbox']!r:.80}; {remedy}")
-    try:
-        score = float(row["score"])
-    except (TypeError, ValueError):
-        raise UserError(f"{where}: score must be a number, received {row['score']!r:.80}; {remedy}") from None
+    score = as_number(row["score"])
+    if score is None:
+        raise UserError(f"{where}: score must be a number, received {row['score']!r:.80}; {remedy}")
     if not (np.isfinite(box).all() and np.isfinite(score)):
         raise UserError(
             f"{where} (image {row['image_id']}) is not finite: bbox {box.tolist()}, score {score}; drop such rows, "

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from pipeline import storage
+from pipeline.data.records import whole_number
 from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -63,7 +64,7 @@ class GroundTruth:
             )
         try:
             return _from_coco(source, name)
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             if isinstance(error, UserError):
                 raise
             raise UserError(
@@ -78,20 +79,24 @@ def read_json_file(path: str, what: str) -> Any:
         return json.loads(storage.read_bytes(path))
     except FileNotFoundError:
         raise UserError(f"{what}: there is no file {path}; give the path of a JSON file") from None
+    except OSError as error:
+        raise UserError(f"{what}: {path} cannot be read ({error.strerror or error}); give a JSON file") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"{what}: {path} is not whole JSON ({error}); write or copy it again") from None
 
 
 def _from_coco(source: Mapping[str, Any], name: str) -> GroundTruth:
-    image_ids = np.unique(np.array([image["id"] for image in source["images"]], np.int64))
-    categories = {int(category["id"]): str(category["name"]) for category in source["categories"]}
+    image_ids = np.unique(_whole_numbers(source["images"], "id", f"{name}: an image's"))
+    numbers = _whole_numbers(source["categories"], "id", f"{name}: a category's").tolist()
+    categories = {number: str(category["name"]) for number, category in zip(numbers, source["categories"], strict=True)}
     category_ids = np.array(sorted(categories), np.int64)
     names = [categories[category] for category in category_ids.tolist()]
     if len(set(names)) < len(names):
         names = [f"{word} ({category})" for word, category in zip(names, category_ids.tolist(), strict=True)]
 
     annotations = source["annotations"]
-    annotation_id = np.array([annotation["id"] for annotation in annotations], np.int64)
+    whose = f"{name}: an annotation's"
+    annotation_id = _whole_numbers(annotations, "id", whose)
     if len(np.unique(annotation_id)) < len(annotation_id):
         values, counts = np.unique(annotation_id, return_counts=True)
         raise UserError(
@@ -108,13 +113,13 @@ def _from_coco(source: Mapping[str, Any], name: str) -> GroundTruth:
         image_ids=image_ids,
         category_ids=category_ids,
         names=tuple(names),
-        image_id=np.array([annotation["image_id"] for annotation in annotations], np.int64),
-        category_id=np.array([annotation["category_id"] for annotation in annotations], np.int64),
+        image_id=_whole_numbers(annotations, "image_id", whose),
+        category_id=_whole_numbers(annotations, "category_id", whose),
         annotation_id=annotation_id,
-        bbox=np.array([annotation["bbox"] for annotation in annotations], np.float64).reshape(-1, 4),
-        area=np.array([annotation["area"] for annotation in annotations], np.float64),
-        crowd=np.array([bool(annotation.get("iscrowd", 0)) for annotation in annotations], bool),
-        difficult=np.array([bool(one.get("difficult", one.get("ignore", 0))) for one in annotations], bool),
+        bbox=_numbers(annotations, "bbox", whose).reshape(-1, 4),
+        area=_numbers(annotations, "area", whose),
+        crowd=_flags([annotation.get("iscrowd", 0) for annotation in annotations], f"{whose} iscrowd"),
+        difficult=_flags([one.get("difficult", one.get("ignore", 0)) for one in annotations], f"{whose} difficult"),
     )
     if len(truth.bbox) != len(truth) or not (np.isfinite(truth.bbox).all() and np.isfinite(truth.area).all()):
         raise UserError(f"{name}: every bbox must be four finite numbers and every area finite; mend the file")
@@ -136,3 +141,33 @@ def _from_coco(source: Mapping[str, Any], name: str) -> GroundTruth:
         truth.crowd[listed],
         truth.difficult[listed],
     )
+
+
+def _whole_numbers(entries: Sequence[Mapping[str, Any]], field: str, whose: str) -> np.ndarray:
+    """[N] int64. Text, fractions and what 64 bits do not hold are a UserError: NumPy would make ids of them."""
+    values = [entry[field] for entry in entries]
+    found = np.array(values)
+    if not values or (found.ndim == 1 and found.dtype.kind == "i"):
+        return found.astype(np.int64)
+    for value in values:
+        if whole_number(value) is None:
+            raise UserError(f"{whose} {field} must be a whole number, received {value!r:.80}; mend the file")
+    return np.array([whole_number(value) for value in values], np.int64)
+
+
+def _numbers(entries: Sequence[Mapping[str, Any]], field: str, whose: str) -> np.ndarray:
+    """[N, ...] float64; text is a UserError: NumPy would read it."""
+    values = [entry[field] for entry in entries]
+    found = np.array(values)
+    if values and found.dtype.kind not in "iuf":
+        wrong = next((value for value in values if np.array(value).dtype.kind not in "iuf"), values[0])
+        raise UserError(f"{whose} {field} must be numbers, received {wrong!r:.80}; mend the file")
+    return found.astype(np.float64)
+
+
+def _flags(values: Sequence[Any], what: str) -> np.ndarray:
+    """[N] bool, of 0 and 1."""
+    for value in values:
+        if value not in (0, 1, None):
+            raise UserError(f"{what} must be 0 or 1, received {value!r:.80}; mend the file")
+    return np.array(values, bool)

@@ -46,6 +46,10 @@ def set_box(box: list[Any]) -> Callable[[dict[str, Any]], None]:
         ([4, 6, float("inf"), 5], "four finite numbers", False),
         ([4, 6, 5], "four finite numbers", False),
         (["a", 6, 5, 5], "not four numbers", False),
+        (["4", "6", "5", "5"], "not four numbers", False),
+        ([4, 6, 5, 10**400], "not four numbers", False),
+        ([True, 6, 5, 5], "not four numbers", False),
+        ({"x": 4}, "not four numbers", False),
     ],
 )
 def test_a_bad_box_is_named_and_not_learnt(
@@ -76,7 +80,7 @@ def test_past_the_limit_is_an_error_that_names_the_first(coco_folder: Write, tmp
     assert not (tmp_path / "shards" / "index.json").exists()
 
 
-@pytest.mark.parametrize("number", [0, -4, 1, "x"])
+@pytest.mark.parametrize("number", [0, -4, 1, "x", 2**63, True, [1]])
 def test_annotation_ids_that_coco_would_lose_are_replaced(coco_folder: Write, tmp_path: Path, number: Any) -> None:
     shards, faults = prepared(coco_folder(3, lambda content: content["annotations"][1].update(id=number)), tmp_path)
     assert len(faults) == 1
@@ -87,11 +91,76 @@ def test_annotation_ids_that_coco_would_lose_are_replaced(coco_folder: Write, tm
     assert min(ids) > 0
 
 
-@pytest.mark.parametrize("edit", [{"category_id": 5}, {"image_id": 99}])
+@pytest.mark.parametrize(
+    "edit",
+    [
+        {"category_id": 5},
+        {"image_id": 99},
+        {"category_id": [7]},
+        {"category_id": "7"},
+        {"category_id": 7.5},
+        {"image_id": {}},
+        {"image_id": "2"},
+        {"image_id": 2**70},
+    ],
+)
 def test_annotations_of_nothing_are_left_out_and_named(coco_folder: Write, tmp_path: Path, edit: dict) -> None:
     shards, faults = prepared(coco_folder(3, lambda content: content["annotations"][1].update(edit)), tmp_path)
     assert ["does not exist" in fault["reason"] for fault in faults] == [True]
     assert sum(len(sample.boxes) for sample in EvaluationSamples(shards)) == 2
+
+
+@pytest.mark.parametrize(
+    ("entry", "reason"),
+    [
+        ("annotation", "is not an object"),
+        (None, "is not an object"),
+        ({"iscrowd": "0"}, "iscrowd '0' is neither 0 nor 1"),
+        ({"iscrowd": 2}, "iscrowd 2 is neither 0 nor 1"),
+    ],
+)
+def test_what_is_no_annotation_is_left_out_and_named(
+    coco_folder: Write, tmp_path: Path, entry: Any, reason: str
+) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        known = content["annotations"][1]
+        content["annotations"][1] = {**known, **entry} if isinstance(entry, dict) else entry
+
+    shards, faults = prepared(coco_folder(3, edit), tmp_path)
+    assert [reason in fault["reason"] for fault in faults] == [True]
+    assert [len(sample.boxes) for sample in EvaluationSamples(shards)] == [1, 0, 1]
+
+
+def test_whole_numbers_may_be_written_as_floats(coco_folder: Write, tmp_path: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        content["annotations"][1].update(image_id=2.0, category_id=7.0, iscrowd=1.0)
+        content["categories"][1]["id"] = 7.0
+        content["images"][1].update(width=64.0, height=48.0)
+
+    shards, faults = prepared(coco_folder(3, edit), tmp_path)
+    assert faults == []
+    assert [sample.crowd.tolist() for sample in EvaluationSamples(shards)] == [[False], [True], [False]]
+    write_coco_annotations(shards, str(tmp_path / "truth.json"))
+    categories = [entry["category_id"] for entry in json.loads((tmp_path / "truth.json").read_text())["annotations"]]
+    assert list(map(repr, categories)) == ["7", "7", "7"]
+
+
+@pytest.mark.parametrize(
+    ("part", "edit", "said"),
+    [
+        ("images", {"width": "64"}, "the width of image 2 must be a whole number of pixels, received '64'"),
+        ("images", {"height": -48}, "the height of image 2 must be a whole number of pixels, received -48"),
+        ("images", {"id": 2**63}, "every image needs a whole number `id`"),
+        ("categories", {"id": "7"}, "every category needs a whole number `id`"),
+        ("categories", {"id": 7.9}, "every category needs a whole number `id`"),
+        ("categories", {"id": [7]}, "every category needs a whole number `id`"),
+    ],
+)
+def test_images_and_categories_that_are_malformed_are_errors_at_once(
+    coco_folder: Write, tmp_path: Path, part: str, edit: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        prepared(coco_folder(3, lambda content: content[part][1].update(edit)), tmp_path)
 
 
 def test_duplicate_ids_of_images_and_categories_are_errors_at_once(coco_folder: Write, tmp_path: Path) -> None:
@@ -178,6 +247,11 @@ def test_ids_that_select_images(coco_folder: Write, tmp_path: Path) -> None:
         split = data.train[0].model_copy(update={"ids": name})
         shards = prepare_shards(data.model_copy(update={"train": (split,)}), "train", str(tmp_path / f"s-{name}"))
         assert [sample.image_id for sample in EvaluationSamples(shards)] == [2, 5]
+    for content in ("[5, 2.5]", '["5"]', "[[5]]", '{"images": [{"id": "5"}]}'):
+        (tmp_path / "list.json").write_text(content)
+        split = data.train[0].model_copy(update={"ids": "list.json"})
+        with pytest.raises(UserError, match="is not a list of image ids"):
+            prepare_shards(data.model_copy(update={"train": (split,)}), "train", str(tmp_path / "s"))
     (tmp_path / "lines.txt").write_text("5\n77\n")
     split = data.train[0].model_copy(update={"ids": "lines.txt"})
     with pytest.raises(UserError, match=r"names 1 images that instances\.json does not have, the first: 77"):

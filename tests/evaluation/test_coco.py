@@ -175,7 +175,14 @@ def test_an_empty_result_and_a_truth_without_objects():
         ({"bbox": [10, 10, 5]}, "row 1: bbox must be four numbers"),
         ({"bbox": None}, "row 1: bbox must be four numbers"),
         ({"score": "high"}, "row 1: score must be a number"),
+        ({"score": "0.5"}, "row 1: score must be a number"),
+        ({"score": None}, "row 1: score must be a number"),
+        ({"bbox": ["1", "2", "3", "4"]}, "row 1: bbox must be four numbers"),
+        ({"bbox": [1, 2, 3, 10**400]}, "row 1: bbox must be four numbers"),
         ({"image_id": "5"}, "row 1: image_id must be a whole number"),
+        ({"image_id": 5.5}, "row 1: image_id must be a whole number"),
+        ({"image_id": 2**63}, "row 1: image_id must be a whole number"),
+        ({"category_id": 2**70}, "row 1: category_id must be a whole number"),
         ({"image_id": 7}, "row 1: image_id 7 is not among the 2 .*1 rows like it"),
         ({"category_id": 1}, "row 1: category_id 1 is not among .*own category ids"),
     ],
@@ -201,6 +208,16 @@ def test_rows_that_lack_a_field_or_are_no_rows():
         ({"annotations": [{"id": 1}]}, "every annotation needs"),
         ({"annotations": one_object()["annotations"] * 2}, "annotation id 1 is used 2 times"),
         ({"annotations": [{**one_object()["annotations"][0], "area": float("nan")}]}, "finite"),
+        ({"annotations": [{**one_object()["annotations"][0], "id": 1.9}]}, "id must be a whole number, received 1.9"),
+        ({"annotations": [{**one_object()["annotations"][0], "id": 2**63}]}, "id must be a whole number"),
+        ({"annotations": [{**one_object()["annotations"][0], "image_id": "5"}]}, "image_id must be a whole number"),
+        ({"annotations": [{**one_object()["annotations"][0], "category_id": [3]}]}, "must be a whole number"),
+        ({"annotations": [{**one_object()["annotations"][0], "bbox": ["1", "2", "3", "4"]}]}, "bbox must be numbers"),
+        ({"annotations": [{**one_object()["annotations"][0], "area": "9"}]}, "area must be numbers, received '9'"),
+        ({"annotations": [{**one_object()["annotations"][0], "iscrowd": "0"}]}, "iscrowd must be 0 or 1, received '0'"),
+        ({"annotations": ["annotation"]}, "is not a COCO instances file"),
+        ({"images": [{"id": "5"}]}, "an image's id must be a whole number"),
+        ({"categories": [{"id": 3.5, "name": "x"}]}, "a category's id must be a whole number"),
     ],
 )
 def test_truth_that_is_none(change, said):
@@ -208,3 +225,14 @@ def test_truth_that_is_none(change, said):
         GroundTruth.of({**one_object(), **change})
     with pytest.raises(UserError, match="received \\['boxes'\\]"):
         GroundTruth.of({"boxes": []})
+
+
+def test_truth_with_whole_numbers_written_as_floats():
+    truth = one_object()
+    floats = {**truth["annotations"][0]}
+    for field in ("id", "image_id", "category_id", "iscrowd"):
+        floats[field] = float(floats.get(field, 0))
+    read, expected = GroundTruth.of({**truth, "annotations": [floats]}), GroundTruth.of(truth)
+    for field in ("annotation_id", "image_id", "category_id", "crowd", "bbox"):
+        assert getattr(read, field).dtype == getattr(expected, field).dtype
+        assert getattr(read, field).tolist() == getattr(expected, field).tolist()

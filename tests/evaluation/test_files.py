@@ -58,6 +58,9 @@ def test_the_command_prints_the_numbers_and_writes_classes_sizes_and_curves(file
         assert done.output == f"mAP    {expected.mean:.6f}\n"
         with open(out) as file:
             assert json.load(file) == expected.to_json()
+    for out, said in ((tmp_path / "none" / "a.json", "lies in no folder"), (tmp_path, "is a folder")):
+        with pytest.raises(UserError, match=f"--json: .* {said}"):
+            CliRunner().invoke(app, [*arguments[:-1], "--json", str(out)], catch_exceptions=False)
     for arguments in (["evaluate"], ["evaluate", "run", "--detections", detections], ["evaluate", "--detections", "a"]):
         with pytest.raises(UserError, match="takes either a run's folder, or --detections"):
             CliRunner().invoke(app, arguments, catch_exceptions=False)
@@ -102,6 +105,10 @@ def test_files_that_are_missing_cut_or_swapped_are_named(files, tmp_path):
     detections, annotations = files
     with pytest.raises(UserError, match=r"there is no file .*none\.json"):
         evaluate_files(str(tmp_path / "none.json"), annotations)
+    with pytest.raises(UserError, match=r"cannot be read \(Is a directory"):
+        evaluate_files(str(tmp_path), annotations)
+    with pytest.raises(UserError, match=r"cannot be read \(Not a directory"):
+        evaluate_files(detections, f"{annotations}/truth.json")
     with pytest.raises(UserError, match="is not a COCO instances file"):
         evaluate_files(annotations, detections)
     with pytest.raises(UserError, match="received an annotation file"):
