@@ -50,8 +50,9 @@ def write_submission(
 ) -> str:
     """Write `detections_<split>_<name>_results.zip` with the JSON of the same name, and return its path.
 
-    Boxes are rounded to 0.1 pixel; the best 100 of each image are kept. `image_ids` are those of the test set: rows of
-    other images, ids outside COCO's 1..90 and scores outside 0..1 are a UserError.
+    Boxes are rounded to 0.1 pixel, and no side is below it; the best 100 of each image are kept. `image_ids` are those
+    of the test set: rows of other images, ids outside COCO's 1..90, scores outside 0..1 and negative sides are a
+    UserError.
     """
     if not re.fullmatch(r"[A-Za-z0-9-]+", name):
         raise UserError(f"a submission's name may hold letters, digits and -, received {name!r}; choose another")
@@ -80,7 +81,7 @@ def _check(table: DetectionTable, image_ids: Sequence[int]) -> None:
         (~np.isin(table.image_id, np.asarray(image_ids, np.int64)), "its image is not in the test set"),
         ((table.category_id < 1) | (table.category_id > 90), "its category is none of COCO's ids 1..90"),
         ((table.score < 0) | (table.score > 1), "its score lies outside 0..1"),
-        ((table.bbox[:, 2:] <= 0).any(1), "its box has no area"),
+        ((table.bbox[:, 2:] < 0).any(1), "its box has a negative side"),
     )
     for faulty, reason in faults:
         if faulty.any():
