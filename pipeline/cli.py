@@ -349,12 +349,14 @@ def schema() -> None:
 def data_show(
     shards: Annotated[str, typer.Argument(help="folder or URI of shards, as in runs/quickstart/shards/train")],
     output: Annotated[str, typer.Option(help="the picture to write")] = "samples.png",
-    seed: Annotated[int, typer.Option()] = 0,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    plain: Annotated[bool, typer.Option("--plain", help="the images as they are, without augmentation")] = False,
 ) -> None:
-    """Draw augmented samples with their boxes on one sheet."""
+    """Draw samples on one sheet with their boxes, augmented as training sees them."""
     from pipeline.data import open_shards, show_samples
+    from pipeline.spec import Augmentation
 
-    show_samples(open_shards(shards), output, seed=seed)
+    show_samples(open_shards(shards), output, seed=seed, augmentation=None if plain else Augmentation())
     typer.echo(output)
 
 

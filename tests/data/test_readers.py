@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
+from typer.testing import CliRunner
 
+from pipeline.cli import app
 from pipeline.data import EvaluationSamples, check_shards, prepare_shards, show_samples, write_coco_annotations
 from pipeline.data.images import decode_image
 from pipeline.data.shapes import SHAPES, draw_shapes, write_shapes
@@ -158,10 +160,18 @@ def test_voc_photos_are_read(shared_dir: Path, tmp_path: Path) -> None:
 def test_a_sheet_of_samples_is_drawn(tmp_path: Path) -> None:
     data = Data(format="shapes", image_size=64, train=(Split(count=7),))
     shards = prepare_shards(data, "train", str(tmp_path / "shards"))
-    for augmentation in (None, Augmentation()):
+    sheets = []
+    for augmentation, option in ((None, ["--plain"]), (Augmentation(), [])):
         output = tmp_path / "sheet.png"
+        show_samples(shards, str(output), augmentation=augmentation)
+        sheets.append(output.read_bytes())
+        shown = tmp_path / "shown.png"
+        command = ["data", "show", shards.url, "--output", str(shown), *option]
+        assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+        assert shown.read_bytes() == sheets[-1]
         show_samples(shards, str(output), count=7, columns=3, input_size=128, augmentation=augmentation)
         sheet, reason = decode_image(output.read_bytes())
         assert reason is None
         assert sheet is not None
         assert sheet.shape == (3 * (128 + 22), 3 * 132, 3)
+    assert sheets[0] != sheets[1]
