@@ -27,6 +27,7 @@ def predict_images(weights: str, images: Sequence[Path], output: Path, threshold
     from pipeline.tracking import Boxes, draw_detections
 
     spec, names, path = _read_run(weights)
+    targets = _targets(images, output)
     decoded = [(image, _read_image(image)) for image in images]
     model = RefineDet(spec.model)
     from safetensors.torch import load
@@ -36,7 +37,7 @@ def predict_images(weights: str, images: Sequence[Path], output: Path, threshold
     output.mkdir(parents=True, exist_ok=True)
     everything = {}
     side = spec.model.input_size
-    for image, pixels in decoded:
+    for (image, pixels), target in zip(decoded, targets, strict=True):
         height, width = pixels.shape[:2]
         resized = cv2.resize(pixels, (side, side), interpolation=cv2.INTER_LINEAR)
         found = model.detect(torch.from_numpy(resized).permute(2, 0, 1)[None])[0]
@@ -53,10 +54,26 @@ def predict_images(weights: str, images: Sequence[Path], output: Path, threshold
             Boxes(boxes[shown].numpy(), found.labels[shown].numpy(), found.scores[shown].numpy()),
             names,
         )
-        target = output / f"{image.stem}.png"
         picture.save(target)
         yield f"{image}: {int(shown.sum())} objects -> {target}"
     storage.write_json(str(output / "detections.json"), everything)
+
+
+def _targets(images: Sequence[Path], output: Path) -> list[Path]:
+    """Where each image's picture goes; UserError where that would write over an image, or over another's picture."""
+    inputs = {image.resolve() for image in images}
+    taken: dict[Path, Path] = {}
+    for image in images:
+        target = output / f"{image.stem}.png"
+        if target.resolve() in inputs:
+            raise UserError(f"The picture of {image} would be written over the image {target}; give another --output.")
+        if target in taken:
+            raise UserError(
+                f"{taken[target]} and {image} would both be written to {target}; rename one, or detect in it apart, "
+                "with another --output."
+            )
+        taken[target] = image
+    return list(taken)
 
 
 def _read_run(weights: str) -> tuple[JobSpec, list[str], str]:
