@@ -55,8 +55,9 @@ def prepare_shards(
     splits: tuple[Split, ...] = {"train": data.train, "val": data.val}[part]
     if not splits:
         raise UserError(f"data.{part} is empty: name at least one split")
-    request = _request(data, part, splits)
-    if _is_written(destination, request):
+    requests = _requests(data, part, splits)
+    request, complete = _find_request(destination, requests)
+    if complete:
         return open_shards(destination)
     faults = FaultLog(data.max_bad_samples, f"data.{part}")
     source = _READERS[data.format](data, part, splits, faults)
@@ -87,8 +88,12 @@ def prepare_shards(
     return open_shards(destination)
 
 
-def _request(data: Data, part: str, splits: tuple[Split, ...]) -> str:
-    """Digest of what was asked for; the same request finds its shards without reading the data set again."""
+def _requests(data: Data, part: str, splits: tuple[Split, ...]) -> tuple[str, ...]:
+    """Digests of what was asked for; the same request finds its shards without reading the data set again.
+
+    The first is today's. The second, of earlier releases, held what means nothing for files: the number of images that
+    the plan reckons with, and how shapes are drawn.
+    """
     lists = {}
     root = data.root or ""
     names = {name for split in splits for name in (split.annotations, split.image_info, split.ids) if name}
@@ -98,28 +103,37 @@ def _request(data: Data, part: str, splits: tuple[Split, ...]) -> str:
         if not storage.exists(path):
             raise UserError(f"{path} does not exist: check data.root and the files that data.{part} names")
         lists[name] = storage.digest_file(path).sha256
-    asked = {
-        "version": FORMAT_VERSION,
-        "part": part,
-        "splits": [split.model_dump() for split in splits],
-        "lists": lists,
-        "data": data.model_dump(include={"format", "seed", "image_size", "shard_bytes"}),
-    }
-    return storage.digest_json(asked)
+
+    def digest(of_split: set[str], of_data: set[str]) -> str:
+        asked = {
+            "version": FORMAT_VERSION,
+            "part": part,
+            "splits": [split.model_dump(exclude=of_split) for split in splits],
+            "lists": lists,
+            "data": data.model_dump(include={"format", "seed", "image_size", "shard_bytes"} - of_data),
+        }
+        return storage.digest_json(asked)
+
+    everything = digest(set(), set())
+    return (everything,) if data.format == "shapes" else (digest({"count"}, {"seed", "image_size"}), everything)
 
 
-def _is_written(destination: str, request: str) -> bool:
-    """Whether the shards asked for are there already; an error where another data set's are."""
+def _find_request(destination: str, requests: tuple[str, ...]) -> tuple[str, bool]:
+    """Which of the requests was written there (the first where none was), and whether it is complete.
+
+    An error where another data set's shards are.
+    """
     for name, complete in ((INDEX, True), (REQUEST, False)):
         path = storage.join(destination, name)
         if storage.exists(path):
-            if storage.read_json(path).get("request") != request:
+            found = storage.read_json(path).get("request")
+            if found not in requests:
                 raise UserError(
                     f"{destination} holds shards of another data set, or of other settings: "
                     "remove it, or choose another folder with data.shards"
                 )
-            return complete
-    return False
+            return found, complete
+    return requests[0], False
 
 
 def _cut(records: Sequence[Record], shard_bytes: int) -> list[list[Record]]:

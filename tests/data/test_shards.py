@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 import threading
@@ -15,6 +16,7 @@ import webdataset
 
 from pipeline import storage
 from pipeline.data import check_shards, open_shards, prepare_shards
+from pipeline.data import shards as shards_module
 from pipeline.errors import UserError
 from pipeline.spec import Data, Split
 
@@ -104,6 +106,51 @@ def test_another_data_set_is_never_mixed_in(shapes: Data, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="holds shards of another data set"):
         prepare_shards(shapes, "val", str(tmp_path / "shards"))
     assert files_of(tmp_path / "shards") == before
+
+
+def test_what_only_shapes_are_drawn_by_is_no_other_request_for_files(coco_folder: Write, tmp_path: Path) -> None:
+    data = coco_folder(4)
+    first = prepare_shards(data, "train", str(tmp_path / "shards"))
+    counted = data.train[0].model_copy(update={"count": 118287})
+    for other in ({"seed": 5}, {"image_size": 320}, {"train": (counted,)}):
+        found = prepare_shards(data.model_copy(update=other), "train", str(tmp_path / "shards"))
+        assert found.digest == first.digest
+    with pytest.raises(UserError, match="holds shards of another data set"):
+        prepare_shards(data.model_copy(update={"shard_bytes": 5000}), "train", str(tmp_path / "shards"))
+
+
+@pytest.mark.parametrize("complete", [True, False])
+def test_shards_that_an_earlier_release_wrote_are_found(
+    coco_folder: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complete: bool
+) -> None:
+    data, folder = coco_folder(4), tmp_path / "shards"
+    content = (tmp_path / "instances.json").read_bytes()
+    splits = [
+        {
+            "images": "images",
+            "annotations": "instances.json",
+            "image_info": None,
+            "ids": None,
+            "set": None,
+            "count": None,
+        }
+    ]
+    asked = {
+        "version": 1,
+        "part": "train",
+        "splits": splits,
+        "lists": {"instances.json": hashlib.sha256(content).hexdigest()},
+        "data": {"format": "coco", "seed": 0, "image_size": 160, "shard_bytes": 64 * 2**20},
+    }
+    old = hashlib.sha256(json.dumps(asked, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    monkeypatch.setattr(shards_module, "_requests", lambda *_: (old,))
+    prepare_shards(data, "train", str(folder))
+    monkeypatch.undo()
+    if not complete:  # cut off before its index was written
+        (folder / "index.json").unlink()
+    written = (folder / "shard-000000.json").stat().st_mtime_ns
+    assert prepare_shards(data, "train", str(folder)).num_samples == 4
+    assert (folder / "shard-000000.json").stat().st_mtime_ns == written
 
 
 def test_two_jobs_that_write_the_same_shards_agree(shapes: Data, tmp_path: Path) -> None:
