@@ -186,9 +186,6 @@ class Bench:
             time.sleep(_POLL_S)
         return False
 
-    def wait_for_step(self, job: Launched, name: str, step: int) -> bool:
-        return self.wait_for(job, lambda: (self.steps(name) or [0])[-1] >= step)
-
     def weights(self, name: str) -> bytes:
         path = self.run(name) / "weights.safetensors"
         return path.read_bytes() if path.exists() else b""

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import posixpath
-import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
 
 from pipeline import storage
 
@@ -48,23 +45,3 @@ def restore_loggers() -> None:
             if isinstance(handler, logging.StreamHandler) and not isinstance(handler, logging.FileHandler):
                 library.removeHandler(handler)
                 library.propagate = True
-
-
-@contextlib.contextmanager
-def output_to_file(path: str) -> Iterator[None]:
-    """Send what this process and its children write to stdout and stderr to a file: some libraries print."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    kept = os.dup(1), os.dup(2)
-    with open(path, "a", encoding="utf-8") as file:
-        os.dup2(file.fileno(), 1)
-        os.dup2(file.fileno(), 2)
-    try:
-        yield
-    finally:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os.dup2(kept[0], 1)
-        os.dup2(kept[1], 2)
-        os.close(kept[0])
-        os.close(kept[1])

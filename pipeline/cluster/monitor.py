@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import logging
 import time
-import uuid
 from typing import Any
 
 import ray
-from ray.actor import ActorHandle
+from ray.actor import ActorHandle, ActorProxy
 from ray.exceptions import RayError
 
 from pipeline.cluster.session import NAMESPACE
+from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 _LOOK_FOR_DRAINS_EVERY_S = 2.0
+_FREED_WITHIN_S = 15.0
+"""Ray frees the name of a job whose driver was killed"""
 
 
 class _Monitor:
@@ -54,23 +56,33 @@ def _draining_nodes() -> list[str]:
 
 
 class Monitor:
-    """The driver's side; one for all stages of a job. As a context manager it ends with it."""
+    """The driver's side; one for all stages of a job. As a context manager it ends with it.
+
+    A cluster has one of a run, which is what keeps two jobs off a run behind a URI: UserError for the second.
+    """
 
     def __init__(self, run_path: str) -> None:
-        self.name = f"monitor:{run_path}:{uuid.uuid4().hex[:8]}"
-        node = ray.get_runtime_context().get_node_id()
-        self._actor = (
-            ray.remote(_Monitor)
-            .options(
-                name=self.name,
-                namespace=NAMESPACE,
-                num_cpus=0,
-                label_selector={"ray.io/node-id": node},
-            )
-            .remote()
-        )
+        self.name = f"monitor:{run_path}"
+        self._actor = self._start(run_path)
         self.draining: set[str] = set()
         """ids of nodes that are about to be taken away"""
+
+    def _start(self, run_path: str) -> ActorProxy[_Monitor]:
+        node = ray.get_runtime_context().get_node_id()
+        monitor = ray.remote(_Monitor).options(
+            name=self.name, namespace=NAMESPACE, num_cpus=0, label_selector={"ray.io/node-id": node}
+        )
+        deadline = time.monotonic() + _FREED_WITHIN_S
+        while True:
+            try:
+                return monitor.remote()
+            except ValueError:  # the name is taken
+                if time.monotonic() > deadline:
+                    raise UserError(
+                        f"Another job of this cluster works on the run {run_path}; wait for it, stop it, or choose "
+                        "another name (name=OTHER)."
+                    ) from None
+                time.sleep(0.5)
 
     def __enter__(self) -> Monitor:
         return self

@@ -106,7 +106,7 @@ class Run:
 
     @contextlib.contextmanager
     def _lock(self) -> Iterator[None]:
-        """Freed by the kernel whatever ends this process; a run behind a URI relies on Ray's job ids instead."""
+        """Freed by the kernel whatever ends this process; a run behind a URI relies on `Monitor` instead."""
         if not storage.is_local(self.path):
             yield
             return
