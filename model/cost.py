@@ -117,14 +117,3 @@ def _count_saved(model: RefineDet) -> Iterator[dict[int, int]]:
 
 def _blank(batch: int, size: int) -> Tensor:
     return torch.empty(batch, 3, size, size, dtype=torch.uint8, device="meta")
-
-
-def format_cost(cost: ModelCost) -> str:
-    """The table that `refinedet plan` prints."""
-    lines = [f"{'module':<10}{'parameters':>12}{'GFLOPs':>10}"]
-    for name, count in cost.parameters.items():
-        lines.append(f"{name:<10}{count / 1e6:>10.2f} M{cost.gflops[name]:>10.2f}")
-    lines.append(f"{'total':<10}{cost.total_parameters / 1e6:>10.2f} M{cost.total_gflops:>10.2f}")
-    lines.append(f"anchors: {cost.num_anchors} ({' + '.join(map(str, cost.anchors))})")
-    lines.append(f"activations kept for the backward pass: {cost.activation_bytes / 2**20:.0f} MiB an image in fp32")
-    return "\n".join(lines)

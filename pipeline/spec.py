@@ -197,7 +197,7 @@ class Multiscale(Section):
     passes: tuple[Pass, ...] = ()
     """own passes instead of a recipe's"""
     merge: MergeRule | None = None
-    """default: vote for voc, soft_vote for coco"""
+    """default: the recipe's, vote in voc's and soft_vote in coco's; soft_vote for own `passes`"""
     compare_rules: bool = False
     """also measure every merge rule, on the same passes: `merge_rules` in metrics.json"""
     batch_size: PositiveInt = 8

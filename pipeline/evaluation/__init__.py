@@ -8,7 +8,7 @@ from pipeline.lazy import import_when_asked
 
 if TYPE_CHECKING:
     from pipeline.evaluation.coco import METRIC_NAMES, CocoMetrics, accumulate, evaluate_coco
-    from pipeline.evaluation.comparison import best_first, compare_rules, format_comparison
+    from pipeline.evaluation.comparison import best_first, format_comparison
     from pipeline.evaluation.detect import detect_piece
     from pipeline.evaluation.detections import DetectionTable
     from pipeline.evaluation.files import evaluate_files
@@ -25,10 +25,8 @@ if TYPE_CHECKING:
     from pipeline.evaluation.pieces import (
         Piece,
         merge_pieces,
-        missing_pieces,
         read_piece,
         split_into_pieces,
-        write_detections,
         write_piece,
     )
     from pipeline.evaluation.recipes import (
@@ -60,7 +58,6 @@ __all__ = [
     "accumulate_by_rule",
     "accumulate_voc",
     "best_first",
-    "compare_rules",
     "describe_cost",
     "detect_by_rules",
     "detect_piece",
@@ -74,7 +71,6 @@ __all__ = [
     "match_by_rule",
     "match_voc",
     "merge_pieces",
-    "missing_pieces",
     "read_piece",
     "resolve_merge",
     "resolve_passes",
@@ -82,7 +78,6 @@ __all__ = [
     "split_into_pieces",
     "usual_rule",
     "validate",
-    "write_detections",
     "write_piece",
     "write_submission",
     "write_voc_files",
@@ -92,7 +87,7 @@ __getattr__ = import_when_asked(
     __name__,
     {
         "coco": ("METRIC_NAMES", "CocoMetrics", "accumulate", "evaluate_coco"),
-        "comparison": ("best_first", "compare_rules", "format_comparison"),
+        "comparison": ("best_first", "format_comparison"),
         "detect": ("detect_piece",),
         "detections": ("DetectionTable",),
         "files": ("evaluate_files",),
@@ -102,10 +97,8 @@ __getattr__ = import_when_asked(
         "pieces": (
             "Piece",
             "merge_pieces",
-            "missing_pieces",
             "read_piece",
             "split_into_pieces",
-            "write_detections",
             "write_piece",
         ),
         "recipes": (

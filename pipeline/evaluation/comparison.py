@@ -4,14 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from pipeline.evaluation.detections import DetectionTable
-from pipeline.evaluation.measures import Metrics, Rule, evaluate_by_rule
-from pipeline.evaluation.truth import GroundTruth
-
-
-def compare_rules(truth: GroundTruth, tables: Mapping[str, DetectionTable], *, by: Rule = "coco") -> dict[str, Metrics]:
-    """Metrics by merge rule, best first."""
-    return best_first({name: evaluate_by_rule(by, truth, table) for name, table in tables.items()})
+from pipeline.evaluation.measures import Metrics
 
 
 def best_first(metrics: Mapping[str, Metrics]) -> dict[str, Metrics]:

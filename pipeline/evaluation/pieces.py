@@ -78,16 +78,6 @@ def read_piece(folder: str, piece: Piece, *, fingerprint: str = "") -> Detection
     return DetectionTable.of(json.loads(rows))
 
 
-def missing_pieces(folder: str, pieces: Sequence[Piece], *, fingerprint: str = "") -> tuple[Piece, ...]:
-    """Those of `pieces` that are still to be done."""
-    present = set(storage.list_folder(folder))
-    return tuple(
-        piece
-        for piece in pieces
-        if piece.name not in present or read_piece(folder, piece, fingerprint=fingerprint) is None
-    )
-
-
 def merge_pieces(tables: Iterable[DetectionTable], image_ids: Sequence[int] | None = None) -> DetectionTable:
     """All detections in the order of `image_ids` (default: ascending), best first within an image.
 
@@ -103,11 +93,6 @@ def merge_pieces(tables: Iterable[DetectionTable], image_ids: Sequence[int] | No
             raise ValueError("image_ids must be unique and hold every image that has detections")
         place = first[np.searchsorted(unique, table.image_id)]
     return table.select(np.lexsort((-table.score, place)))
-
-
-def write_detections(path: str, detections: DetectionTable) -> None:
-    """A COCO results file."""
-    storage.write_bytes(path, json.dumps(detections.rows(), separators=(",", ":")).encode() + b"\n")
 
 
 def _header(piece: Piece, fingerprint: str, sha256: str) -> dict[str, str | int]:

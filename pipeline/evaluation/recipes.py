@@ -15,6 +15,8 @@ from pipeline.spec import MergeRule, Multiscale, Pass
 
 @dataclass(frozen=True)
 class Recipe:
+    """Passes for models of one input size, and how their boxes are merged."""
+
     input_size: int
     passes: tuple[Pass, ...]
     merge: MergeRule
@@ -59,8 +61,15 @@ MERGE_RULES: dict[str, MergeRule] = {
 
 
 def resolve_passes(multiscale: Multiscale, config: RefineDetConfig) -> tuple[Pass, ...]:
-    """The passes of the recipe or the job's own; UserError where a size does not fit the model's strides."""
+    """The passes of the recipe or the job's own; UserError where they are not for the model's size or strides."""
     recipe = _recipe(multiscale)
+    if recipe and recipe.input_size != config.input_size:
+        fitting = [name for name, one in RECIPES.items() if one.input_size == config.input_size]
+        remedy = f"take {' or '.join(fitting)}" if fitting else f"give passes such as [{{size: {config.input_size}}}]"
+        raise UserError(
+            f"multiscale.recipe {multiscale.recipe} is for models of input size {recipe.input_size}, received "
+            f"model.input_size {config.input_size}; {remedy}"
+        )
     passes = recipe.passes if recipe else multiscale.passes
     if not passes:
         raise UserError(
@@ -78,7 +87,7 @@ def resolve_passes(multiscale: Multiscale, config: RefineDetConfig) -> tuple[Pas
 
 
 def resolve_merge(multiscale: Multiscale) -> MergeRule:
-    """The job's merge rule, or the recipe's: vote for VOC, soft voting for COCO and own passes."""
+    """The job's merge rule, or the recipe's: vote in VOC's, soft voting in COCO's; soft voting for own passes."""
     recipe = _recipe(multiscale)
     return multiscale.merge or (recipe.merge if recipe else MergeRule(method="soft_vote"))
 

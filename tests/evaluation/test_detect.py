@@ -119,6 +119,7 @@ def test_published_recipes_resolve():
         config = RefineDetConfig(input_size=recipe.input_size)
         assert resolve_passes(Multiscale(recipe=name), config) == recipe.passes
         assert resolve_merge(Multiscale(recipe=name)).method == ("vote" if "voc" in name else "soft_vote")
+    assert resolve_merge(Multiscale(passes=(Pass(size=64),))).method == "soft_vote"
     cost = estimate_cost(RECIPES["coco320"].passes, input_size=320, num_images=5000)
     assert cost["looks"] == 18
     assert cost["images"] == 90000
@@ -130,6 +131,10 @@ def test_published_recipes_resolve():
 def test_passes_that_do_not_fit_are_named():
     with pytest.raises(UserError, match=r"multiple of the model's coarsest stride 64, received \(96, 128\)"):
         resolve_passes(Multiscale(passes=(Pass(size=(96, 128)),)), CONFIG)
+    with pytest.raises(UserError, match=r"coco320 is for models of input size 320, .* 512; take voc512 or coco512"):
+        resolve_passes(Multiscale(recipe="coco320"), RefineDetConfig(input_size=512))
+    with pytest.raises(UserError, match=r"received model\.input_size 128; give passes such as \[{size: 128}\]"):
+        resolve_passes(Multiscale(recipe="coco320"), CONFIG)
     with pytest.raises(UserError, match="neither"):
         resolve_passes(Multiscale(), CONFIG)
     with pytest.raises(UserError, match=r"must be one of coco1024, .* received coco300"):
