@@ -83,7 +83,8 @@ def _load_instances(path: str, *, with_annotations: bool) -> dict[str, Any]:
         ):
             raise UserError(f"{path}: every image needs a whole number `id` and a `file_name`, received {image!r:.120}")
         for side in ("width", "height"):
-            if image.get(side) is not None and (whole_number(image[side]) or 0) < 1:
+            size = whole_number(image.get(side) or 0)  # none, or zero: unknown
+            if size is None or size < 0:
                 raise UserError(
                     f"{path}: the {side} of image {image['id']} must be a whole number of pixels, received "
                     f"{image[side]!r:.80}; mend the file, or leave width and height out"

@@ -49,14 +49,17 @@ class Source:
 
 def whole_number(value: Any) -> int | None:
     """A number that JSON holds as 7 or 7.0, within 64 bits; None for anything else: text, true, 7.5, null."""
+    if type(value) is int:  # nearly always, in files of a million annotations
+        return value if -(2**63) <= value < 2**63 else None
     number = as_number(value)
-    if number is None or not number.is_integer() or not -(2**63) <= value < 2**63:
-        return None
-    return int(value)
+    whole = number is not None and number.is_integer() and -(2**63) <= value < 2**63
+    return int(value) if whole else None
 
 
 def as_number(value: Any) -> float | None:
     """A number as a float; None for anything else, text and true too, and for one beyond a float's range."""
+    if type(value) is float:
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         return None
     try:
