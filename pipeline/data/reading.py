@@ -49,6 +49,9 @@ class SampleReader:
             content = self.read_bytes(entry)
         except FileNotFoundError:
             raise UserError(f"{self.shards.shard_url(entry.shard)} is gone: write the shards again") from None
+        except PermissionError:
+            url = self.shards.shard_url(entry.shard)
+            raise UserError(f"{url} may not be read: give the workers access to it") from None
         except DamagedError as error:
             return _broken(entry, shard, str(error))
         members = expand_tar(content, shard)

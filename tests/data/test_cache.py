@@ -126,6 +126,15 @@ def test_a_store_or_disk_that_fails_is_an_error_and_no_grey_sample(
     with pytest.raises(OSError, match="Input/output error"):
         SampleReader(shapes_shards).read(0)
 
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", refuse)
+    monkeypatch.setattr(os, "open", refuse)
+    for shards in (remote, shapes_shards):
+        with pytest.raises(UserError, match=r"shard-000000\.tar may not be read"):
+            SampleReader(shards).read(0)
+
 
 def test_the_least_recently_used_copy_makes_room(remote: ShardSet, tmp_path: Path) -> None:
     held = ShardCache(remote, str(tmp_path), sum(remote.num_bytes[:3]) + 10)
