@@ -214,7 +214,6 @@ class Tracking(Section):
     """MLflow tracking URI; default: sqlite in the runs folder"""
     experiment: str = "refinedet"
     log_every_steps: PositiveInt = 10
-    system_metrics: bool = False
     report_images: PositiveInt = 12
     """images whose detections are drawn beside the truth"""
 
