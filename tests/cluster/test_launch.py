@@ -17,6 +17,7 @@ import yaml
 from pipeline.cluster.drills import SPEC, Bench
 from pipeline.cluster.faults import FAULT_VARIABLE
 from pipeline.data import prepare_shards
+from pipeline.data.shapes import write_shapes
 from pipeline.spec import JobSpec
 from tests.cluster.commands import Done, run_commands
 
@@ -39,8 +40,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 @pytest.fixture(scope="module")
 def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A data set in COCO's layout whose category ids are sparse, as COCO's are."""
-    from pipeline.data.shapes import write_shapes
-
     folder = tmp_path_factory.mktemp("coco")
     for part, count in (("train", 16), ("val", 6)):
         write_shapes(str(folder / part), count, part=part, image_size=96)
@@ -131,6 +130,15 @@ MISTAKES = [
     (["cluster.workers=64", "training.global_batch=64", "training.micro_batch=null"], "64 CPU"),
     (["training.init_weights=nowhere.pth"], "nowhere.pth"),
     (["cluster.workers={min: 5, max: 7}", "training.global_batch=4"], "no number of workers from 5 to 7"),
+    (
+        [
+            "data.format=coco",
+            "data.root=swapped",
+            "data.train=[{images: train, annotations: annotations/instances_train.json}]",
+            "data.val=[{images: val, annotations: annotations/instances_val.json}]",
+        ],
+        "label 1 (the categories by ascending id) is 'disc' in the first and 'square' in the second",
+    ),
 ]
 SAID = [
     *(said for _, said in MISTAKES),
@@ -147,12 +155,24 @@ def mistakes(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> dict[str
     spec = yaml.safe_load(bench.write_spec("mistake").read_text()) | {"runs": "runs"}
     del spec["data"]["shards"]
     (folder / "job.yaml").write_text(yaml.safe_dump(spec))
+    write_swapped(folder / "swapped")
     launch = ["launch", "job.yaml", "--stages", "prepare,train", "--address", bench.cluster.address]
     commands = [[*launch, f"name=mistake{number}", *changes] for number, (changes, _) in enumerate(MISTAKES)]
     commands.append([*launch, "--preflight", f"data.shards={damaged_shards(spec, folder)}"])
     nobody = [["launch", "job.yaml", "--address", "127.0.0.1:1"]]
     nobody += [["submit", "job.yaml", "runs=/shared/runs", "--address", "http://127.0.0.1:1"]]
     return dict(zip(SAID, run_commands(commands + nobody, cwd=folder), strict=True))
+
+
+def write_swapped(folder: Path) -> None:
+    """A data set in COCO's layout whose validation part has two categories the other way round."""
+    for part in ("train", "val"):
+        write_shapes(str(folder), 8, part=part, image_size=96)
+    path = folder / "annotations" / "instances_val.json"
+    truth = json.loads(path.read_text())
+    first, second, *_ = truth["categories"]
+    first["name"], second["name"] = second["name"], first["name"]
+    path.write_text(json.dumps(truth))
 
 
 def damaged_shards(spec: dict, folder: Path) -> Path:
