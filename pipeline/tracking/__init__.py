@@ -5,8 +5,9 @@ The names below are loaded when they are first used: MLflow takes seconds to imp
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from pipeline.lazy import import_when_asked
 
 if TYPE_CHECKING:
     from pipeline.tracking.packaging import package_model
@@ -15,18 +16,6 @@ if TYPE_CHECKING:
     from pipeline.tracking.report import build_report
     from pipeline.tracking.runs import RunTracker
     from pipeline.tracking.summary import merge_rule_rows, summary_rows
-
-_HOMES = {
-    "Boxes": "pictures",
-    "RunTracker": "runs",
-    "build_report": "report",
-    "draw_detections": "pictures",
-    "merge_rule_rows": "summary",
-    "package_model": "packaging",
-    "redact": "redaction",
-    "redact_text": "redaction",
-    "summary_rows": "summary",
-}
 
 __all__ = [
     "Boxes",
@@ -41,7 +30,14 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = import_when_asked(
+    __name__,
+    {
+        "packaging": ["package_model"],
+        "pictures": ["Boxes", "draw_detections"],
+        "redaction": ["redact", "redact_text"],
+        "report": ["build_report"],
+        "runs": ["RunTracker"],
+        "summary": ["merge_rule_rows", "summary_rows"],
+    },
+)
