@@ -1,14 +1,15 @@
 """Ray Train without the helpers that this project has no use for.
 
-For every run Ray Train starts actors that serve Ray Data's shards, ask an autoscaler for room, watch placement groups,
-watch preemptions and hold a barrier. Each is a process that imports Ray Train: together half a minute of a core before
-the first step, and again after every failure. Here data comes from webdataset, places are found by `placement`, which
-autoscalers see, placement groups end with their job, the driver watches for nodes that drain, and workers meet in
-torch's collectives.
+For every run Ray Train starts actors that control the run, serve Ray Data's shards, ask an autoscaler for room, watch
+placement groups, watch preemptions and hold a barrier. Each is a process that imports Ray Train: together half a minute
+of a core before the first step, and again after every failure. Here the controller runs in a thread of the driver, data
+comes from webdataset, places are found by `placement`, which autoscalers see, placement groups end with their job, the
+driver watches for nodes that drain, and workers meet in torch's collectives.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import socket
 from collections.abc import Callable
@@ -19,9 +20,9 @@ import ray.train
 from ray.train.backend import Backend, BackendConfig
 from ray.train.v2._internal.callbacks.datasets import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+from ray.train.v2._internal.execution.controller import TrainController
 from ray.train.v2._internal.execution.scaling_policy.fixed import FixedScalingPolicy
-from ray.train.v2._internal.execution.worker_group import state, worker_group
+from ray.train.v2._internal.execution.worker_group import WorkerGroup, state, worker_group
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 
@@ -50,12 +51,13 @@ class LeanTrainer(DataParallelTrainer):
 
     def _create_default_callbacks(self) -> list[Any]:
         unused = (DatasetsCallback, PlacementGroupCleanerCallback)
-        kept = [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
-        return [*kept, _WithoutBarrier()]
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, unused)]
 
-    def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> Any:
+    def _initialize_and_run_controller(self, **controller_init_kwargs: Any) -> ray.train.Result:
         policy = _FixedSize(self.scaling_config)
-        return super()._initialize_and_run_controller(**{**controller_init_kwargs, "scaling_policy": policy})
+        controller = _Controller(**{**controller_init_kwargs, "scaling_policy": policy})
+        asyncio.run(controller.run())
+        return controller.get_result()
 
 
 class _FixedSize(FixedScalingPolicy):
@@ -71,24 +73,51 @@ class _FixedSize(FixedScalingPolicy):
         pass
 
 
-class _WithoutBarrier(WorkerGroupCallback):
-    """Runs in the controller: its workers meet in torch's collectives, so Ray Train's barrier need not be a process."""
-
-    def before_worker_group_start(self, worker_group_context: Any) -> None:
-        worker_group.SynchronizationActor = _NoBarrier  # type: ignore[misc, assignment]
-        state._shutdown_sync_actor = lambda sync_actor: None  # it is the controller
-
-
 class _NoBarrier:
-    """Stands where an actor class does; the handle that workers get is the controller's, which has no barrier."""
+    """Stands where the actor class of Ray Train's barrier does, and for its only actor."""
 
     @classmethod
     def options(cls, **_: Any) -> type[_NoBarrier]:
         return cls
 
     @classmethod
-    def remote(cls, **_: Any) -> Any:
-        return ray.get_runtime_context().current_actor
+    def remote(cls, **_: Any) -> type[_NoBarrier]:
+        return cls
+
+
+worker_group.SynchronizationActor = _NoBarrier  # type: ignore[misc, assignment]
+state._shutdown_sync_actor = lambda sync_actor: None
+
+
+class _WorkerGroup(WorkerGroup):
+    """Workers that report to nobody through Ray Train: neither a barrier nor the controller is an actor."""
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
+        """That of the job alone: what Ray Train adds is for its controller, and costs every worker's start 2 s."""
+        return custom_runtime_env
+
+    def _init_train_context_on_workers(
+        self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
+    ) -> None:
+        ray.get(
+            [
+                worker.actor.init_train_context.remote(
+                    train_run_context=self._train_run_context,
+                    distributed_context=worker.distributed_context,
+                    synchronization_actor=None,
+                    storage_context=self._storage_context,
+                    worker_callbacks=self._worker_callbacks_to_propagate,
+                    controller_actor=None,
+                    **{name: values[index] for name, values in train_context_args.items()},
+                )
+                for index, worker in enumerate(workers)
+            ]
+        )
+
+
+class _Controller(TrainController):
+    worker_group_cls = _WorkerGroup
 
 
 class _MeetingPlace(BackendConfig):

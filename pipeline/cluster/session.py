@@ -11,7 +11,7 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.cluster.capacity import check_capacity, nodes_of
+from pipeline.cluster.capacity import Node, check_capacity, nodes_of
 from pipeline.cluster.logs import restore_loggers
 from pipeline.errors import UserError
 from pipeline.spec import Cluster
@@ -32,6 +32,8 @@ _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_DEDUP_LOGS": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",  # the controller is in the driver, whose log is launch.log
+    "RAY_ENABLE_AUTO_CONNECT": "0",  # a call after the end of a session must not start another
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",  # the driver of training watches, and saves first
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # its 2 s are lost at every end, good or bad
     # The default start timeout, 60 s, is less than a loaded node takes to import torch and DeepSpeed.
@@ -79,11 +81,17 @@ def ray_session(cluster: Cluster, address: str | None = None) -> Iterator[None]:
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler, which ray.init installs, ends without saving
     try:
-        nodes = nodes_of(ray.nodes(), alive="Alive", resources="Resources", labels="Labels")
-        check_capacity(cluster, nodes)
+        check_capacity(cluster, session_nodes())
         yield
     finally:
         ray.shutdown()
+
+
+def session_nodes() -> list[Node]:
+    """The nodes that are alive."""
+    import ray
+
+    return nodes_of(ray.nodes(), alive="Alive", resources="Resources", labels="Labels")
 
 
 def _connect(address: str) -> None:
