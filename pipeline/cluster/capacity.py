@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,14 @@ class Node:
             if each
         ]
         return min(fits)
+
+
+def gpus_of(nodes: Iterable[Node]) -> list[str]:
+    """The GPUs of a cluster by their kind, as Ray knows it: ["16 x H200"]."""
+    counts: Counter[str] = Counter()
+    for node in nodes:
+        counts[node.labels.get("ray.io/accelerator-type", "GPU")] += round(node.resources.get("GPU", 0.0))
+    return [f"{count} x {kind}" for kind, count in sorted(counts.items()) if count]
 
 
 def minimum_workers(cluster: Cluster) -> int:

@@ -62,16 +62,12 @@ def processor() -> str:
 
 
 def describe_environment() -> dict[str, Any]:
-    """Versions, commit and hardware, as JSON."""
-    import torch
-
-    devices = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    """Versions, commit and hardware of this machine, as JSON."""
     return {
         "commit": commit(),
         "versions": package_versions(),
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "devices": devices,
         "system": platform.platform(),
     }

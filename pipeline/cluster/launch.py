@@ -9,17 +9,17 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import storage
-from pipeline.cluster.capacity import maximum_workers, minimum_workers
+from pipeline.cluster.capacity import gpus_of, maximum_workers, minimum_workers
 from pipeline.cluster.environment import describe_environment
 from pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
 from pipeline.cluster.progress import ProgressDisplay, summary_table
 from pipeline.cluster.run import Run
-from pipeline.cluster.session import ray_session
+from pipeline.cluster.session import ray_session, session_nodes
 from pipeline.errors import StoppedError, UserError
 from pipeline.spec import JobSpec
 
@@ -54,8 +54,9 @@ def launch(
         stack.enter_context(run.open())
         log_to_file(os.path.join(log_folder(run.path), "launch.log"), who="driver")
         stop = stack.enter_context(stop_signals(display))
+        # MLflow and Ray Train take seconds to load: beside the start of Ray, and the writing of shards.
+        threading.Thread(target=_load_tracking, daemon=True).start()
         stack.enter_context(ray_session(spec.cluster, address))
-        # Ray Train and MLflow take seconds to load: beside the writing of shards, and the start of the workers.
         beside = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="beside"))
         if "train" in stages:
             beside.submit(importlib.import_module, "pipeline.cluster.training_stage")
@@ -78,13 +79,18 @@ def launch(
         job.finish()
 
 
+def _load_tracking() -> None:
+    with suppress(Exception):  # raised again where it is needed
+        importlib.import_module("pipeline.tracking.runs")
+
+
 def _begin_tracking(run: Run) -> RunTracker:
     """Start or resume the job's MLflow run, and say what it runs on."""
     from pipeline.tracking import RunTracker
 
     tracker = RunTracker(run.spec.tracking, name=run.spec.name, run_dir=run.path, runs=run.runs)
     restore_loggers()
-    environment = describe_environment()
+    environment: dict[str, Any] = {**describe_environment(), "devices": gpus_of(session_nodes())}
     storage.write_json(run.file("environment.json"), environment)
     tracker.log_spec(run.spec.model_dump(mode="json"))
     tracker.set_tags(

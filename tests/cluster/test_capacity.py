@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.cluster.capacity import AUTOSCALING, Node, check_capacity
+from pipeline.cluster.capacity import AUTOSCALING, Node, check_capacity, gpus_of
 from pipeline.errors import UserError
 from pipeline.spec import Cluster
 
@@ -44,6 +44,13 @@ def test_a_cluster_that_grows_is_waited_for() -> None:
 
 def test_labels_with_operators_are_left_to_ray() -> None:
     check_capacity(Cluster(workers=2, labels={"zone": "!a", "kind": "in(x,y)"}), [node(2)])
+
+
+def test_gpus_are_counted_by_kind() -> None:
+    kind = {"ray.io/accelerator-type": "H200"}
+    nodes = [node(8, 8, **kind), node(8, 8, **kind), node(4, 1), node(2, 0, **{"ray.io/accelerator-type": "A100"})]
+    assert gpus_of(nodes) == ["1 x GPU", "16 x H200"]
+    assert gpus_of([node(2)]) == []
 
 
 @given(
