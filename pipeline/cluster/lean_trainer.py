@@ -97,6 +97,15 @@ class _WorkerGroup(WorkerGroup):
         """That of the job alone: what Ray Train adds is for its controller, and costs every worker's start 2 s."""
         return custom_runtime_env
 
+    def _start(self) -> None:
+        try:
+            super()._start()
+        except BaseException:
+            if self._worker_group_state is not None:  # Ray Train leaves these workers and places to its own cleaner
+                self._worker_group_state.shutdown()
+                self._clear_state()
+            raise
+
     def _init_train_context_on_workers(
         self, workers: list[Any], sync_actor: Any, train_context_args: dict[str, list[Any]]
     ) -> None:
