@@ -13,7 +13,7 @@ import json
 import logging
 import posixpath
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from typing import Any
@@ -55,8 +55,8 @@ def prepare_shards(
     splits: tuple[Split, ...] = {"train": data.train, "val": data.val}[part]
     if not splits:
         raise UserError(f"data.{part} is empty: name at least one split")
-    requests = _requests(data, part, splits)
-    request, complete = _find_request(destination, requests)
+    lists = _list_digests(data, part, splits, destination)
+    request, complete = _find_request(destination, _requests(data, part, splits, lists))
     if complete:
         return open_shards(destination)
     faults = FaultLog(data.max_bad_samples, f"data.{part}")
@@ -84,25 +84,36 @@ def prepare_shards(
             raise
     entries = [shards[number] for number in range(len(groups)) if shards[number]["num_samples"]]
     sets = [split.set for split in splits if split.set] if data.format == "voc" else []
-    _write_index(destination, data.format, part, sets, request, source, entries, faults)
+    _write_index(destination, data.format, part, sets, request, lists, source, entries, faults)
     return open_shards(destination)
 
 
-def _requests(data: Data, part: str, splits: tuple[Split, ...]) -> tuple[str, ...]:
+def _list_digests(data: Data, part: str, splits: tuple[Split, ...], destination: str) -> dict[str, str]:
+    """SHA-256 of every file that says which images there are.
+
+    Complete shards remember those they were written from: where they are used, the data set need not be.
+    """
+    root = data.root or ""
+    names = {name for split in splits for name in (split.annotations, split.image_info, split.ids) if name}
+    paths = {name: storage.join(root, name) for name in names}
+    paths |= {split.set: list_path(root, split) for split in splits if split.set}
+    found = {name: storage.digest_file(path).sha256 for name, path in paths.items() if storage.exists(path)}
+    missing = [name for name in paths if name not in found]
+    index = storage.join(destination, INDEX)
+    remembered = storage.read_json(index).get("lists", {}) if missing and storage.exists(index) else {}
+    for name in missing:
+        if name not in remembered:
+            raise UserError(f"{paths[name]} does not exist: check data.root and the files that data.{part} names")
+        found[name] = remembered[name]
+    return found
+
+
+def _requests(data: Data, part: str, splits: tuple[Split, ...], lists: Mapping[str, str]) -> tuple[str, ...]:
     """Digests of what was asked for; the same request finds its shards without reading the data set again.
 
     The first is today's. The second, of earlier releases, held what means nothing for files: the number of images that
     the plan reckons with, and how shapes are drawn.
     """
-    lists = {}
-    root = data.root or ""
-    names = {name for split in splits for name in (split.annotations, split.image_info, split.ids) if name}
-    paths = {name: storage.join(root, name) for name in names}
-    paths |= {split.set: list_path(root, split) for split in splits if split.set}
-    for name, path in paths.items():
-        if not storage.exists(path):
-            raise UserError(f"{path} does not exist: check data.root and the files that data.{part} names")
-        lists[name] = storage.digest_file(path).sha256
 
     def digest(of_split: set[str], of_data: set[str]) -> str:
         asked = {
@@ -261,6 +272,7 @@ def _write_index(
     part: str,
     sets: Sequence[str],
     request: str,
+    lists: Mapping[str, str],
     source: Source,
     lines: list[dict[str, Any]],
     faults: FaultLog,
@@ -274,6 +286,7 @@ def _write_index(
         "part": part,
         "sets": list(sets),
         "request": request,
+        "lists": dict(lists),
         "digest": storage.digest_json([categories, table["sha256"], table["num_samples"]]),
         "num_samples": sum(table["num_samples"]),
         "categories": categories,

@@ -95,6 +95,22 @@ def test_written_shards_are_found_without_the_data_set(coco_folder: Write, tmp_p
     first = prepare_shards(data, "train", str(tmp_path / "shards"))
     shutil.rmtree(tmp_path / "images")
     assert prepare_shards(data, "train", str(tmp_path / "shards")).digest == first.digest
+    elsewhere = data.model_copy(update={"root": str(tmp_path / "nothing-is-here")})
+    assert prepare_shards(elsewhere, "train", str(tmp_path / "shards")).digest == first.digest
+    with pytest.raises(UserError, match=r"does not exist: check data\.root"):
+        prepare_shards(elsewhere, "train", str(tmp_path / "other"))
+    (tmp_path / "shards" / "index.json").unlink()  # not complete: the images are needed
+    with pytest.raises(UserError, match=r"does not exist: check data\.root"):
+        prepare_shards(elsewhere, "train", str(tmp_path / "shards"))
+
+
+def test_other_annotations_are_another_data_set(coco_folder: Write, tmp_path: Path) -> None:
+    data = coco_folder(4)
+    prepare_shards(data, "train", str(tmp_path / "shards"))
+    annotations = tmp_path / "instances.json"
+    annotations.write_bytes(annotations.read_bytes() + b" ")
+    with pytest.raises(UserError, match="holds shards of another data set"):
+        prepare_shards(data, "train", str(tmp_path / "shards"))
 
 
 def test_another_data_set_is_never_mixed_in(shapes: Data, tmp_path: Path) -> None:
