@@ -36,8 +36,11 @@ EXTRA_WIDTH, EXTRA_CHANNELS = 128, 512  # res6, and res7 alike: the paper gives 
 class TimmBackbone(nn.Module):
     """Any timm network with `features_only`, its maps at strides 8, 16 and 32, and residual blocks for coarser ones.
 
-    `channels` holds the F_l; `mean` and `std` what the network expects of its input.
+    `channels` holds the F_l; `mean` and `std` what the network expects of its input; `trained` begins the names of the
+    tensors that weights of a classifier hold.
     """
+
+    trained = ("body.",)
 
     def __init__(self, name: str, num_levels: int, checkpointing: bool = False) -> None:
         super().__init__()
@@ -91,6 +94,7 @@ class ReducedVgg16(nn.Module):
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
+    trained = tuple(f"stages.{number}." for number in range(6))
 
     def __init__(self, num_levels: int, checkpointing: bool = False) -> None:
         super().__init__()

@@ -5,6 +5,7 @@ import torch
 import torchvision
 
 from model import RefineDet, RefineDetConfig, load_weights
+from model.backbones import ReducedVgg16
 
 
 def test_own_weights_come_back_whole(build):
@@ -62,6 +63,9 @@ def test_torchvision_vgg_is_subsampled():
     assert len(report.matched) == 26
     assert len(report.reshaped) == 4
     assert set(report.left) == {"classifier.6.weight", "classifier.6.bias"}
+    assert not [
+        name for name in report.missing if name.startswith(tuple(f"backbone.{x}" for x in ReducedVgg16.trained))
+    ]
     stage = model.backbone.stages[5]
     assert torch.equal(stage[1].weight[5, 7, 1, 2], fc6.view(4096, 512, 7, 7)[20, 7, 3, 6].float())
     assert torch.equal(stage[1].bias, torch.arange(0.0, 4096, 4))

@@ -77,6 +77,9 @@ def test_the_wrong_file_is_named(tmp_path: Path) -> None:
     torch.save({"unrelated.weight": torch.zeros(2)}, tmp_path / "other.pth")
     with pytest.raises(UserError, match="none of the tensors"):
         load_initial_weights(RefineDet(CONFIG), str(tmp_path / "other.pth"))
+    torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "smaller.pth")
+    with pytest.raises(UserError, match=r"nothing for \d+ tensors of the backbone resnet18 \(backbone\.body\."):
+        load_initial_weights(RefineDet(CONFIG), str(tmp_path / "smaller.pth"))
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds a list"):
         read_weights(str(tmp_path / "list.pth"))
