@@ -29,7 +29,9 @@ app.add_typer(data_app, name="data")
 
 Job = Annotated[str, typer.Argument(metavar="JOB.yaml", help="job spec; see jobs/")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="training.epochs=3 and the like")]
-Address = Annotated[str | None, typer.Option(help="Ray cluster, HOST:PORT or ray://HOST:PORT; default: run here")]
+Address = Annotated[
+    str | None, typer.Option(help="Ray cluster that this machine is a node of, HOST:PORT; default: run here")
+]
 
 Dashboard = Annotated[
     str | None, typer.Option("--address", help="the cluster's dashboard, http://HOST:8265; default: on this machine")

@@ -21,6 +21,10 @@ logger = logging.getLogger(__name__)
 NAMESPACE = "refinedet"
 _KNOCK_TIMEOUT_S = 5.0
 _LOCAL_STARTS = 3
+_FROM_OUTSIDE = (
+    "run launch on a node of the cluster, where the address is HOST:PORT (port 6379), or send the job there with "
+    "`refinedet submit`."
+)
 
 # What Ray, DeepSpeed and Ray Train read from the environment of a job, set in this one place. Logs go to files;
 # Ray's OpenTelemetry and usage threads are not wanted on a training node.
@@ -77,6 +81,8 @@ def ray_session(cluster: Cluster, address: str | None = None) -> Iterator[None]:
         if "Version mismatch" in str(error):
             message = " ".join(str(error).split())
             raise UserError(f"The cluster at {address!r} runs another version: {message}; install the same.") from error
+        if "No node info found" in str(error):
+            raise UserError(f"This machine is no node of the cluster at {address!r}; {_FROM_OUTSIDE}") from error
         raise
     finally:
         signal.signal(signal.SIGTERM, on_sigterm)  # Ray's own handler, which ray.init installs, ends without saving
@@ -144,11 +150,13 @@ def _check_reachable(address: str) -> None:
     if address.startswith(("http://", "https://")):
         raise UserError(
             f"{address!r} is the address of a dashboard, to which `refinedet submit` sends jobs; launch takes "
-            "HOST:PORT of the cluster itself (port 6379) or ray://HOST:PORT (port 10001)."
+            "HOST:PORT of the cluster itself (port 6379), on one of its nodes."
         )
-    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if address.startswith("ray://"):
+        raise UserError(f"{address!r} is for clients outside the cluster; {_FROM_OUTSIDE}")
+    host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        raise UserError(f"A cluster's address reads HOST:PORT or ray://HOST:PORT, received {address!r}.")
+        raise UserError(f"A cluster's address reads HOST:PORT (port 6379), received {address!r}.")
     try:
         socket.create_connection((host, int(port)), timeout=_KNOCK_TIMEOUT_S).close()
     except OSError as error:

@@ -132,8 +132,9 @@ def test_nobody_there_and_somebody_else_there_are_told_apart() -> None:
         assert "is no Ray dashboard" in refusal(f"http://127.0.0.1:{server.port}")
 
 
-def test_a_dashboard_is_no_address_to_launch_on() -> None:
-    with pytest.raises(UserError, match="`refinedet submit` sends jobs"), ray_session(Cluster(), "http://head:8265"):
+@pytest.mark.parametrize("address", ["http://head:8265", "ray://head:10001"])
+def test_what_is_for_those_outside_is_no_address_to_launch_on(address: str) -> None:
+    with pytest.raises(UserError, match=rf"{address}.*port 6379"), ray_session(Cluster(), address):
         pass
 
 
