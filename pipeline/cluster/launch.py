@@ -10,7 +10,6 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Literal
 
 from pipeline import storage
@@ -18,7 +17,7 @@ from pipeline.cluster.capacity import gpus_of, maximum_workers, minimum_workers
 from pipeline.cluster.environment import describe_environment
 from pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
 from pipeline.cluster.progress import ProgressDisplay, summary_table
-from pipeline.cluster.run import Run
+from pipeline.cluster.run import Run, lasting_part
 from pipeline.cluster.session import ray_session, session_nodes
 from pipeline.errors import StoppedError, UserError
 from pipeline.spec import JobSpec
@@ -243,14 +242,7 @@ class _Job:
             check_passes(self.spec)
         inputs = {
             "shards": shards.digest,
-            "spec": storage.digest_json(
-                {
-                    "seed": self.spec.seed,
-                    "model": asdict(self.spec.model),
-                    "training": self.spec.training.model_dump(mode="json"),
-                    "augmentation": self.spec.data.augmentation.model_dump(mode="json"),
-                }
-            ),
+            "spec": storage.digest_json(lasting_part(self.spec.model_dump(mode="json"))),
         }
         if self.run.stage_is_done("train", inputs):
             self.display.stage("train")

@@ -169,19 +169,30 @@ class Run:
         return self.file("stages", f"{stage}.json")
 
 
-def spec_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What distinguishes two specs in a way that makes them different runs: "training.epochs was 3, now 4"."""
-    found = []
-    for key in sorted({*before, *now}):
+def lasting_part(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a spec, as JSON values, makes the run what it is: all but what may change from launch to launch."""
+    lasting: dict[str, Any] = {}
+    for key, value in spec.items():
         exempt = _MAY_CHANGE.get(key, set())
         if exempt is None:
             continue
+        if isinstance(value, Mapping):
+            value = {name: each for name, each in value.items() if name not in exempt}
+        lasting[key] = value
+    return lasting
+
+
+def spec_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What distinguishes two specs in a way that makes them different runs: "training.epochs was 3, now 4"."""
+    before, now = lasting_part(before), lasting_part(now)
+    found = []
+    for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)
         if isinstance(old, Mapping) and isinstance(new, Mapping):
             found += [
                 f"{key}.{name} was {old.get(name)!r}, now {new.get(name)!r}"
                 for name in sorted({*old, *new})
-                if name not in exempt and old.get(name) != new.get(name)
+                if old.get(name) != new.get(name)
             ]
         elif old != new:
             found.append(f"{key} was {old!r}, now {new!r}")

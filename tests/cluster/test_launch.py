@@ -95,11 +95,11 @@ def test_a_job_is_stopped_goes_on_to_the_end_and_is_not_done_twice(bench: Bench,
     stopped = json.loads((run / "tracking.json").read_text())
     assert stopped["status"] == "KILLED"
 
-    # The same command on a cluster, and again; then the detector it left, on pictures.
+    # The same command on a cluster, again with a change that trains nothing, and the detector it left, on pictures.
     pictures = sorted((coco / "val").rglob("*.jpg"))[:2]
     launch = ["launch", "job.yaml", "--address", bench.cluster.address]
     done, again, predicted = run_commands(
-        [launch, launch, ["predict", run, *pictures, "--output", "seen"]], cwd=tmp_path
+        [launch, [*launch, "training.keep_last=7"], ["predict", run, *pictures, "--output", "seen"]], cwd=tmp_path
     )
     for each in (done, again, predicted):
         assert (each.status, each.stderr) == (0, ""), each

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.cluster.logs import log_folder
-from pipeline.cluster.run import Run, spec_difference
+from pipeline.cluster.run import Run, lasting_part, spec_difference
 from pipeline.errors import UserError
 from pipeline.spec import JobSpec
 
@@ -156,3 +156,19 @@ def test_the_difference_names_keys_added_and_taken_away() -> None:
     before = {"seed": 0, "data": {"format": "coco", "cache_dir": "a"}, "cluster": {"workers": 1}}
     now = {"seed": 1, "data": {"format": "voc", "cache_dir": "b"}, "cluster": {"workers": 2}}
     assert spec_difference(before, now) == ["data.format was 'coco', now 'voc'", "seed was 0, now 1"]
+
+
+def test_what_may_change_is_no_part_of_what_is_learnt(tmp_path: Path) -> None:
+    def part(*overrides: str) -> dict:
+        spec = make_spec(tmp_path).model_dump(mode="json")
+        for override in overrides:
+            *parents, last = override.split(".")
+            section = spec
+            for parent in parents:
+                section = section[parent]
+            section[last] = "changed"
+        return lasting_part(spec)
+
+    assert part("training.keep_last", "model.nms_iou", "cluster.workers", "data.shards", "runs") == part()
+    for learnt in ("training.epochs", "model.backbone", "seed", "data.format", "data.augmentation.mirror"):
+        assert part(learnt) != part(), learnt
