@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from pipeline import storage
 from pipeline.errors import UserError
 from pipeline.spec import JobSpec
 
@@ -21,7 +22,7 @@ _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 def load_spec(path: str, overrides: Sequence[str] = ()) -> JobSpec:
     """Read a job spec.
 
-    path       a YAML file; its `base:`, a path relative to it, is read first and merged below it
+    path       a YAML file or fsspec URI; its `base:`, a path relative to it, is read first and merged below it
     overrides  "training.epochs=3" and the like; values are YAML
     Raises UserError for whatever is wrong with them, naming the key, what was received and the remedy.
     """
@@ -60,14 +61,13 @@ def _read_with_bases(path: str, depth: int) -> dict[str, Any]:
 
 def _read_yaml(path: str) -> dict[str, Any]:
     try:
-        with open(path, encoding="utf-8") as file:
-            values = yaml.safe_load(file)
+        values = yaml.safe_load(storage.read_bytes(path).decode())
     except FileNotFoundError:
         raise UserError(f"There is no job spec {path!r}; `ls jobs` shows those that come with the project.") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The job spec {path!r} cannot be read: {error}.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
+    except Exception as error:  # a library of remote storage raises what it likes, or is not there
+        raise UserError(f"The job spec {path!r} cannot be read: {error}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of keys to values, received {type(values).__name__}.")
     return values

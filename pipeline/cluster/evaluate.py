@@ -67,16 +67,16 @@ def evaluate_run(
 ) -> Metrics | None:
     """Detect and measure with a run's spec, on a cluster or here, and say how far it is.
 
-    folder   of the run
+    folder   of the run, here or behind an fsspec URI
     weights  other weights, file or URI; default: the run's
     shards   other shards; default: the run's validation shards
     output   where the results go; default: the run's folder, unless weights, shards or overrides make it another thing
     Raises UserError where the run, weights or shards are not there.
     """
     path = storage.join(folder, "spec.yaml")
-    if not storage.is_local(path) or not storage.exists(path):
+    if storage.is_local(path) and not storage.exists(path):
         raise UserError(f"{folder!r} is no run's folder (it has no spec.yaml); give one, as in runs/quickstart.")
-    parent, name = os.path.split(os.path.abspath(folder))
+    parent, _, name = storage.absolute(folder).rstrip("/").rpartition("/")
     spec = load_spec(path, [f"runs={parent}", f"name={name}", *overrides])
     if mode == "multiscale" and spec.multiscale is None:
         raise UserError("The run's spec has no `multiscale`; give a recipe, as in multiscale.recipe=coco512.")

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from model import RefineDet
+from pipeline import storage
 from pipeline.cli import app
 from pipeline.cluster.detection_job import DetectionJob, make_detection_job, write_results
 from pipeline.cluster.drills import SPEC
@@ -279,6 +280,12 @@ def test_mistakes_are_met_before_a_worker_starts(shapes_run: Run, tmp_path: Path
     folder = shapes_run.path
     with pytest.raises(UserError, match="no run's folder"):
         evaluate_run(str(tmp_path), "single")
+    with pytest.raises(UserError, match=r"memory://nowhere/run/spec\.yaml"):
+        evaluate_run("memory://nowhere/run", "single")
+    elsewhere = shapes_run.spec.model_copy(update={"name": "run", "runs": "memory://somewhere"})
+    storage.write_bytes("memory://somewhere/run/spec.yaml", dump_spec(elsewhere).encode())
+    with pytest.raises(UserError, match="has no `multiscale`"):
+        evaluate_run("memory://somewhere/run/", "multiscale")
     with pytest.raises(UserError, match="need --output FOLDER"):
         evaluate_run(folder, "single", weights=shapes_run.weights)
     with pytest.raises(UserError, match="has no `multiscale`"):
