@@ -85,14 +85,21 @@ class JobsClient:
             nodes = self._client.nodes()
         check_capacity(spec.cluster, nodes)
         number = 1 + sum(job.run == spec.name for job in jobs)
-        with tempfile.TemporaryDirectory(prefix="refinedet-submit-") as folder, said_clearly(self.address):
-            stage_code(Path(folder), spec)
-            return self._client.submit_job(
-                entrypoint=ENTRYPOINT,
-                submission_id=f"{spec.name}-{number}-{os.urandom(3).hex()}",
-                runtime_env=runtime_environment(spec, Path(folder)),
-                metadata=describe_job(spec),
-            )
+        with tempfile.TemporaryDirectory(prefix="refinedet-submit-") as folder:
+            try:
+                stage_code(Path(folder), spec)
+            except OSError as error:
+                raise UserError(
+                    f"The job's code cannot be laid out in {tempfile.gettempdir()} ({error.strerror or error}); make "
+                    "room there, or set TMPDIR."
+                ) from error
+            with said_clearly(self.address):
+                return self._client.submit_job(
+                    entrypoint=ENTRYPOINT,
+                    submission_id=f"{spec.name}-{number}-{os.urandom(3).hex()}",
+                    runtime_env=runtime_environment(spec, Path(folder)),
+                    metadata=describe_job(spec),
+                )
 
     def resume(self, name: str) -> str:
         """Submit a run's last job again, with its spec and the code of this checkout; returns the new id."""

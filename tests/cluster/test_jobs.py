@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
+from pipeline.cluster import jobs
+from pipeline.cluster.capacity import Node
 from pipeline.cluster.jobs import JobsClient
 from pipeline.cluster.submission import check_spec, stage_code
 from pipeline.errors import UserError
@@ -61,6 +65,17 @@ def test_uris_and_absolute_paths_are_taken() -> None:
 def test_an_address_that_is_no_dashboard_is_explained(address: str) -> None:
     with pytest.raises(UserError, match="http://HOST:8265"):
         JobsClient(address)
+
+
+def test_a_full_disk_here_is_not_put_down_to_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(folder: Path, spec: JobSpec) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
+
+    monkeypatch.setattr(jobs, "stage_code", fill)
+    cluster = SimpleNamespace(list_jobs=lambda: [], nodes=lambda: [Node({"CPU": 8.0}, {})])
+    monkeypatch.setattr(jobs, "connect", lambda address: cluster)
+    with pytest.raises(UserError, match=r"cannot be laid out in .* \(No space left on device\); make room there"):
+        JobsClient("http://head:8265").submit(make_spec(runs="s3://bucket/runs"))
 
 
 @pytest.mark.parametrize(
