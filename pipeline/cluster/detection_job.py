@@ -97,10 +97,8 @@ def make_detection_job(
         raise UserError(f"There are no weights at {run.weights}; run the stage train first, or name others.")
     weights = weights or run.weights
     output = output or run.path
-    truth = run.ground_truth("val")
-    if shards or not storage.exists(truth):
-        truth = storage.join(output, "ground_truth.json")
-        write_coco_annotations(found, truth)
+    truth = storage.join(output, "ground_truth.json") if shards else run.ground_truth("val")
+    write_coco_annotations(found, truth)
     multiscale = spec.multiscale if mode == "multiscale" else None
     settings = {
         "model": asdict(spec.model),

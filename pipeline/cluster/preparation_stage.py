@@ -95,6 +95,5 @@ def _prepare(spec: dict[str, Any], part: str, monitor_name: str) -> dict[str, An
             last = time.monotonic()
 
     shards = prepare_shards(run.spec.data, part, storage.join(run.shards, part), on_progress=tell)
-    if not storage.exists(run.ground_truth(part)):
-        write_coco_annotations(shards, run.ground_truth(part))
+    write_coco_annotations(shards, run.ground_truth(part))
     return {"digest": shards.digest, "num_samples": shards.num_samples}

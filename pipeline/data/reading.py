@@ -211,13 +211,17 @@ def read_facts(shards: ShardSet, *, threads: int = 4) -> Iterator[dict[str, Any]
 
 
 def write_coco_annotations(shards: ShardSet, path: str) -> None:
-    """Write the ground truth of the shards as a COCO instances file: the data set's own category and image ids.
+    """Write the ground truth of the shards as a COCO instances file, unless it is there; its `info` says whose it is.
 
-    Masks are not in the shards, so there are no segmentations; areas are those of the masks all the same.
+    Category and image ids are the data set's own. Masks are not in the shards, so there are no segmentations; areas are
+    those of the masks all the same.
     """
+    if storage.exists(path) and storage.read_json(path).get("info", {}).get("shards") == shards.digest:
+        return
     images, annotations = [], []
     for facts in read_facts(shards):
         images.append({"id": facts["image_id"], **{name: facts[name] for name in ("file_name", "width", "height")}})
         annotations.extend({"image_id": facts["image_id"], **entry} for entry in facts["objects"])
     categories = [{"id": category.id, "name": category.name} for category in shards.categories]
-    storage.write_json(path, {"images": images, "annotations": annotations, "categories": categories})
+    truth = {"info": {"shards": shards.digest}, "images": images, "annotations": annotations, "categories": categories}
+    storage.write_json(path, truth)

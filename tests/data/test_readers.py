@@ -124,6 +124,21 @@ def test_shapes_are_a_coco_data_set(tmp_path: Path) -> None:
         np.testing.assert_array_equal(a.labels, b.labels)
 
 
+def test_ground_truth_is_written_again_for_other_shards(coco_folder: Callable[..., Data], tmp_path: Path) -> None:
+    """A user who mends annotations gets other shards, and must not be measured by the boxes of before."""
+    path, data = tmp_path / "truth.json", coco_folder(4)
+    write_coco_annotations(prepare_shards(data, "train", str(tmp_path / "first")), str(path))
+    written = path.stat().st_mtime_ns
+    write_coco_annotations(prepare_shards(data, "train", str(tmp_path / "first")), str(path))
+    assert path.stat().st_mtime_ns == written
+    annotations = tmp_path / "instances.json"
+    mended = json.loads(annotations.read_text())
+    mended["annotations"][0]["bbox"] = [1, 1, 20, 20]
+    annotations.write_text(json.dumps(mended))
+    write_coco_annotations(prepare_shards(data, "train", str(tmp_path / "second")), str(path))
+    assert json.loads(path.read_text())["annotations"][0]["bbox"] == [1, 1, 20, 20]
+
+
 @pytest.mark.parametrize("part", ["train", "val"])
 def test_coco_photos_come_back_as_they_went_in(shared_dir: Path, tmp_path: Path, part: str) -> None:
     root = shared_dir / "data" / "coco-mini"
