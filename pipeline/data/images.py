@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch.utils.data import default_collate
 _DECODE = cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION
 _FRAME_MARKERS = frozenset(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}
 _STANDALONE_MARKERS = frozenset(range(0xD0, 0xD9)) | {0x01, 0xFF}
+_TOLERANCE = threading.Lock()  # Pillow's is a switch for the whole process
 _PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -75,14 +77,15 @@ def decode_image(content: bytes) -> tuple[np.ndarray | None, str | None]:
 def _decode_tolerantly(content: bytes) -> np.ndarray | None:
     from PIL import Image, ImageFile
 
-    before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
-    try:
-        with Image.open(io.BytesIO(content)) as file:
-            return np.array(file.convert("RGB"))
-    except Exception:  # Pillow raises many kinds for a broken file, SyntaxError among them; the caller reports it
-        return None
-    finally:
-        ImageFile.LOAD_TRUNCATED_IMAGES = before
+    with _TOLERANCE:
+        before, ImageFile.LOAD_TRUNCATED_IMAGES = ImageFile.LOAD_TRUNCATED_IMAGES, True
+        try:
+            with Image.open(io.BytesIO(content)) as file:
+                return np.array(file.convert("RGB"))
+        except Exception:  # Pillow raises many kinds for a broken file, SyntaxError among them; the caller reports it
+            return None
+        finally:
+            ImageFile.LOAD_TRUNCATED_IMAGES = before
 
 
 def resize_image(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:

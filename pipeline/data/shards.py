@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST = "request.json"
 _READERS = {"coco": read_coco, "voc": read_voc, "shapes": read_shapes}
+_MAX_PIXELS = 2**28  # of an image: a header that claims more is not believed, and must not take a worker's memory
 _OVERHEAD = 2048  # bytes of a sample beside its image: tar headers and objects, about
 
 
@@ -247,6 +248,8 @@ def _encode_sample(key: str, record: Record, shard: str, found: list[BadSample])
     header = read_header(content)
     if header is None:
         return fault(f"is no JPEG or PNG image ({len(content)} bytes); left out")
+    if not 0 < header.width * header.height <= _MAX_PIXELS:
+        return fault(f"claims to have {header.width} x {header.height} pixels; left out")
     said = (record.width or header.width, record.height or header.height)
     if said != (header.width, header.height):
         return fault(f"is {header.width} x {header.height} pixels, its annotations say {said[0]} x {said[1]}; left out")

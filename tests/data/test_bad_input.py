@@ -64,6 +64,21 @@ def test_a_bad_box_is_named_and_not_learnt(
     assert bool(check_shards(str(tmp_path / "shards")).faults) == stays
 
 
+@pytest.mark.parametrize("sides", [(60_000, 60_000), (0, 64)])
+def test_a_header_that_claims_the_impossible_is_not_believed(
+    coco_folder: Write, tmp_path: Path, sides: tuple[int, int]
+) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        content["images"][1] |= {"file_name": "bomb.png", "width": sides[0], "height": sides[1]}
+
+    data = coco_folder(3, edit)
+    header = b"IHDR" + sides[0].to_bytes(4, "big") + sides[1].to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
+    (tmp_path / "images" / "bomb.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"\0\0\0\x0d" + header + b"IEND")
+    shards, faults = prepared(data, tmp_path)
+    assert shards.num_samples == 2
+    assert any(f"claims to have {sides[0]} x {sides[1]} pixels" in fault["reason"] for fault in faults)
+
+
 def test_a_box_that_reaches_over_the_edge_is_clipped(coco_folder: Write, tmp_path: Path) -> None:
     shards, faults = prepared(coco_folder(3, set_box([-2, 40, 20, 30])), tmp_path)
     assert faults == []
