@@ -150,6 +150,7 @@ class TrainingStream:
             worker_init_fn=_end_with_parent if self._workers else None,
             num_workers=self._workers,
             pin_memory=torch.cuda.is_available(),
+            generator=torch.Generator(),  # a loader draws a number as it starts: not one of the training's
             **options,
         )
 

@@ -112,6 +112,17 @@ def test_batches_are_what_the_model_takes(shapes_shards: ShardSet) -> None:
             assert ((targets.labels >= 1) & (targets.labels <= shapes_shards.num_classes)).all()
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_stream_draws_no_random_numbers_of_the_training(shapes_shards: ShardSet, workers: int) -> None:
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    stream = make_stream(shapes_shards, workers=workers, epochs=None)
+    next(iter(stream))
+    stream.close()
+    assert torch.equal(torch.rand(1), expected)
+
+
 def test_workers_end_with_the_stream(shapes_shards: ShardSet) -> None:
     stream = make_stream(shapes_shards, workers=2, epochs=None)
     next(iter(stream))
