@@ -37,7 +37,7 @@ ROW_SCHEMA: dict[str, Any] = {
 }
 """JSON schema of the results file"""
 
-MAX_DETECTIONS = 100  # of an image; the server counts no more
+MAX_DETECTIONS = 100  # of a category in an image; pycocotools, which the server runs, counts no more
 
 
 def write_submission(
@@ -50,18 +50,19 @@ def write_submission(
 ) -> str:
     """Write `detections_<split>_<name>_results.zip` with the JSON of the same name, and return its path.
 
-    Boxes are rounded to 0.1 pixel, and no side is below it; the best 100 of each image are kept. `image_ids` are those
-    of the test set: rows of other images, ids outside COCO's 1..90, scores outside 0..1 and negative sides are a
-    UserError.
+    Boxes are rounded to 0.1 pixel, and no side is below it; the best 100 of each category in an image are kept.
+    `image_ids` are those of the test set: rows of other images, ids outside COCO's 1..90, scores outside 0..1 and
+    negative sides are a UserError.
     """
     if not re.fullmatch(r"[A-Za-z0-9-]+", name):
         raise UserError(f"a submission's name may hold letters, digits and -, received {name!r}; choose another")
     table = DetectionTable.of(detections)
     _check(table, image_ids)
-    order = np.lexsort((-table.score, table.image_id))
-    table = table.select(order)
-    rank = np.arange(len(table)) - np.searchsorted(table.image_id, table.image_id)
-    table = table.select(rank < MAX_DETECTIONS)
+    table = table.select(np.lexsort((-table.score, table.category_id, table.image_id)))
+    at = np.arange(len(table))
+    begins = np.diff(table.image_id, prepend=-1).astype(bool) | np.diff(table.category_id, prepend=-1).astype(bool)
+    table = table.select(at - np.maximum.accumulate(np.where(begins, at, 0)) < MAX_DETECTIONS)
+    table = table.select(np.lexsort((-table.score, table.image_id)))
     boxes = table.bbox.round(1)
     boxes[:, 2:] = np.maximum(boxes[:, 2:], 0.1)  # rounding leaves no box without area
     rounded = DetectionTable(table.image_id, table.category_id, boxes, table.score.round(5))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import zipfile
 
@@ -126,14 +127,16 @@ ROW = {"image_id": 7, "category_id": 90, "bbox": [1.04, 2.06, 30.55, 4.0], "scor
 
 def test_the_servers_file(tmp_path):
     rows = [{**ROW, "score": k / 200} for k in range(150)]
+    others = [{**ROW, "category_id": 1, "score": k / 200} for k in range(60)]
+    rows = [row for pair in itertools.zip_longest(others, rows) for row in pair if row]
     path = write_submission(str(tmp_path), "refinedet-1024", rows, image_ids=[7, 8])
     assert path.endswith("detections_test-dev2017_refinedet-1024_results.zip")
     with zipfile.ZipFile(path) as archive:
         assert archive.namelist() == ["detections_test-dev2017_refinedet-1024_results.json"]
         written = json.loads(archive.read(archive.namelist()[0]))
     validate(written, ROW_SCHEMA)
-    assert len(written) == 100
-    assert min(row["score"] for row in written) == 0.25
+    assert [row["score"] for row in written if row["category_id"] == 90] == [k / 200 for k in range(149, 49, -1)]
+    assert [row["score"] for row in written if row["category_id"] == 1] == [k / 200 for k in range(59, -1, -1)]
     assert written[0]["bbox"] == [1.0, 2.1, 30.6, 4.0]
     with open(path, "rb") as file:
         first = file.read()
