@@ -5,7 +5,9 @@ B images, F_l channels of level l, H_l W_l its cells: the input's sides over str
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import timm
@@ -46,6 +48,7 @@ class TimmBackbone(nn.Module):
         super().__init__()
         body, self.mean, self.std = _create_body(name)
         self.body: Any = body  # timm declares no type for networks with `features_only`
+        self.channels_last = str(getattr(body, "output_fmt", "")).endswith("NHWC")
         info = self.body.feature_info
         wanted = [list(info.reduction()).index(stride) for stride in (8, 16, 32)]
         self.wanted = tuple(wanted)
@@ -56,7 +59,7 @@ class TimmBackbone(nn.Module):
             self.channels.append(EXTRA_CHANNELS)
         self.checkpointing = checkpointing
         if checkpointing and not isinstance(self.body, FeatureListNet):
-            self.body.set_grad_checkpointing(True)  # timm's own, a stage at a time
+            _checkpoint_blocks(self.body, name)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x [B, 3, H, W], normalised -> maps [B, F_l, H_l, W_l], fine to coarse."""
@@ -64,7 +67,8 @@ class TimmBackbone(nn.Module):
         features = self._run_by_blocks(x) if recompute else self.body(x)
         maps = []
         for stride, position in zip((8, 16, 32), self.wanted, strict=True):
-            y, size = features[position], (x.shape[2] // stride, x.shape[3] // stride)
+            y = features[position].permute(0, 3, 1, 2) if self.channels_last else features[position]
+            size = (x.shape[2] // stride, x.shape[3] // stride)
             if y.shape[2:] != size:  # Inception pads nothing, so that its maps lack cells at the borders
                 y = F.interpolate(y, size, mode="bilinear", align_corners=False)
             maps.append(y)
@@ -126,10 +130,26 @@ class ReducedVgg16(nn.Module):
         return [self.norm4(maps[0]), self.norm5(maps[1]), *maps[2:]]
 
 
-def run_checkpointed(module: nn.Module, x: Tensor) -> Tensor:
-    """`module(x)`, whose inside is computed again in the backward pass instead of kept."""
+def run_checkpointed(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+    """`module(x)`, whose inside is computed again in the backward pass instead of kept.
+
+    forward  what to call; default: the module itself
+    """
     contexts = lambda: (nullcontext(), hold_statistics(module))  # noqa: E731
-    return checkpoint(module, x, use_reentrant=False, context_fn=contexts)
+    return checkpoint(forward or module, x, use_reentrant=False, context_fn=contexts)
+
+
+def _checkpoint_blocks(body: Any, name: str) -> None:
+    """Recompute each block of a network that timm runs itself. Its own checkpointing would count statistics twice."""
+    blocks = [block for stage in getattr(body, "blocks", ()) for block in stage]
+    if not blocks:
+        raise ValueError(f"activation_checkpointing is not known for backbone {name!r}: set it to false.")
+    for block in blocks:
+        block.forward = partial(_forward_block, block, block.forward)
+
+
+def _forward_block(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    return run_checkpointed(block, x, forward) if block.training else forward(x)
 
 
 def build_backbone(config: RefineDetConfig) -> TimmBackbone | ReducedVgg16:

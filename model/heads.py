@@ -123,7 +123,8 @@ class DetectionHead(Head):
         outputs = []
         for x, offset, weight, bias in zip(features, self.offsets, self.weights, self.biases, strict=True):
             half = self.kernel_size // 2
-            y = deform_conv2d(x, offset(x), weight.to(x.dtype), bias.to(x.dtype), padding=(half, half))
+            # In fp32, as autocast runs it on CUDA; torchvision's CPU kernel knows no bf16.
+            y = deform_conv2d(x.float(), offset(x).float(), weight.float(), bias.float(), padding=(half, half))
             outputs.append(flatten_outputs(y, self.num_outputs))
         return torch.cat(outputs, dim=1)
 

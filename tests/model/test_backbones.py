@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import pytest
+import timm
 import torch
 
 from model import RefineDet, RefineDetConfig
+from model.cost import count_cost
 
 BACKBONES = (
     "vgg16_reduced", "resnet18", "resnet50", "resnet101", "resnet152", "resnext101_32x4d", "resnext152_32x4d",
@@ -54,6 +56,30 @@ def test_checkpointing_changes_nothing_but_memory(build, backbone):
         results.append((output.detach(), gradient, statistics))
     assert torch.allclose(results[0][0], results[1][0], atol=1e-5)
     assert torch.allclose(results[0][1], results[1][1], rtol=1e-3, atol=1e-6)
-    if backbone == "resnet10t":
-        for plain, recomputed in zip(results[0][2], results[1][2], strict=True):
-            assert torch.allclose(plain, recomputed, atol=1e-6)
+    for plain, recomputed in zip(results[0][2], results[1][2], strict=True):
+        assert torch.allclose(plain, recomputed, atol=1e-6)
+
+
+def test_checkpointing_keeps_fewer_tensors_of_every_kind_of_body(build):
+    for backbone in ("resnet10t", "vgg16_reduced", "mobilenetv3_small_050"):
+        plain, recomputed = (
+            count_cost(RefineDetConfig(backbone=backbone, input_size=320, activation_checkpointing=checkpointing))
+            for checkpointing in (False, True)
+        )
+        assert recomputed.activation_bytes < plain.activation_bytes, backbone
+
+
+def test_checkpointing_that_is_not_known_is_refused():
+    RefineDet(RefineDetConfig(backbone="hrnet_w18_small"))
+    with pytest.raises(ValueError, match="activation_checkpointing is not known for backbone 'hrnet_w18_small'"):
+        RefineDet(RefineDetConfig(backbone="hrnet_w18_small", activation_checkpointing=True))
+
+
+def test_maps_with_channels_last_are_turned(build):
+    model = build(backbone="mambaout_femto").eval()
+    maps = model.backbone(torch.zeros(1, 3, 64, 128))
+    assert [tuple(y.shape) for y in maps[:3]] == [(1, 96, 8, 16), (1, 192, 4, 8), (1, 288, 2, 4)]
+    images = torch.zeros(1, 3, 64, 64)
+    body = timm.create_model("mambaout_femto", features_only=True).eval()
+    body.load_state_dict(model.backbone.body.state_dict())
+    assert torch.equal(model.backbone(images)[0], body(images)[1].movedim(3, 1))

@@ -49,6 +49,18 @@ def test_every_variant_learns_and_detects(build, name):
         assert ((found.labels >= 1) & (found.labels <= 3)).all()
 
 
+@pytest.mark.parametrize("head", ["align", "deform", "vanilla"])
+def test_every_head_learns_under_autocast(build, head):
+    model = build(head=head)
+    generator = torch.Generator().manual_seed(0)
+    images, targets = random_images(generator, 2), [random_targets(generator, 3, 64) for _ in range(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        predictions = model(images, targets)
+    detection_loss(predictions, targets, model.config).total.backward()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.adm.parameters())
+    assert model.adm.weights[0].grad is not None
+
+
 def test_batched_equals_single(build):
     model = build(theta=0.6).eval()
     images = random_images(torch.Generator().manual_seed(0), 3)
