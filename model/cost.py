@@ -86,8 +86,13 @@ def _count_gflops(model: RefineDet, size: int) -> dict[str, float]:
 
 
 def _count_activations(model: RefineDet, size: int) -> int:
-    """Bytes kept for the backward of three images less those of two: what an image adds."""
+    """Bytes kept for the backward of three images less those of two: what an image adds.
+
+    AlignConv keeps what a plain convolution does, its features; from standard operators it would keep every sample.
+    """
     model.train()
+    if model.adm.kind == "align":
+        model.adm.kind = "vanilla"
     kept = []
     for batch in (2, 3):
         with _count_saved(model) as storages:

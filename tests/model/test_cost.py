@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 
 from model import RefineDet, RefineDetConfig
@@ -19,6 +20,14 @@ def test_cost_of_the_paper_s_smallest_model():
     assert abs(cost.gflops["arm"] - arm / 1e9) < 1e-6
     # AlignConv is a product of K * K * 256 inputs and 25 outputs for each anchor.
     assert abs(cost.gflops["adm"] - 2 * 6375 * 9 * 256 * 25 / 1e9) < 1e-6
+
+
+def test_align_conv_is_counted_as_it_runs_not_as_it_is_exported():
+    """It keeps its features, as a plain convolution does; sampled columns would be nine times those."""
+    small = {"num_classes": 3, "input_size": 128, "backbone": "resnet18"}
+    align, vanilla = (count_cost(RefineDetConfig(**small, head=head)) for head in ("align", "vanilla"))
+    assert align.activation_bytes == vanilla.activation_bytes
+    assert align.gflops == pytest.approx(vanilla.gflops)
 
 
 def test_checkpointing_keeps_less_and_a_detector_without_tcb_has_no_arm():
