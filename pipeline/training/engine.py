@@ -144,24 +144,27 @@ class LossScale:
         self.value = 2.0**16 if enabled else 1.0
         self.good_steps = 0
 
+    @property
+    def exhausted(self) -> bool:
+        """Gradients overflow at any scale: the training has diverged."""
+        return self.value < 2.0**-10
+
     def update(self, overflow: bool) -> None:
         if not self.enabled:
             return
         self.good_steps = 0 if overflow else self.good_steps + 1
         if overflow:
             self.value /= 2
-            if self.value < 2.0**-10:
-                raise FloatingPointError(
-                    "fp16 training has diverged: gradients overflow at any loss scale; lower training.learning_rate, "
-                    "or use training.precision=bf16"
-                )
         elif self.good_steps == self.patience:
             self.value *= 2
             self.good_steps = 0
 
 
 class Engine:
-    """A step is `forward`, `backward` for each micro-batch, then `reduce`, then `update` or `discard`."""
+    """A step is `forward`, `backward` for each micro-batch, then `reduce`, then `update` or `discard`.
+
+    Where steps may be discarded and training goes on, `remember` comes first.
+    """
 
     def __init__(
         self,
@@ -197,6 +200,16 @@ class Engine:
         if spec.channels_last and spec.zero_stage == 0:  # not before: DeepSpeed broadcasts contiguous weights only
             self.detector.to(memory_format=torch.channels_last)  # pyright: ignore
         self.deepspeed.train()
+        persistent = self.detector.state_dict(keep_vars=True).values()
+        self._buffers = [tensor for tensor in persistent if not isinstance(tensor, nn.Parameter)]
+        self._remembered: list[Tensor] | None = None
+
+    def remember(self) -> None:
+        """Keep what a forward changes, the running statistics, so that `discard` undoes it."""
+        if self._remembered is None:
+            self._remembered = [buffer.clone() for buffer in self._buffers]
+        else:
+            torch._foreach_copy_(self._remembered, self._buffers)  # pyright: ignore[reportPrivateImportUsage]
 
     def forward(self, images: Tensor, targets: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """One micro-batch -> its total loss, and [P] total and parts, detached."""
@@ -235,7 +248,9 @@ class Engine:
         self.scale.update(overflow=False)
 
     def discard(self) -> None:
-        """Forget the gradient instead of taking the step."""
+        """Forget the gradient instead of taking the step, and what the forward changed, if it was remembered."""
+        if self._remembered is not None:
+            torch._foreach_copy_(self._buffers, self._remembered)  # pyright: ignore[reportPrivateImportUsage]
         if self.zero_stage > 0:
             self.optimizer.zero_grad(set_to_none=True)
             self.optimizer.micro_step_id = -1

@@ -127,6 +127,8 @@ def train(
 
             seen: list[tuple[tuple[str, ...], torch.Tensor]] = []
             fault: Exception | None = None
+            if spec.non_finite == "skip":
+                engine.remember()
             for part in range(plan.accumulation):
                 with clock.measure("data"):
                     batch, fault = _next_batch(batches, batch, (epoch, index), fault)
@@ -166,6 +168,12 @@ def train(
                             raise NonFiniteError(reason)
                         on_event(Event("skipped", step + 1, reason, {"skipped_steps": skipped}))
                     engine.discard()
+                    if engine.scale.exhausted:
+                        writer.settle()
+                        raise NonFiniteError(
+                            f"step {step + 1}: fp16 training has diverged: gradients overflow at any loss scale; lower "
+                            "training.learning_rate, or use training.precision=bf16"
+                        )
             step += 1
             watchdog.finished(step)
 

@@ -14,7 +14,7 @@ from pipeline.errors import UserError
 from pipeline.spec import Training
 from pipeline.training import Event, StepRecord, TrainResult, World, train
 from pipeline.training.finite import NonFiniteError
-from tests.training.fakes import TinyDetector, TinyStream, tiny_loss
+from tests.training.fakes import TinyDetector, TinyLosses, TinyStream, tiny_loss
 
 SPEC = Training(
     global_batch=4,
@@ -38,8 +38,8 @@ def run(
         spec,
         seed=3,
         world=world,
-        detector=TinyDetector(),
-        loss=tiny_loss,
+        detector=options.pop("detector", None) or TinyDetector(),
+        loss=options.pop("loss", tiny_loss),
         make_stream=lambda start, plan: TinyStream(start, plan, world.rank, **stream),  # type: ignore[arg-type]
         run_dir=str(folder),
         observer=records.append,
@@ -100,6 +100,35 @@ def test_a_loss_that_is_not_finite_is_skipped_and_counted(world: World, tmp_path
     assert [record.step for record in records if not record.applied] == [7]
     assert records[-1].skipped_steps == 1
     assert [event.step for event in events if event.kind == "skipped"] == [7]
+
+
+class Overflowing(TinyDetector):
+    """Whose fourteenth forward, the second of step 7, leaves the range of numbers, and with it the statistics."""
+
+    forwards = 0
+
+    def forward(self, images: torch.Tensor, targets: object = None) -> torch.Tensor:
+        self.forwards += 1
+        return super().forward(images * torch.inf if self.forwards == 14 else images, targets)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_step_that_is_skipped_leaves_no_trace_in_the_statistics(world: World, tmp_path: Path, stage: int) -> None:
+    spec = SPEC.model_copy(update={"non_finite": "skip", "zero_stage": stage})
+    result, records = run(world, tmp_path, spec, detector=Overflowing())
+    assert result.status == "finished"
+    assert [record.step for record in records if not record.applied] == [7]
+    left = weights(tmp_path)
+    assert all(tensor.isfinite().all() for tensor in left.values())
+    assert left["body.1.num_batches_tracked"] == 2 * 14
+
+
+def test_fp16_that_no_scale_saves_ends_for_good(world: World, tmp_path: Path) -> None:
+    spec = SPEC.model_copy(update={"precision": "fp16", "epochs": 30, "decay_epochs": ()})
+    with pytest.raises(NonFiniteError, match=r"step \d+: fp16 training has diverged.*precision=bf16"):
+        run(
+            world, tmp_path, spec, loss=lambda predictions, targets: TinyLosses(*2 * [1e30 * predictions.float().sum()])
+        )
 
 
 def test_a_run_may_live_behind_a_uri(world: World) -> None:
