@@ -16,12 +16,19 @@ from pipeline.spec import Training
 def group_parameters(module: nn.Module, spec: Training) -> list[dict[str, Any]]:
     """Trainable parameters; biases apart where the spec gives them multipliers of their own.
 
-    Every group holds `lr_multiplier`, which the learning rate of a step is multiplied with.
+    As in the Caffe release, what a normalisation adds is none of them: its gain and shift are treated alike. Every
+    group holds `lr_multiplier`, which the learning rate of a step is multiplied with.
     """
+    shifts = set()
+    for child in module.modules():
+        own = dict(child.named_parameters(recurse=False))
+        if "bias" in own and "weight" in own and own["weight"].dim() == 1:
+            shifts.add(own["bias"])
     weights, biases = [], []
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            (biases if name.endswith("bias") else weights).append(parameter)
+            is_bias = name.endswith(".bias") or ".biases." in name
+            (biases if is_bias and parameter not in shifts else weights).append(parameter)
     if spec.bias_lr_multiplier == 1 and spec.bias_decay_multiplier == 1:
         order = [parameter for parameter in module.parameters() if parameter.requires_grad]
         return [{"params": order, "weight_decay": spec.weight_decay, "lr_multiplier": 1.0}]
