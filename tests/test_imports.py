@@ -26,7 +26,7 @@ ALLOWED = {
     "pipeline.deferred_compiler": set(),
     "pipeline.storage": {"pipeline.errors"},
     "pipeline.spec": {"model"},
-    "pipeline.spec_files": {"pipeline.spec", "pipeline.errors"},
+    "pipeline.spec_files": {"pipeline.spec", "pipeline.errors", "pipeline.storage"},
     "pipeline.data": _LEAVES | {"model"},
     "pipeline.training": _LEAVES | {"model", "pipeline.data"},
     "pipeline.evaluation": _LEAVES | {"model", "pipeline.data"},
