@@ -25,7 +25,8 @@ from pipeline.training import BatchPlan, make_schedule, plan_batches
 class Device:
     """What the time model knows of a device.
 
-    tflops       dense matrix products in the training precision, TFLOP/s that the vendor or a measurement gives
+    tflops       dense matrix products in bf16 (fp32 on a CPU), TFLOP/s that the vendor or a measurement gives
+    fp32_share   of them in fp32, which a GPU's convolutions compute as TF32
     utilization  share of it that training this network reaches: convolutions with batch normalisation between them
     network_gb_s all-reduce bandwidth of one worker within its node, GB/s
     node_gb_s    bandwidth between two nodes, GB/s
@@ -40,13 +41,24 @@ class Device:
     note: str
     node_gb_s: float = 1.0
     per_node: int = 8
+    fp32_share: float = 0.5
+
+    @property
+    def is_gpu(self) -> bool:
+        return self.name != "CPU core"
 
 
 _GIB = 2**30
 _ASSUMED = "utilization assumed, not measured by this project"
 DEVICES = {
     "CPU": Device(
-        "CPU core", 3 * _GIB, 0.039, 0.50, 1.0, "one AVX2 core in fp32, utilization measured in the quickstart"
+        "CPU core",
+        3 * _GIB,
+        0.039,
+        0.50,
+        1.0,
+        "one AVX2 core in fp32, utilization measured in the quickstart",
+        fp32_share=1.0,
     ),
     "A100": Device("A100 80 GB", 79 * _GIB, 312, 0.25, 20, _ASSUMED, node_gb_s=40),
     "H100": Device("H100 80 GB", 79 * _GIB, 790, 0.20, 40, _ASSUMED, node_gb_s=80),
@@ -86,14 +98,16 @@ def estimate(
 
     State: fp32 weights, gradients and momentum, the last one (ZeRO 1) or two (ZeRO 2) shared by the workers, and the
     average of the weights where it is kept. Compute: FLOPs of the whole network, every anchor, forward and backward;
-    activation checkpointing repeats the backbone's forward. Communication: a ring over the workers of a node, then one
-    over the nodes, through which every gradient goes once each way.
+    activation checkpointing repeats the backbone's forward. Precision: auto is bf16 on a GPU, fp32 on a CPU.
+    Communication: a ring over the workers of a node, then one over the nodes, through which every gradient goes once
+    each way.
     """
     weights = 4.0 * cost.total_parameters
     momentum = weights / (batch.world_size if training.zero_stage >= 1 else 1)
     gradients = weights / (batch.world_size if training.zero_stage >= 2 else 1)
     average = weights if training.ema_decay else 0.0
-    half = training.precision in ("bf16", "fp16") and device.name != "CPU core"
+    half = device.is_gpu and training.precision != "fp32"
+    tflops = device.tflops * (1.0 if half else device.fp32_share)
     activations = cost.activation_bytes * batch.micro_batch * (_HALF_PRECISION_ACTIVATIONS if half else 1.0)
     gflops = cost.total_gflops * (1 + _BACKWARD) + (cost.gflops["backbone"] if model.activation_checkpointing else 0.0)
     images = batch.micro_batch * batch.accumulation
@@ -105,8 +119,8 @@ def estimate(
     return Estimate(
         state_bytes=weights + momentum + gradients + average,
         activation_bytes=activations,
-        workspace_bytes=0.3 * _GIB if device.name == "CPU core" else _WORKSPACE_BYTES,
-        compute_s=images * gflops / (device.tflops * 1e3 * device.utilization),
+        workspace_bytes=_WORKSPACE_BYTES if device.is_gpu else 0.3 * _GIB,
+        compute_s=images * gflops / (tflops * 1e3 * device.utilization),
         communication_s=communication,
     )
 
@@ -121,14 +135,18 @@ def print_plan(
 ) -> None:
     """Print what a job comes to, on its own workers or on `nodes` x `gpus_per_node` of `device`.
 
+    `nodes` alone are full ones: eight GPUs each.
+
     Raises UserError where the batch does not divide or the device is unknown.
     """
     console = console or Console(highlight=False, soft_wrap=True)
     known = DEVICES.get((device or ("A100" if spec.cluster.gpus_per_worker else "CPU")).upper())
     if known is None:
         raise UserError(f"There is no device {device!r} in the plan's model; choose one of {', '.join(DEVICES)}.")
-    workers = (nodes or 1) * (gpus_per_node or 1) if nodes or gpus_per_node else minimum_workers(spec.cluster)
-    if known.name == "CPU core":
+    workers = minimum_workers(spec.cluster)
+    if gpus_per_node or (nodes and known.is_gpu):
+        workers = (nodes or 1) * (gpus_per_node or known.per_node)
+    if not known.is_gpu:
         known = replace(known, tflops=known.tflops * spec.cluster.cpus_per_worker)
     batch = plan_batches(spec.training, workers)
     cost = count_cost(spec.model)
@@ -162,7 +180,8 @@ def print_plan(
     )
     between = f", {known.node_gb_s:g} GB/s between nodes (nothing beyond one node was measured)" if machines > 1 else ""
     console.print(
-        f"\n[dim]Assumed: {known.name} at {known.tflops:g} TFLOP/s x {known.utilization:g} ({known.note}); all-reduce "
+        f"\n[dim]Assumed: {known.name} at {known.tflops:g} TFLOP/s x {known.utilization:g} ({known.note})"
+        f"{f', {known.fp32_share:g} of it in fp32' if known.is_gpu else ''}; all-reduce "
         f"at {known.network_gb_s:g} GB/s a worker behind the backward pass{between}; data waits for nothing; every "
         "anchor computed, though the negative filter leaves far fewer.[/]"
     )

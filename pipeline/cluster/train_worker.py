@@ -179,17 +179,18 @@ def _check(run: Run, world: World, shards: ShardSet | None, estimate_memory: boo
 
     memory_bytes = None
     if estimate_memory:
-        memory_bytes = world.broadcast_object(_memory_estimate(run, world.size) if world.is_main else None)
+        memory_bytes = world.broadcast_object(_memory_estimate(run, world) if world.is_main else None)
     return check_workers(world, run.path, shards, memory_bytes=memory_bytes)
 
 
-def _memory_estimate(run: Run, workers: int) -> float:
+def _memory_estimate(run: Run, world: World) -> float:
     """Bytes that a worker needs on its device, as `refinedet plan` calculates them."""
     from model.cost import count_cost
     from pipeline.cluster.plan import DEVICES, estimate
-    from pipeline.training import plan_batches
+    from pipeline.training import plan_batches, resolve_precision
 
     spec = run.spec
-    batch = plan_batches(spec.training, workers)
+    batch = plan_batches(spec.training, world.size)
     device = DEVICES["H100" if spec.cluster.gpus_per_worker else "CPU"]
-    return estimate(spec.model, count_cost(spec.model), spec.training, batch, device).memory_bytes
+    training = spec.training.model_copy(update={"precision": resolve_precision(spec.training, world.device)})
+    return estimate(spec.model, count_cost(spec.model), training, batch, device).memory_bytes

@@ -12,7 +12,8 @@ from rich.console import Console
 
 from model.config import RefineDetConfig
 from model.cost import ModelCost
-from pipeline.cluster.plan import Device, estimate, print_plan
+from pipeline.cluster.plan import DEVICES, Device, estimate, print_plan
+from pipeline.cluster.submission import check_spec
 from pipeline.errors import UserError
 from pipeline.spec import Training
 from pipeline.spec_files import load_spec
@@ -81,6 +82,26 @@ def test_compute_is_three_forwards_and_a_fourth_of_the_backbone_when_it_is_recom
     assert figures(4).compute_s == pytest.approx(2 * 30 / 500)
 
 
+def test_time_goes_by_the_precision() -> None:
+    assert figures(precision="fp32").compute_s == pytest.approx(2 * figures(precision="bf16").compute_s)
+    assert figures(precision="auto") == figures(precision="bf16"), "the GPUs of the model have it"
+    cpu = DEVICES["CPU"]
+    spec = Training(global_batch=8, precision="auto")
+    slow = estimate(MODEL, COST, spec, plan_batches(spec, 1), cpu)
+    assert slow == estimate(MODEL, COST, spec.model_copy(update={"precision": "fp32"}), plan_batches(spec, 1), cpu)
+
+
+def test_nodes_alone_are_full_ones() -> None:
+    job = load_spec(f"{JOBS}/coco_refinedet1024_resnext152.yaml")
+    for given, workers in (({"nodes": 2}, 16), ({"nodes": 2, "gpus_per_node": 4}, 8), ({"gpus_per_node": 8}, 8)):
+        console = Console(file=io.StringIO(), width=200)
+        print_plan(job, console=console, **given)
+        assert f" x {workers} workers, on A100" in console.file.getvalue()
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(load_spec(f"{JOBS}/quickstart.yaml"), console=console, nodes=2)
+    assert " x 2 workers, on CPU core, 2 nodes" in console.file.getvalue()
+
+
 def test_only_communication_that_outlasts_the_backward_pass_counts() -> None:
     alone, four = figures(), figures(4)
     assert alone.step_s == alone.compute_s
@@ -104,7 +125,7 @@ def test_a_device_that_is_not_known_is_said() -> None:
 def header_of(path: Path) -> dict[str, str]:
     """What the comment a spec opens with says, by "Command", "Hardware", "Expected", "Time"."""
     fields = {}
-    for line in path.read_text().splitlines():
+    for line in re.sub(r" \\\n# +", " ", path.read_text()).splitlines():  # a command may go on in the next line
         if not line.startswith("#"):
             break
         if found := re.match(r"# (Command|Hardware|Expected|Time): +(.+)", line):
@@ -116,6 +137,14 @@ def printed_plan(path: Path) -> str:
     console = Console(file=io.StringIO(), width=200)
     print_plan(load_spec(str(path)), console=console)
     return console.file.getvalue()
+
+
+@pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
+def test_the_command_a_job_opens_with_is_taken(path: Path) -> None:
+    command = header_of(path)["Command"]
+    spec = load_spec(str(path), re.findall(r"\S+=\S+", command))
+    if "refinedet submit" in command:
+        check_spec(spec)
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)
