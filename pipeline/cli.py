@@ -283,16 +283,32 @@ def render(
     overrides: Overrides = None,
     image: Annotated[str, typer.Option(help="container image of infra/Dockerfile")] = "refinedet:latest",
     kind: Annotated[str, typer.Option(help="job: ends with its cluster; cluster: stays")] = "job",
+    namespace: Annotated[str | None, typer.Option(help="default: kubectl's")] = None,
     queue: Annotated[str | None, typer.Option(help="Kueue LocalQueue")] = None,
     spot: Annotated[str | None, typer.Option(help="gke, eks or karpenter: workers on its spot nodes")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="a training pod fills a node")] = 8,
+    memory_per_worker_gib: Annotated[int, typer.Option(min=1, help="of each training worker")] = 32,
     volume_claim: Annotated[str | None, typer.Option(help="PersistentVolumeClaim mounted at /shared")] = None,
+    service_account: Annotated[str | None, typer.Option(help="of the pods, for access to storage without keys")] = None,
+    retries: Annotated[int, typer.Option(min=0, help="new clusters after a failure; each resumes the run")] = 3,
 ) -> None:
     """A job spec as Kubernetes manifests, for `kubectl apply -f -`."""
     from pipeline.cluster.render import KubeRay, render_kuberay
 
     if target != "kuberay":
         raise UserError(f"There is nothing to render for {target!r}; there is kuberay.")
-    options = KubeRay(image=image, kind=kind, queue=queue, spot=spot, volume_claim=volume_claim)  # type: ignore[arg-type]
+    options = KubeRay(
+        image=image,
+        kind=kind,  # type: ignore[arg-type]  # `render_kuberay` says which there are
+        namespace=namespace,
+        queue=queue,
+        spot=spot,  # type: ignore[arg-type]
+        gpus_per_node=gpus_per_node,
+        memory_per_worker_gib=memory_per_worker_gib,
+        volume_claim=volume_claim,
+        service_account=service_account,
+        retries=retries,
+    )
     typer.echo(render_kuberay(load_spec(job, overrides or ()), options), nl=False)
 
 

@@ -17,11 +17,10 @@ import ray
 import yaml
 
 from pipeline.cluster.capacity import maximum_workers, minimum_workers
-from pipeline.cluster.submission import HOME_KEY, RUN_KEY, STOP_MARGIN_S, home_of, stop_environment
+from pipeline.cluster.submission import HOME_KEY, RUN_KEY, STOP_MARGIN_S, home_of, refuse_secrets, stop_environment
 from pipeline.errors import UserError
 from pipeline.spec import JobSpec
 from pipeline.spec_files import dump_spec
-from pipeline.tracking import redact
 
 SHARED = "/shared"
 """where a claimed volume is mounted"""
@@ -30,6 +29,8 @@ _SPEC_FOLDER = "/etc/refinedet"
 _MAX_NAME = 47  # KubeRay's limit for a RayJob, so that the names it derives stay legal
 _HEAD_CPUS, _HEAD_MEMORY_GIB = 4, 16
 _PREPARE_CPUS, _PREPARE_MEMORY_GIB = 8, 16
+_SHARED_MEMORY_PER_WORKER_GIB = 8
+_SECRETS = ("refinedet-storage", "refinedet-mlflow")  # their keys become environment variables; they may be absent
 
 # How each platform marks its spot nodes; the label is the taint's key too where the platform sets one.
 _SPOT_LABELS = {
@@ -48,9 +49,8 @@ class KubeRay:
     queue                Kueue LocalQueue; with one, the size is fixed, as Kueue admits whole jobs; without, Ray scales
     spot                 put the workers on spot nodes, as this platform marks them; the head stays on others
     gpus_per_node        GPUs of one node; training workers are packed so that a pod fills one
-    memory_per_worker_gib, shared_memory_per_worker_gib  of each training worker
+    memory_per_worker_gib  of each training worker, its shared memory included
     volume_claim         PersistentVolumeClaim mounted at /shared in every pod
-    secrets              Secrets whose keys become environment variables (storage and MLflow credentials); may be absent
     service_account      for access to storage without keys
     retries              new clusters after a failure; each resumes the run
     """
@@ -62,9 +62,7 @@ class KubeRay:
     spot: Literal["gke", "eks", "karpenter"] | None = None
     gpus_per_node: int = 8
     memory_per_worker_gib: int = 32
-    shared_memory_per_worker_gib: int = 8
     volume_claim: str | None = None
-    secrets: tuple[str, ...] = ("refinedet-storage", "refinedet-mlflow")
     service_account: str | None = None
     retries: int = 3
 
@@ -114,26 +112,22 @@ def _check(spec: JobSpec, options: KubeRay) -> None:
     ):
         if value not in known:
             raise UserError(f"{name} must be one of {', '.join(filter(None, known))}, received {value!r}")
-    plain = spec.model_dump(mode="json")
-    if redact(plain) != plain:
-        raise UserError(
-            "the spec holds what looks like a secret (a password or key in a URI); take it out: credentials come from "
-            f"the Secrets {', '.join(options.secrets)}"
-        )
-    paths = {"runs": spec.runs, "data.shards": spec.data.shards}
+    refuse_secrets(spec)
+    # Stricter than `check_spec`: an absolute path too is no pod's, but for what is below the claimed volume.
+    paths = {"runs": spec.runs, "data.shards": spec.data.shards, "training.init_weights": spec.training.init_weights}
     if spec.data.format != "shapes":
         paths["data.root"] = spec.data.root
     for key, path in paths.items():
         if path and "://" not in path and not (options.volume_claim and path.startswith(f"{SHARED}/")):
             raise UserError(
-                f"{key} is {path!r}, a folder that the next cluster would not find; give a URI (s3://...), or claim a "
-                f"volume and put it below {SHARED}/"
+                f"{key} is {path!r}, which the next cluster would not find; give a URI (s3://...), or claim a volume "
+                f"(--volume-claim) and put it below {SHARED}/"
             )
     gpus = workers_per_pod(spec, options) * spec.cluster.gpus_per_worker
     if gpus > options.gpus_per_node:
         raise UserError(
             f"a pod would need {gpus:g} GPUs, a node has {options.gpus_per_node}; change cluster.placement "
-            f"({spec.cluster.placement}), cluster.gpus_per_worker, or the GPUs of a node"
+            f"({spec.cluster.placement}), cluster.gpus_per_worker, or --gpus-per-node"
         )
 
 
@@ -162,6 +156,7 @@ def _job_spec(spec: JobSpec, cluster: dict[str, Any], options: KubeRay) -> dict[
     return {
         "entrypoint": f"refinedet launch {_SPEC_FOLDER}/job.yaml --address auto",
         "runtimeEnvYAML": yaml.safe_dump({"env_vars": stop_environment(spec)}, sort_keys=False),
+        # Not the spec too: `refinedet resume` would start on a cluster that KubeRay takes down once this job has ended.
         "metadata": {RUN_KEY: spec.name, HOME_KEY: home_of(spec)},
         "submissionMode": "K8sJobMode",
         "backoffLimit": options.retries,
@@ -213,7 +208,7 @@ def _worker_groups(spec: JobSpec, options: KubeRay, name: str, scales: bool) -> 
     resources = {"cpu": str(cpus), "memory": f"{each * options.memory_per_worker_gib}Gi"}
     if cluster.gpus_per_worker:
         resources["nvidia.com/gpu"] = str(math.ceil(each * cluster.gpus_per_worker))
-    group = _group("training", cpus, resources, spec, options, name, each * options.shared_memory_per_worker_gib)
+    group = _group("training", cpus, resources, spec, options, name, each * _SHARED_MEMORY_PER_WORKER_GIB)
     # Under Kueue the number is fixed; else Ray asks for pods once training begins, and gives idle ones back.
     group |= {"replicas": 0, "minReplicas": 0, "maxReplicas": high} if scales else _fixed(low)
     groups = [group]
@@ -266,7 +261,7 @@ def _container(role: str, resources: dict[str, str], options: KubeRay) -> dict[s
             {"name": "RAY_USAGE_STATS_ENABLED", "value": "0"},
             {"name": "NODE_NAME", "valueFrom": {"fieldRef": {"fieldPath": "spec.nodeName"}}},
         ],
-        "envFrom": [{"secretRef": {"name": secret, "optional": True}} for secret in options.secrets],
+        "envFrom": [{"secretRef": {"name": secret, "optional": True}} for secret in _SECRETS],
         "volumeMounts": [{"name": "shared-memory", "mountPath": "/dev/shm"}],
         "securityContext": {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}},
     }

@@ -1,17 +1,22 @@
 from __future__ import annotations
 
+import inspect
 import re
+from dataclasses import fields
 
 import jsonschema
 import pytest
 import yaml
+from typer.testing import CliRunner
 
+from pipeline.cli import app, render
 from pipeline.cluster.render import KubeRay, render_kuberay, resource_name, workers_per_pod
 from pipeline.errors import UserError
 from pipeline.spec import JobSpec
 from pipeline.spec_files import load_spec, parse_spec
 
 REMOTE = ("runs=s3://bucket/runs", "data.root=s3://bucket/coco", "data.shards=s3://bucket/shards")
+JOB = "jobs/coco_refinedet1024_resnet101.yaml"
 
 
 def _spec(**cluster) -> JobSpec:
@@ -82,7 +87,7 @@ def schemas(shared_dir) -> dict[str, jsonschema.Draft7Validator]:
     [
         ({}, {"workers": {"min": 4, "max": 24}, "labels": {"zone": "a"}}),
         ({"queue": "team-a", "spot": "gke", "namespace": "vision", "service_account": "trainer"}, {}),
-        ({"volume_claim": "runs", "spot": "karpenter", "secrets": ("only",)}, {"gpus_per_worker": 0}),
+        ({"volume_claim": "runs", "spot": "karpenter", "retries": 0}, {"gpus_per_worker": 0}),
     ],
 )
 def test_manifests_are_what_the_definitions_allow(schemas, kind, options, cluster):
@@ -96,6 +101,21 @@ def test_the_schema_check_would_see_a_misspelt_field(schemas):
     document["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["imge"] = "x"
     with pytest.raises(jsonschema.ValidationError, match="imge"):
         schemas["RayJob"].validate(document)
+
+
+def test_every_option_is_a_flag_of_the_command(request):
+    flags = "--gpus-per-node 4 --memory-per-worker-gib 16 --namespace vision --service-account trainer --retries 0"
+    arguments = ["render", "kuberay", str(request.config.rootpath / JOB), *REMOTE, *flags.split()]
+    done = CliRunner().invoke(app, arguments, catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    job = next(document for document in yaml.safe_load_all(done.output) if document["kind"] == "RayJob")
+    assert (job["metadata"]["namespace"], job["spec"]["backoffLimit"]) == ("vision", 0)
+    training = _groups(job)["training"]
+    pod = training["template"]["spec"]
+    assert (training["maxReplicas"], pod["serviceAccountName"]) == (4, "trainer")
+    limits = pod["containers"][0]["resources"]["limits"]
+    assert limits == {"nvidia.com/gpu": "4", "memory": "64Gi"}
+    assert {field.name for field in fields(KubeRay)} <= set(inspect.signature(render).parameters)
 
 
 def test_every_job_of_the_repository_can_be_rendered(schemas, request):
@@ -202,8 +222,9 @@ def test_no_pod_runs_as_root_or_holds_a_secret():
     ("change", "said"),
     [
         ({"tracking": {"uri": "http://user:hunter2@mlflow:5000"}}, "looks like a secret"),
-        ({"runs": "runs"}, "runs is 'runs', a folder that the next cluster would not find"),
+        ({"runs": "runs"}, "runs is 'runs', which the next cluster would not find"),
         ({"runs": "/shared/runs"}, "claim a volume"),
+        ({"training": {"init_weights": "resnet101.pth"}}, "training.init_weights is 'resnet101.pth', which the next"),
     ],
 )
 def test_what_could_not_work_is_refused_in_a_sentence(change, said):
