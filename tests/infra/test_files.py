@@ -12,9 +12,13 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
+
+from pipeline.spec_files import load_spec
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 VM_FILES = sorted(INFRA.glob("ray-up-*.yaml"))
+RAY = "/tmp/ray"
 
 
 def _program(name: str) -> str:
@@ -62,8 +66,36 @@ def test_clusters_of_machines_are_what_ray_accepts(file):
         assert all("RAY_AUTH_MODE=token" in command for command in commands)
 
 
+@pytest.mark.parametrize("file", VM_FILES, ids=lambda file: file.name)
+def test_only_the_head_has_the_rights_to_start_machines(file):
+    types = yaml.safe_load(file.read_text())["available_node_types"]
+    held = {name: _identity(entry["node_config"]) for name, entry in types.items()}
+    assert held.pop("head") == "refinedet-head"
+    assert set(held.values()) == {"refinedet"}
+
+
+def _identity(machine: dict) -> str:
+    if "IamInstanceProfile" in machine:
+        return machine["IamInstanceProfile"]["Name"]
+    (account,) = machine["serviceAccounts"]
+    return account["email"].partition("@")[0]
+
+
+def test_the_machines_that_are_priced_are_those_that_are_started():
+    types = yaml.safe_load((INFRA / "ray-up-aws.yaml").read_text())["available_node_types"]
+    walk = (INFRA / "README.md").read_text()
+    for entry in types.values():
+        assert f"({entry['node_config']['InstanceType']})" in walk
+
+
 def test_both_clouds_are_there():
     assert {yaml.safe_load(file.read_text())["provider"]["type"] for file in VM_FILES} == {"aws", "gcp"}
+
+
+def test_jobs_that_take_gpus_wait_for_a_machine_to_boot():
+    specs = [load_spec(str(path)) for path in (INFRA.parent / "jobs").rglob("*.yaml") if path.parent.name != "base"]
+    waits = {spec.cluster.resource_timeout_s for spec in specs if spec.cluster.gpus_per_worker}
+    assert waits == {1800}
 
 
 @pytest.mark.parametrize("file", sorted(INFRA.rglob("compose.yaml")), ids=lambda file: file.parent.name)
@@ -78,7 +110,25 @@ def test_services_hold_no_password_and_name_what_is_there(file):
             assert other in services
         for volume in service.get("volumes") or ():
             source = volume.split(":")[0]
-            assert (file.parent / source).exists() if source.startswith("./") else source in content["volumes"]
+            assert (file.parent / source).exists() if source.startswith("./") else source in (*content["volumes"], RAY)
+
+
+@pytest.mark.parametrize("file", sorted(INFRA.rglob("compose.yaml")), ids=lambda file: file.parent.name)
+def test_every_variable_of_the_services_is_in_their_example(file):
+    used = set(re.findall(r"\$\{(\w+)", file.read_text()))
+    assert used == set(re.findall(r"^(\w+)=", (file.parent / "env.example").read_text(), re.MULTILINE))
+
+
+def test_prometheus_reads_on_the_head_where_ray_says_the_nodes_are():
+    services = yaml.safe_load((INFRA / "monitoring" / "compose.yaml").read_text())["services"]
+    assert all(service["network_mode"] == "host" for service in services.values())
+    assert f"{RAY}:{RAY}:ro" in services["prometheus"]["volumes"]
+    collected = yaml.safe_load((INFRA / "monitoring" / "prometheus.yml").read_text())["scrape_configs"][0]
+    assert collected["file_sd_configs"][0]["files"] == [f"{RAY}/{PROMETHEUS_SERVICE_DISCOVERY_FILE}"]
+    for file in VM_FILES:
+        config = yaml.safe_load(file.read_text())
+        assert config["docker"]["head_run_options"] == [f"--volume {RAY}:{RAY}"]
+        assert config["initialization_commands"][0].endswith(f" {RAY}"), "the image's user owns it, not root"
 
 
 def test_every_metric_that_is_shown_or_alerted_on_is_kept():
