@@ -18,7 +18,7 @@ from pipeline.cluster.environment import describe_environment
 from pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
 from pipeline.cluster.progress import ProgressDisplay, summary_table
 from pipeline.cluster.run import Run, lasting_part
-from pipeline.cluster.session import ray_session, session_nodes
+from pipeline.cluster.session import load_ray, ray_session, session_nodes
 from pipeline.errors import StoppedError, UserError
 from pipeline.spec import JobSpec
 
@@ -53,6 +53,7 @@ def launch(
         stack.enter_context(run.open())
         log_to_file(os.path.join(log_folder(run.path), "launch.log"), who="driver")
         stop = stack.enter_context(stop_signals(display))
+        load_ray()
         # MLflow and Ray Train take seconds to load: beside the start of Ray, and the writing of shards.
         threading.Thread(target=_load_tracking, daemon=True).start()
         stack.enter_context(ray_session(spec.cluster, address))

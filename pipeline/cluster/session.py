@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib
 import logging
 import os
 import signal
@@ -54,9 +55,8 @@ def ray_session(cluster: Cluster, address: str | None = None) -> Iterator[None]:
     too small for `cluster.workers`.
     """
     address = address or os.environ.get("RAY_ADDRESS") or "local"
-    for name, value in _ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    import ray  # reads the environment when it is imported
+    load_ray()
+    import ray
     from ray.exceptions import AuthenticationError
 
     if ray.is_initialized():
@@ -91,6 +91,13 @@ def ray_session(cluster: Cluster, address: str | None = None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def load_ray() -> None:
+    """Import Ray, which reads its environment then; it takes a second."""
+    for name, value in _ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    importlib.import_module("ray")
 
 
 def session_nodes() -> list[Node]:
