@@ -28,7 +28,9 @@ def select_detections(predictions: Predictions, config: RefineDetConfig) -> list
     num_images, num_anchors = p.refined.shape[:2]
     index = p.index if p.index is not None else torch.arange(num_images * num_anchors, device=p.refined.device)
     scores = score_anchors(p, config)
-    boxes = decode_boxes(p.adm_box, p.refined.flatten(0, 1)[index])
+    confident = (scores > config.score_threshold).any(1).nonzero().squeeze(1)  # few: the others need no boxes
+    index, scores = index[confident], scores[confident]
+    boxes = decode_boxes(p.adm_box[confident], p.refined.flatten(0, 1)[index])
     ends = torch.searchsorted(index, torch.arange(num_images + 1, device=index.device) * num_anchors).tolist()
     return [suppress(boxes[start:end], scores[start:end], config) for start, end in pairwise(ends)]
 
