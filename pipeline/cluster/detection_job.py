@@ -97,7 +97,7 @@ def make_detection_job(
         raise UserError(f"There are no weights at {run.weights}; run the stage train first, or name others.")
     weights = weights or run.weights
     output = output or run.path
-    truth = storage.join(output, "ground_truth.json") if shards else run.ground_truth("val")
+    truth = storage.join(output, "ground_truth.json")  # the run's own, unless the results go elsewhere
     write_coco_annotations(found, truth)
     multiscale = spec.multiscale if mode == "multiscale" else None
     settings = {

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import ray
 
+from pipeline.cluster import session
 from pipeline.cluster.dashboard import CERTIFICATES, HEADERS
 from pipeline.cluster.entrypoint import PYTHON_VARIABLE
 from pipeline.cluster.jobs import JobsClient
@@ -135,6 +136,17 @@ def test_nobody_there_and_somebody_else_there_are_told_apart() -> None:
 @pytest.mark.parametrize("address", ["http://head:8265", "ray://head:10001"])
 def test_what_is_for_those_outside_is_no_address_to_launch_on(address: str) -> None:
     with pytest.raises(UserError, match=rf"{address}.*port 6379"), ray_session(Cluster(), address):
+        pass
+
+
+def test_a_machine_that_is_no_node_is_told_where_to_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(address: str) -> None:
+        raise RuntimeError("No node info found matching attributes: '10.0.0.9' when trying to resolve node")
+
+    monkeypatch.setattr(session, "_check_reachable", lambda address: None)
+    monkeypatch.setattr(session, "_connect", refuse)
+    said = r"no node of the cluster at .head:6379.; run launch on a node"
+    with pytest.raises(UserError, match=said), ray_session(Cluster(), "head:6379"):
         pass
 
 

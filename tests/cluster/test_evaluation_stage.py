@@ -37,7 +37,7 @@ from pipeline.errors import UserError
 from pipeline.evaluation import MERGE_RULES, DetectionTable, evaluate_coco, evaluate_voc
 from pipeline.evaluation.submission import ROW_SCHEMA
 from pipeline.spec import JobSpec
-from pipeline.spec_files import dump_spec
+from pipeline.spec_files import dump_spec, parse_spec
 
 pytestmark = pytest.mark.dist
 
@@ -244,6 +244,12 @@ def test_other_voc_shards_are_measured_and_sent_as_their_own_year(tmp_path: Path
     assert {f"{folder}/comp4_det_test_dog.txt", f"{folder}/comp4_det_test_cat.txt"} < set(files)
     lines = (tmp_path / "out" / folder / "comp4_det_test_dog.txt").read_text().splitlines()
     assert [line.split()[0] for line in lines] == [f"{number:06d}" for number in range(1, 7)]
+
+    before = Path(run.ground_truth("val")).read_bytes()
+    again = parse_spec({**run.spec.model_dump(mode="json"), "data": {**data, "shards": f"{tmp_path}/voc12-test"}}, "it")
+    job, _ = make_detection_job(Run(again), "single", output=str(tmp_path / "third"))
+    assert json.loads(Path(job.truth).read_text()) == truth
+    assert Path(run.ground_truth("val")).read_bytes() == before, "results that go elsewhere leave the run alone"
 
     index = Path(f"{tmp_path}/voc12-test/val/index.json")
     content = json.loads(index.read_text())
