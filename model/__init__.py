@@ -10,12 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from model.config import RefineDetConfig
-    from model.detector import RefineDet
-    from model.inference import select_detections
-    from model.loss import detection_loss
-    from model.structures import Detections, Losses, Predictions, Targets
-    from model.weights import LoadReport, load_weights
+    from .config import RefineDetConfig
+    from .detector import RefineDet
+    from .inference import select_detections
+    from .loss import detection_loss
+    from .structures import Detections, Losses, Predictions, Targets
+    from .weights import LoadReport, load_weights
 
 __all__ = [
     "Detections",

@@ -18,9 +18,9 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.config import VGG16_REDUCED, RefineDetConfig
-from model.layers import Bottleneck, L2Norm, build_conv
-from model.norms import hold_statistics
+from .config import VGG16_REDUCED, RefineDetConfig
+from .layers import Bottleneck, L2Norm, build_conv
+from .norms import hold_statistics
 
 # Mean and standard deviation of RGB in 0..255, as torchvision's and timm's ImageNet weights expect them.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)

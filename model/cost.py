@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.anchors import count_anchors
-from model.config import RefineDetConfig
-from model.detector import RefineDet
+from .anchors import count_anchors
+from .config import RefineDetConfig
+from .detector import RefineDet
 
 MODULES = ("backbone", "arm", "tcb", "adm")
 

@@ -10,17 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from model.anchors import tile_anchors
-from model.backbones import CAFFE_MEAN, CAFFE_STD, TimmBackbone, build_backbone
-from model.boxes import decode_boxes
-from model.config import VGG16_REDUCED, RefineDetConfig
-from model.filtering import select_survivors, select_trained_rows
-from model.heads import AnchorRefinementHead, DetectionHead
-from model.inference import select_detections
-from model.matching import match_anchors
-from model.norms import freeze_norms, synchronize_norms
-from model.structures import Detections, Matches, Predictions, Targets
-from model.tcb import TransferConnection
+from .anchors import tile_anchors
+from .backbones import CAFFE_MEAN, CAFFE_STD, TimmBackbone, build_backbone
+from .boxes import decode_boxes
+from .config import VGG16_REDUCED, RefineDetConfig
+from .filtering import select_survivors, select_trained_rows
+from .heads import AnchorRefinementHead, DetectionHead
+from .inference import select_detections
+from .matching import match_anchors
+from .norms import freeze_norms, synchronize_norms
+from .structures import Detections, Matches, Predictions, Targets
+from .tcb import TransferConnection
 
 
 class RefineDet(nn.Module):

@@ -13,11 +13,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.boxes import decode_boxes
-from model.config import RefineDetConfig
-from model.detector import RefineDet
-from model.inference import score_anchors, suppress
-from model.structures import Detections
+from .boxes import decode_boxes
+from .config import RefineDetConfig
+from .detector import RefineDet
+from .inference import score_anchors, suppress
+from .structures import Detections
 
 OPSET = 19  # the first with DeformConv
 

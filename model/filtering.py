@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.structures import Matches
+from .structures import Matches
 
 
 def select_survivors(arm_class: Tensor, theta: float) -> Tensor:

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from model.anchors import ASPECTS
-from model.layers import Bottleneck, init_xavier_
-from model.ops.align_conv import align_conv
-from model.portable import align_conv_portable
+from .anchors import ASPECTS
+from .layers import Bottleneck, init_xavier_
+from .ops.align_conv import align_conv
+from .portable import align_conv_portable
 
 NUM_ASPECTS = len(ASPECTS)
 BLOCK_WIDTH, BLOCK_CHANNELS = 256, 1024  # the Caffe release's bottleneck before each ResNet predictor

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 from torchvision.ops import nms
 
-from model.boxes import decode_boxes
-from model.config import RefineDetConfig
-from model.filtering import select_survivors
-from model.structures import Detections, Predictions
+from .boxes import decode_boxes
+from .config import RefineDetConfig
+from .filtering import select_survivors
+from .structures import Detections, Predictions
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.norms import BatchNorm
+from .norms import BatchNorm
 
 NEW_BLOCK_STD = 0.01  # section IV-G: new blocks of ResNet and ResNeXt start from N(0, 0.01)
 

@@ -11,11 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.boxes import encode_boxes
-from model.config import RefineDetConfig
-from model.filtering import select_survivors
-from model.matching import match_anchors
-from model.structures import Losses, Matches, Predictions, Targets
+from .boxes import encode_boxes
+from .config import RefineDetConfig
+from .filtering import select_survivors
+from .matching import match_anchors
+from .structures import Losses, Matches, Predictions, Targets
 
 
 def detection_loss(predictions: Predictions, targets: Sequence[Targets], config: RefineDetConfig) -> Losses:

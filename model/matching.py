@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from model.boxes import paired_overlaps
-from model.structures import Matches, Targets
+from .boxes import paired_overlaps
+from .structures import Matches, Targets
 
 MIN_BIPARTITE_IOU = 1e-6
 ANCHOR_BITS, BOX_BITS = 21, 12

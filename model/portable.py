@@ -23,7 +23,7 @@ def align_conv_portable(
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
 ) -> Tensor:
-    """What `model.ops.align_conv` computes for every anchor.
+    """What `refinedet.model.ops.align_conv` computes for every anchor.
 
     features  a level each: [B, F, H, W]
     boxes     [B, A, 4]  xyxy, pixels of the image

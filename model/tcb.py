@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.layers import build_conv, build_conv_block, init_xavier_
+from .layers import build_conv, build_conv_block, init_xavier_
 
 
 class TransferConnectionBlock(nn.Module):

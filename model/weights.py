@@ -11,9 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from model.backbones import ReducedVgg16
-from model.detector import RefineDet
-from model.heads import NUM_ASPECTS
+from .backbones import ReducedVgg16
+from .detector import RefineDet
+from .heads import NUM_ASPECTS
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-
-from pipeline.errors import JobError, UserError, describe_end
-from pipeline.spec_files import load_spec
+from refinedet.pipeline.errors import JobError, UserError, describe_end
+from refinedet.pipeline.spec_files import load_spec
 
 if TYPE_CHECKING:
-    from pipeline.cluster.jobs import JobsClient
-    from pipeline.evaluation import Metrics
+    from refinedet.pipeline.cluster.jobs import JobsClient
+    from refinedet.pipeline.evaluation import Metrics
 
 app = typer.Typer(
     help="RefineDet++ as a distributed training pipeline.",
@@ -52,9 +51,9 @@ def launch(
     check_only: Annotated[bool, typer.Option("--preflight", help="place the workers, check them, and end")] = False,
 ) -> None:
     """Run a job's stages here, or on the cluster at ADDR; what is done already is not done again."""
-    from pipeline.cluster.launch import STAGES, launch
-    from pipeline.cluster.preflight import preflight
-    from pipeline.cluster.progress import ProgressDisplay
+    from refinedet.pipeline.cluster.launch import STAGES, launch
+    from refinedet.pipeline.cluster.preflight import preflight
+    from refinedet.pipeline.cluster.progress import ProgressDisplay
 
     spec = load_spec(job, overrides or ())
     with ProgressDisplay() as display:
@@ -72,7 +71,7 @@ def submit(
     follow: Annotated[bool, typer.Option("--follow", help="print its logs until it ends")] = False,
 ) -> None:
     """Submit a job to a Ray cluster and print its id; a run that stopped goes on."""
-    from pipeline.cluster.jobs import JobsClient
+    from refinedet.pipeline.cluster.jobs import JobsClient
 
     spec = load_spec(job, overrides or ())
     client = JobsClient(address)
@@ -85,7 +84,7 @@ def submit(
 @app.command()
 def resume(name: RunOrJob, address: Dashboard = None) -> None:
     """Submit a run's last job again; it goes on from its last checkpoint."""
-    from pipeline.cluster.jobs import JobsClient
+    from refinedet.pipeline.cluster.jobs import JobsClient
 
     typer.echo(JobsClient(address).resume(name))
 
@@ -93,7 +92,7 @@ def resume(name: RunOrJob, address: Dashboard = None) -> None:
 @app.command()
 def status(name: RunOrJob, address: Dashboard = None) -> None:
     """How a submitted job is doing."""
-    from pipeline.cluster.jobs import JobsClient
+    from refinedet.pipeline.cluster.jobs import JobsClient
 
     client = JobsClient(address)
     found = client.find(name)
@@ -106,8 +105,8 @@ def status(name: RunOrJob, address: Dashboard = None) -> None:
 @app.command(name="list")
 def list_jobs(address: Dashboard = None) -> None:
     """The jobs that were submitted to a cluster."""
-    from pipeline.cluster.jobs import JobsClient
-    from pipeline.cluster.progress import describe_duration
+    from refinedet.pipeline.cluster.jobs import JobsClient
+    from refinedet.pipeline.cluster.progress import describe_duration
 
     for found in JobsClient(address).list():
         took = describe_duration((found.ended or time.time()) - found.started) if found.started else "not started"
@@ -121,7 +120,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="until it ends")] = False,
 ) -> None:
     """What a submitted job has printed."""
-    from pipeline.cluster.jobs import JobsClient
+    from refinedet.pipeline.cluster.jobs import JobsClient
 
     client = JobsClient(address)
     if follow:
@@ -141,7 +140,7 @@ def _follow(client: JobsClient, name: str) -> None:
 @app.command()
 def stop(name: RunOrJob, address: Dashboard = None) -> None:
     """Ask a submitted job to save and end, and wait until it has."""
-    from pipeline.cluster.jobs import JobsClient
+    from refinedet.pipeline.cluster.jobs import JobsClient
 
     found = JobsClient(address).stop(name)
     typer.echo(f"{found.id}  {found.status.lower()}; `refinedet resume {found.run}` goes on")
@@ -156,7 +155,7 @@ def plan(
     gpus_per_node: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
     """Resolve and check a job, and estimate batch, memory, time and storage; needs no cluster and no GPU."""
-    from pipeline.cluster.plan import print_plan
+    from refinedet.pipeline.cluster.plan import print_plan
 
     print_plan(load_spec(job, overrides or ()), device=device, nodes=nodes, gpus_per_node=gpus_per_node)
 
@@ -164,10 +163,10 @@ def plan(
 @app.command()
 def shard(job: Job, overrides: Overrides = None) -> None:
     """Write a job's data set as shards (data.shards, or the run's folder), without a cluster."""
-    from pipeline import storage
-    from pipeline.cluster.progress import ProgressDisplay
-    from pipeline.cluster.run import Run
-    from pipeline.data import prepare_shards
+    from refinedet.pipeline import storage
+    from refinedet.pipeline.cluster.progress import ProgressDisplay
+    from refinedet.pipeline.cluster.run import Run
+    from refinedet.pipeline.data import prepare_shards
 
     run = Run(load_spec(job, overrides or ()))
     with ProgressDisplay() as display:
@@ -192,7 +191,7 @@ def predict(
     threshold: Annotated[float, typer.Option(help="lowest score that is drawn")] = 0.3,
 ) -> None:
     """Detect objects in images: a picture of each with its boxes, and all boxes as JSON."""
-    from pipeline.cluster.predict import predict_images
+    from refinedet.pipeline.cluster.predict import predict_images
 
     for line in predict_images(weights, images, output, threshold):
         typer.echo(line)
@@ -201,8 +200,8 @@ def predict(
 @app.command()
 def report(run: Annotated[str, typer.Argument(metavar="RUN", help="a run's folder, as in runs/quickstart")]) -> None:
     """Build the report of a run again."""
-    from pipeline import storage
-    from pipeline.tracking.report import build_report
+    from refinedet.pipeline import storage
+    from refinedet.pipeline.tracking.report import build_report
 
     if not storage.exists(storage.join(run, "spec.yaml")):
         raise UserError(f"{run!r} is no run's folder (it has no spec.yaml); give one, as in runs/quickstart.")
@@ -225,14 +224,14 @@ def evaluate(
     """COCO's twelve numbers or VOC's mAP, of a run's weights or of a detections file."""
     _check_writable(json_file)
     if run and not (detections or annotations):
-        from pipeline.cluster.evaluate import evaluate_run
+        from refinedet.pipeline.cluster.evaluate import evaluate_run
 
         changes = [*(overrides or ()), *([f"evaluation.rule={rule}"] if rule else ())]
         metrics = evaluate_run(
             run, "single", overrides=changes, weights=weights, shards=shards, output=output, address=address
         )
     elif detections and annotations and not run:
-        from pipeline.evaluation import evaluate_files
+        from refinedet.pipeline.evaluation import evaluate_files
 
         metrics = evaluate_files(detections, annotations, rule=rule or "coco")
     else:
@@ -252,7 +251,7 @@ def multiscale(
 ) -> None:
     """The numbers of a run's weights, tested at several scales and mirrored; what it costs is said first."""
     _check_writable(json_file)
-    from pipeline.cluster.evaluate import evaluate_run
+    from refinedet.pipeline.cluster.evaluate import evaluate_run
 
     metrics = evaluate_run(
         run, "multiscale", overrides=overrides or (), weights=weights, shards=shards, output=output, address=address
@@ -293,7 +292,7 @@ def render(
     retries: Annotated[int, typer.Option(min=0, help="new clusters after a failure; each resumes the run")] = 3,
 ) -> None:
     """A job spec as Kubernetes manifests, for `kubectl apply -f -`."""
-    from pipeline.cluster.render import KubeRay, render_kuberay
+    from refinedet.pipeline.cluster.render import KubeRay, render_kuberay
 
     if target != "kuberay":
         raise UserError(f"There is nothing to render for {target!r}; there is kuberay.")
@@ -319,9 +318,9 @@ def drill(
     ] = None,
 ) -> None:
     """Break small real jobs on purpose, and see them recover."""
-    from pipeline.cluster.drill_cases import DRILLS
-    from pipeline.cluster.drills import Check, run_drills
-    from pipeline.cluster.progress import describe_duration
+    from refinedet.pipeline.cluster.drill_cases import DRILLS
+    from refinedet.pipeline.cluster.drills import Check, run_drills
+    from refinedet.pipeline.cluster.progress import describe_duration
 
     if names == ["list"]:
         for name, case in DRILLS.items():
@@ -346,7 +345,7 @@ def drill(
 @app.command()
 def doctor() -> None:
     """What is installed and built, what is missing, and what to do about it."""
-    from pipeline.cluster.doctor import examine
+    from refinedet.pipeline.cluster.doctor import examine
 
     findings = examine()
     for finding in findings:
@@ -358,7 +357,7 @@ def doctor() -> None:
 @app.command()
 def schema() -> None:
     """JSON schema of the job spec, for editors."""
-    from pipeline.spec import JobSpec
+    from refinedet.pipeline.spec import JobSpec
 
     typer.echo(json.dumps(JobSpec.model_json_schema(), indent=1))
 
@@ -371,8 +370,8 @@ def data_show(
     plain: Annotated[bool, typer.Option("--plain", help="the images as they are, without augmentation")] = False,
 ) -> None:
     """Draw samples on one sheet with their boxes, augmented as training sees them."""
-    from pipeline.data import open_shards, show_samples
-    from pipeline.spec import Augmentation
+    from refinedet.pipeline.data import open_shards, show_samples
+    from refinedet.pipeline.spec import Augmentation
 
     show_samples(open_shards(shards), output, seed=seed, augmentation=None if plain else Augmentation())
     typer.echo(output)
@@ -381,7 +380,7 @@ def data_show(
 @data_app.command("check")
 def data_check(shards: Annotated[str, typer.Argument(help="folder or URI of shards")]) -> None:
     """Verify every digest and every box."""
-    from pipeline.data import check_shards
+    from refinedet.pipeline.data import check_shards
 
     found = check_shards(shards)
     for fault in found.faults:

@@ -10,10 +10,9 @@ from typing import Any
 
 import yaml
 from pydantic import BaseModel, ValidationError
-
-from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.spec import JobSpec
+from refinedet.pipeline import storage
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import JobSpec
 
 _MAX_BASES = 8
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")

@@ -9,11 +9,11 @@ import pytest
 
 PROGRAM = """
 import sys
-from pipeline.deferred_compiler import defer_compiler
+from refinedet.pipeline.deferred_compiler import defer_compiler
 defer_compiler()
 import torch, timm
-from model import RefineDet
-from pipeline.training.engine import _import_deepspeed
+from refinedet.model import RefineDet
+from refinedet.pipeline.training.engine import _import_deepspeed
 _import_deepspeed()
 weight = torch.nn.Parameter(torch.ones(2))
 optimizer = torch.optim.SGD([weight], lr=0.5)

@@ -9,8 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from pipeline.errors import JobError, StoppedError, UserError, describe_end
+from refinedet.pipeline.errors import JobError, StoppedError, UserError, describe_end
 
 
 @pytest.mark.parametrize(
@@ -45,7 +44,7 @@ def test_a_full_disk_ends_a_command_with_a_sentence(tmp_path: Path) -> None:
     annotation = box | {"id": 1, "area": 16, "iscrowd": 0}
     truth.write_text(json.dumps({"images": [image], "categories": [category], "annotations": [annotation]}))
     found.write_text(json.dumps([box | {"score": 0.5}]))
-    command = [sys.executable, "-m", "pipeline.cli", "evaluate", "--detections", str(found)]
+    command = [sys.executable, "-m", "refinedet.pipeline.cli", "evaluate", "--detections", str(found)]
     command += ["--annotations", str(truth), "--json", "/dev/full"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr

@@ -6,10 +6,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-
-from pipeline.errors import UserError
-from pipeline.spec import JobSpec
-from pipeline.spec_files import dump_spec, load_spec, parse_spec
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import JobSpec
+from refinedet.pipeline.spec_files import dump_spec, load_spec, parse_spec
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 JOBS = sorted(path for path in (REPOSITORY / "jobs").rglob("*.yaml") if path.parent.name != "base")

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from model.ops import align_conv_cuda, library
-from model.ops.align_conv_reference import align_conv_reference
+from . import align_conv_cuda, library
+from .align_conv_reference import align_conv_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 KERNELS = (3, 5, 7)

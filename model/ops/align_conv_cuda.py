@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from model.ops.align_conv_reference import split_index
+from .align_conv_reference import split_index
 
 # Bounds the columns alive at once: rows * T * F * 4 bytes, 75 MB for 8192 rows of 9 taps and 256 channels in fp32.
 ROWS_PER_CHUNK = 8192

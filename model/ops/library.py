@@ -11,13 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import model.ops
-
 logger = logging.getLogger(__name__)
 
 LIBRARY_NAME = "librefinedet.so"
 CARRIED = "operators"
-"""folder beside the package `model` in which a submitted job carries the library of the machine it came from"""
+"""directory beside the package `refinedet` in which a submitted job carries the library of the machine it came from"""
 BUILD_COMMAND = "uv pip install --no-build-isolation --no-deps -e ."
 
 
@@ -50,7 +48,7 @@ def describe() -> LibraryStatus:
 
     path = find()
     if path is None:
-        reason = f"The operators are not built ({LIBRARY_NAME} is in none of the places of model.ops); "
+        reason = f"The operators are not built ({LIBRARY_NAME} is in none of the places of refinedet.model.ops); "
         return LibraryStatus(loaded=False, reason=f"{reason}build them with `{BUILD_COMMAND}`.")
     try:
         torch.ops.load_library(path)
@@ -85,13 +83,13 @@ def find() -> Path | None:
 def _places() -> list[Path]:
     """Where the library may be, best first.
 
-    An editable install puts it into site-packages, which is then one more place of this package. The code of a job that
+    An editable install puts it into site-packages, not beside this file. The code of a job that
     was submitted to a cluster lies in a folder of its own: there, the library that the node's image was built with, for
     its GPUs, comes before the one that travelled.
     """
-    own = [Path(place) for place in model.ops.__path__]
-    installed = [Path(place) / "model" / "ops" for place in sys.path]
-    carried = [place.parents[1] / CARRIED for place in own]
+    own = [Path(__file__).parent]
+    installed = [Path(place) / "refinedet" / "model" / "ops" for place in sys.path]
+    carried = [place.parents[2] / CARRIED for place in own]
     return [place / LIBRARY_NAME for place in (*own, *installed, *carried)]
 
 

@@ -16,8 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.ops import library
-from model.ops import merge_reference as reference
+from . import library
+from . import merge_reference as reference
 
 
 def nms(boxes: Tensor, scores: Tensor, groups: Tensor | None = None, *, iou: float, plus_one: bool = False) -> Tensor:

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pipeline.errors import UserError
-from pipeline.spec import Cluster, Workers
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Cluster, Workers
 
 AUTOSCALING = "refinedet_autoscaling"
 """resource of the head of a cluster that adds nodes by itself: there, what is missing may still come"""

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from pipeline import storage
-from pipeline.cluster.run import Run
-from pipeline.errors import UserError
-from pipeline.evaluation import (
+from refinedet.pipeline import storage
+from refinedet.pipeline.cluster.run import Run
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.evaluation import (
     DetectionTable,
     Metrics,
     Rule,
@@ -20,7 +20,7 @@ from pipeline.evaluation import (
     write_submission,
     write_voc_files,
 )
-from pipeline.spec import JobSpec, MergeRule
+from refinedet.pipeline.spec import JobSpec, MergeRule
 
 Mode = Literal["single", "multiscale"]
 _LAST_COCO_ID = 90
@@ -79,7 +79,7 @@ def make_detection_job(
     Raises UserError where there are no weights, or where they or the shards are of another model, or the shards' labels
     mean other categories than those of the training shards, where these are there.
     """
-    from pipeline.data import check_same_categories, open_shards, write_coco_annotations
+    from refinedet.pipeline.data import check_same_categories, open_shards, write_coco_annotations
 
     spec = run.spec
     found = open_shards(shards or storage.join(run.shards, "val"))
@@ -133,8 +133,8 @@ def make_detection_job(
 
 def _check_weights(path: str, spec: JobSpec) -> None:
     """UserError unless the file holds every tensor of the spec's model."""
-    from model import RefineDet, load_weights
-    from pipeline.training.initial_weights import read_weights
+    from refinedet.model import RefineDet, load_weights
+    from refinedet.pipeline.training.initial_weights import read_weights
 
     report = load_weights(RefineDet(spec.model), read_weights(path, "--weights"))
     unfit = [*report.missing, *report.reshaped]

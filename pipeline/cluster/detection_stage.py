@@ -17,16 +17,15 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-
-from pipeline import storage
-from pipeline.cluster.capacity import minimum_workers
-from pipeline.cluster.detection_job import DetectionJob, write_results
-from pipeline.cluster.detection_pool import DetectionPool
-from pipeline.cluster.logs import log_folder, log_to_file
-from pipeline.cluster.run import Run
-from pipeline.deferred_compiler import defer_compiler
-from pipeline.errors import JobError, StoppedError, UserError
-from pipeline.evaluation import (
+from refinedet.pipeline import storage
+from refinedet.pipeline.cluster.capacity import minimum_workers
+from refinedet.pipeline.cluster.detection_job import DetectionJob, write_results
+from refinedet.pipeline.cluster.detection_pool import DetectionPool
+from refinedet.pipeline.cluster.logs import log_folder, log_to_file
+from refinedet.pipeline.cluster.run import Run
+from refinedet.pipeline.deferred_compiler import defer_compiler
+from refinedet.pipeline.errors import JobError, StoppedError, UserError
+from refinedet.pipeline.evaluation import (
     DetectionTable,
     GroundTruth,
     Metrics,
@@ -40,7 +39,7 @@ from pipeline.evaluation import (
     split_into_pieces,
     write_piece,
 )
-from pipeline.spec_files import parse_spec
+from refinedet.pipeline.spec_files import parse_spec
 
 logger = logging.getLogger(__name__)
 
@@ -244,8 +243,8 @@ class _DetectionWorker:
         return tables, None
 
     def _detect(self, piece: Piece) -> dict[str, DetectionTable]:
-        from pipeline.data import open_shards
-        from pipeline.evaluation import detect_by_rules, detect_piece
+        from refinedet.pipeline.data import open_shards
+        from refinedet.pipeline.evaluation import detect_by_rules, detect_piece
 
         spec, shards, model = self._run.spec, open_shards(self._job.shards), self._loaded_model()
         limit = spec.data.max_bad_samples
@@ -261,9 +260,8 @@ class _DetectionWorker:
     def _loaded_model(self) -> Any:
         if self._model is None or self._weights != self._job.weights:
             import torch
-
-            from model import RefineDet, load_weights
-            from pipeline.training.initial_weights import read_weights
+            from refinedet.model import RefineDet, load_weights
+            from refinedet.pipeline.training.initial_weights import read_weights
 
             device = "cuda" if self._run.spec.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu"
             model = RefineDet(self._run.spec.model)

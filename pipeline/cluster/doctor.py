@@ -7,7 +7,7 @@ import os
 import shutil
 from dataclasses import dataclass
 
-from pipeline.cluster.environment import commit, package_versions, processor
+from refinedet.pipeline.cluster.environment import commit, package_versions, processor
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ def _cpu_precision() -> Finding:
 
 
 def _operators() -> Finding:
-    from model.ops.library import describe
+    from refinedet.model.ops.library import describe
 
     found = describe()
     return Finding("operators", "ok" if found.loaded else "optional", found.reason)

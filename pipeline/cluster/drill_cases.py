@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.cluster.drills import STEPS, STEPS_AN_EPOCH, Bench
+from refinedet.pipeline.cluster.drills import STEPS, STEPS_AN_EPOCH, Bench
 
 _AFTER_A_COMMIT = STEPS_AN_EPOCH + 3
 

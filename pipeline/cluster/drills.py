@@ -21,8 +21,7 @@ from typing import Any
 
 import psutil
 import yaml
-
-from pipeline.cluster.faults import FAULT_VARIABLE
+from refinedet.pipeline.cluster.faults import FAULT_VARIABLE
 
 _POLL_S = 0.2
 _TIMEOUT_S = 240.0
@@ -140,7 +139,7 @@ class Bench:
     def launch(self, spec: Path, *, fault: str | None = None) -> Launched:
         """Launch a spec's training, and before the first one its data, in a process of its own."""
         stages = "train" if (self.folder / "shards" / "train" / "index.json").exists() else "prepare,train"
-        command = [sys.executable, "-m", "pipeline.cli", "launch", str(spec), "--stages", stages]
+        command = [sys.executable, "-m", "refinedet.pipeline.cli", "launch", str(spec), "--stages", stages]
         command += ["--address", self.cluster.address]
         environment = {**os.environ, **({FAULT_VARIABLE: fault} if fault else {})}
         output = self.folder / f"{spec.stem}.{time.time_ns()}.out"
@@ -254,7 +253,7 @@ class Bench:
 
 def run_drills(names: list[str], report: Callable[[str, float, list[Check]], None]) -> bool:
     """Run drills by name; `report` is called with (name, seconds, checks) after each. True where all passed."""
-    from pipeline.cluster.drill_cases import DRILLS
+    from refinedet.pipeline.cluster.drill_cases import DRILLS
 
     folder = Path(tempfile.mkdtemp(prefix="refinedet-drill-"))
     bench, passed = Bench(folder), True

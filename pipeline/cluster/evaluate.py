@@ -7,20 +7,20 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from pipeline import storage
-from pipeline.cluster.detection_job import DetectionJob, Mode, make_detection_job
-from pipeline.cluster.logs import log_folder, log_to_file
-from pipeline.cluster.progress import ProgressDisplay
-from pipeline.cluster.run import Run
-from pipeline.cluster.session import ray_session
-from pipeline.errors import UserError
-from pipeline.evaluation import Metrics, describe_cost, format_comparison, resolve_passes
-from pipeline.spec import JobSpec
-from pipeline.spec_files import load_spec
+from refinedet.pipeline import storage
+from refinedet.pipeline.cluster.detection_job import DetectionJob, Mode, make_detection_job
+from refinedet.pipeline.cluster.logs import log_folder, log_to_file
+from refinedet.pipeline.cluster.progress import ProgressDisplay
+from refinedet.pipeline.cluster.run import Run
+from refinedet.pipeline.cluster.session import ray_session
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.evaluation import Metrics, describe_cost, format_comparison, resolve_passes
+from refinedet.pipeline.spec import JobSpec
+from refinedet.pipeline.spec_files import load_spec
 
 if TYPE_CHECKING:
-    from pipeline.cluster.detection_pool import DetectionPool
-    from pipeline.cluster.detection_stage import Detected
+    from refinedet.pipeline.cluster.detection_pool import DetectionPool
+    from refinedet.pipeline.cluster.detection_stage import Detected
 
 # What says how the work is done, and nothing of what comes out: these may be set without --output.
 _HARMLESS = ("cluster.", "evaluation.images_per_piece=", "tracking.")
@@ -35,7 +35,7 @@ def detect_and_measure(
     pool: DetectionPool | None = None,
 ) -> Detected:
     """Run a stage under `display.stage(...)`, and say what it costs and what came of it."""
-    from pipeline.cluster.detection_stage import run_detection
+    from refinedet.pipeline.cluster.detection_stage import run_detection
 
     if job.mode == "multiscale":
         assert run.spec.multiscale is not None

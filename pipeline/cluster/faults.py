@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline import storage
-from pipeline.errors import UserError
+from refinedet.pipeline import storage
+from refinedet.pipeline.errors import UserError
 
 FAULT_VARIABLE = "REFINEDET_FAULT"
 _KINDS = ("nan", "slow", "hang", "hold")

@@ -14,10 +14,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.cluster.capacity import check_capacity
-from pipeline.cluster.dashboard import connect, dashboard_address, said_clearly
-from pipeline.cluster.run import spec_difference
-from pipeline.cluster.submission import (
+from refinedet.pipeline.cluster.capacity import check_capacity
+from refinedet.pipeline.cluster.dashboard import connect, dashboard_address, said_clearly
+from refinedet.pipeline.cluster.run import spec_difference
+from refinedet.pipeline.cluster.submission import (
     ENTRYPOINT,
     check_spec,
     describe_job,
@@ -27,8 +27,8 @@ from pipeline.cluster.submission import (
     runtime_environment,
     stage_code,
 )
-from pipeline.errors import UserError
-from pipeline.spec import JobSpec
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import JobSpec
 
 _ACTIVE = ("PENDING", "RUNNING")
 _POLL_S = 1.0

@@ -12,20 +12,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from pipeline import storage
-from pipeline.cluster.capacity import gpus_of, maximum_workers, minimum_workers
-from pipeline.cluster.environment import describe_environment
-from pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
-from pipeline.cluster.progress import ProgressDisplay, summary_table
-from pipeline.cluster.run import Run, lasting_part
-from pipeline.cluster.session import load_ray, ray_session, session_nodes
-from pipeline.errors import StoppedError, UserError
-from pipeline.spec import JobSpec
+from refinedet.pipeline import storage
+from refinedet.pipeline.cluster.capacity import gpus_of, maximum_workers, minimum_workers
+from refinedet.pipeline.cluster.environment import describe_environment
+from refinedet.pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
+from refinedet.pipeline.cluster.progress import ProgressDisplay, summary_table
+from refinedet.pipeline.cluster.run import Run, lasting_part
+from refinedet.pipeline.cluster.session import load_ray, ray_session, session_nodes
+from refinedet.pipeline.errors import StoppedError, UserError
+from refinedet.pipeline.spec import JobSpec
 
 if TYPE_CHECKING:
-    from pipeline.cluster.detection_pool import DetectionPool
-    from pipeline.cluster.monitor import Monitor
-    from pipeline.tracking import RunTracker
+    from refinedet.pipeline.cluster.detection_pool import DetectionPool
+    from refinedet.pipeline.cluster.monitor import Monitor
+    from refinedet.pipeline.tracking import RunTracker
 
 logger = logging.getLogger(__name__)
 
@@ -59,9 +59,9 @@ def launch(
         stack.enter_context(ray_session(spec.cluster, address))
         beside = stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="beside"))
         if "train" in stages:
-            beside.submit(importlib.import_module, "pipeline.cluster.training_stage")
+            beside.submit(importlib.import_module, "refinedet.pipeline.cluster.training_stage")
         tracker = beside.submit(_begin_tracking, run)
-        from pipeline.cluster.preflight import check_nodes
+        from refinedet.pipeline.cluster.preflight import check_nodes
 
         job = _Job(run, tracker, display, stop, stack)
         try:
@@ -81,12 +81,12 @@ def launch(
 
 def _load_tracking() -> None:
     with suppress(Exception):  # raised again where it is needed
-        importlib.import_module("pipeline.tracking.runs")
+        importlib.import_module("refinedet.pipeline.tracking.runs")
 
 
 def _begin_tracking(run: Run) -> RunTracker:
     """Start or resume the job's MLflow run, and say what it runs on."""
-    from pipeline.tracking import RunTracker
+    from refinedet.pipeline.tracking import RunTracker
 
     tracker = RunTracker(run.spec.tracking, name=run.spec.name, run_dir=run.path, runs=run.runs)
     restore_loggers()
@@ -102,8 +102,8 @@ def _begin_tracking(run: Run) -> RunTracker:
 
 def check_spec(spec: JobSpec) -> None:
     """What can be known to be wrong before a worker starts, and without the data."""
-    from pipeline.cluster.submission import refuse_secrets
-    from pipeline.training import possible_world_sizes
+    from refinedet.pipeline.cluster.submission import refuse_secrets
+    from refinedet.pipeline.training import possible_world_sizes
 
     refuse_secrets(spec)
     possible_world_sizes(spec.training, minimum_workers(spec.cluster), maximum_workers(spec.cluster))
@@ -185,7 +185,7 @@ class _Job:
     def _monitor(self) -> Monitor:
         """The same for all stages: to start one takes Ray seconds."""
         if self._messages is None:
-            from pipeline.cluster.monitor import Monitor
+            from refinedet.pipeline.cluster.monitor import Monitor
 
             self._messages = self._stack.enter_context(Monitor(self.run.path))
         return self._messages
@@ -193,7 +193,7 @@ class _Job:
     # --- prepare
 
     def _prepare(self) -> None:
-        from pipeline.cluster.preparation_stage import run_preparation
+        from refinedet.pipeline.cluster.preparation_stage import run_preparation
 
         parts = [part for part in ("train", "val") if getattr(self.spec.data, part)]
         self.display.stage("prepare", unit="images")
@@ -224,9 +224,9 @@ class _Job:
     # --- train
 
     def _train(self) -> None:
-        from pipeline.cluster.recorder import TrainingRecorder
-        from pipeline.cluster.training_stage import run_training
-        from pipeline.data import check_same_categories, open_shards
+        from refinedet.pipeline.cluster.recorder import TrainingRecorder
+        from refinedet.pipeline.cluster.training_stage import run_training
+        from refinedet.pipeline.data import check_same_categories, open_shards
 
         shards = open_shards(storage.join(self.run.shards, "train"))
         if shards.num_classes != self.spec.model.num_classes:
@@ -238,7 +238,7 @@ class _Job:
         if self.spec.data.val and storage.exists(storage.join(validated, "index.json")):
             check_same_categories(shards, open_shards(validated))
         if self.spec.multiscale is not None:  # only then: evaluation is many seconds of imports
-            from pipeline.cluster.evaluate import check_passes
+            from refinedet.pipeline.cluster.evaluate import check_passes
 
             check_passes(self.spec)
         inputs = {
@@ -261,8 +261,8 @@ class _Job:
     # --- evaluate, multiscale
 
     def _detect(self, mode: Literal["single", "multiscale"]) -> None:
-        from pipeline.cluster.detection_job import make_detection_job
-        from pipeline.cluster.evaluate import detect_and_measure
+        from refinedet.pipeline.cluster.detection_job import make_detection_job
+        from refinedet.pipeline.cluster.evaluate import detect_and_measure
 
         stage = "evaluate" if mode == "single" else "multiscale"
         if not self.spec.data.val or (mode == "multiscale" and self.spec.multiscale is None):
@@ -280,7 +280,7 @@ class _Job:
     def _pool(self) -> DetectionPool:
         """The same workers for both stages."""
         if self._workers is None:
-            from pipeline.cluster.detection_pool import DetectionPool
+            from refinedet.pipeline.cluster.detection_pool import DetectionPool
 
             self._workers = self._stack.enter_context(DetectionPool())
         return self._workers
@@ -288,7 +288,7 @@ class _Job:
     # --- report
 
     def _report(self) -> None:
-        from pipeline.tracking.report import build_report
+        from refinedet.pipeline.tracking.report import build_report
 
         self.display.stage("report")
         if storage.exists(self.run.weights):
@@ -298,7 +298,7 @@ class _Job:
         self.display.done(path)
 
     def _package_model(self) -> None:
-        from pipeline.tracking.packaging import package_model
+        from refinedet.pipeline.tracking.packaging import package_model
 
         folder = self._model_folder
         part = "val" if self.spec.data.val else "train"
@@ -319,7 +319,7 @@ class _Job:
     def report_after_failure(self) -> None:
         """A failed job leaves its report too; whatever goes wrong with it must not hide why the job failed."""
         try:
-            from pipeline.tracking.report import build_report
+            from refinedet.pipeline.tracking.report import build_report
 
             build_report(self.run.path)
         except Exception:
@@ -352,7 +352,7 @@ class _Job:
         return os.path.dirname(log_folder(self.run.path))
 
     def _print_summary(self) -> None:
-        from pipeline.tracking import merge_rule_rows, summary_rows
+        from refinedet.pipeline.tracking import merge_rule_rows, summary_rows
 
         for title, rows in (
             (f"Run {self.spec.name}", summary_rows(self.run.path)),

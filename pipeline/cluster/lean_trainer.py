@@ -29,8 +29,8 @@ from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 class LeanTrainer(DataParallelTrainer):
     """A trainer of a fixed number of workers, without Ray Data and without requests to an autoscaler.
 
-    Its workers find torchrun's environment; `pipeline.training.open_world` makes the process group from it. Thus the
-    controller never imports torch.
+    Its workers find torchrun's environment; `open_world` makes the process group from it. Thus the controller
+    never imports torch.
     """
 
     def __init__(

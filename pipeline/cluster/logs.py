@@ -8,7 +8,7 @@ import posixpath
 import tempfile
 import warnings
 
-from pipeline import storage
+from refinedet.pipeline import storage
 
 _FORMAT = "%(asctime)s %(levelname).1s {who} %(name)s: %(message)s"
 

@@ -13,9 +13,8 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle, ActorProxy
 from ray.exceptions import RayError
-
-from pipeline.cluster.session import NAMESPACE
-from pipeline.errors import UserError
+from refinedet.pipeline.cluster.session import NAMESPACE
+from refinedet.pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 

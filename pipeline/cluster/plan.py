@@ -9,16 +9,15 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+from refinedet.model.config import RefineDetConfig
+from refinedet.model.cost import ModelCost, count_cost
+from refinedet.pipeline.cluster.capacity import minimum_workers
+from refinedet.pipeline.cluster.progress import describe_duration
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import JobSpec, Training
+from refinedet.pipeline.training import BatchPlan, make_schedule, plan_batches
 from rich.console import Console
 from rich.table import Table
-
-from model.config import RefineDetConfig
-from model.cost import ModelCost, count_cost
-from pipeline.cluster.capacity import minimum_workers
-from pipeline.cluster.progress import describe_duration
-from pipeline.errors import UserError
-from pipeline.spec import JobSpec, Training
-from pipeline.training import BatchPlan, make_schedule, plan_batches
 
 
 @dataclass(frozen=True)

@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import yaml
-
-from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.spec import JobSpec
-from pipeline.spec_files import parse_spec
+from refinedet.pipeline import storage
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import JobSpec
+from refinedet.pipeline.spec_files import parse_spec
 
 
 def predict_images(weights: str, images: Sequence[Path], output: Path, threshold: float) -> Iterator[str]:
@@ -22,9 +21,8 @@ def predict_images(weights: str, images: Sequence[Path], output: Path, threshold
     """
     import cv2
     import torch
-
-    from model import RefineDet, load_weights
-    from pipeline.tracking import Boxes, draw_detections
+    from refinedet.model import RefineDet, load_weights
+    from refinedet.pipeline.tracking import Boxes, draw_detections
 
     spec, names, path = _read_run(weights)
     targets = _targets(images, output)

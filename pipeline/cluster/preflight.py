@@ -11,15 +11,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
+from refinedet.pipeline import storage
+from refinedet.pipeline.cluster.environment import package_versions
+from refinedet.pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
+from refinedet.pipeline.cluster.progress import ProgressDisplay
+from refinedet.pipeline.cluster.run import Run
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import JobSpec
 from rich.markup import escape
-
-from pipeline import storage
-from pipeline.cluster.environment import package_versions
-from pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
-from pipeline.cluster.progress import ProgressDisplay
-from pipeline.cluster.run import Run
-from pipeline.errors import UserError
-from pipeline.spec import JobSpec
 
 logger = logging.getLogger(__name__)
 
@@ -32,15 +31,15 @@ def preflight(spec: JobSpec, *, address: str | None, display: ProgressDisplay) -
     Nothing of it is kept: the same spec, or a mended one, may be launched afterwards.
     Raises UserError, once all is printed, where something is at fault.
     """
-    from pipeline.cluster.launch import check_spec, stop_signals  # it imports this module
-    from pipeline.cluster.session import ray_session
+    from refinedet.pipeline.cluster.launch import check_spec, stop_signals  # it imports this module
+    from refinedet.pipeline.cluster.session import ray_session
 
     run = Run(spec)
     check_spec(spec)
     log_to_file(os.path.join(log_folder(run.path), "preflight.log"), who="driver")
     with stop_signals(display) as stop, ray_session(spec.cluster, address):
-        from pipeline.cluster.monitor import Monitor
-        from pipeline.cluster.training_stage import run_training
+        from refinedet.pipeline.cluster.monitor import Monitor
+        from refinedet.pipeline.cluster.training_stage import run_training
 
         restore_loggers()
         display.stage("preflight")
@@ -91,7 +90,7 @@ def check_nodes(run: Run) -> None:
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
     if len(nodes) < 2:
         return
-    from pipeline.training.preflight import judge_clocks, judge_versions  # not before: it waits for torch
+    from refinedet.pipeline.training.preflight import judge_clocks, judge_versions  # not before: it waits for torch
 
     token = uuid.uuid4().hex[:8]
     began = time.time()

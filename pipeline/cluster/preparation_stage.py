@@ -8,13 +8,12 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
-
-from pipeline import storage
-from pipeline.cluster.monitor import Monitor, MonitorClient
-from pipeline.cluster.run import Run
-from pipeline.deferred_compiler import defer_compiler
-from pipeline.errors import JobError, StoppedError, UserError
-from pipeline.spec_files import parse_spec
+from refinedet.pipeline import storage
+from refinedet.pipeline.cluster.monitor import Monitor, MonitorClient
+from refinedet.pipeline.cluster.run import Run
+from refinedet.pipeline.deferred_compiler import defer_compiler
+from refinedet.pipeline.errors import JobError, StoppedError, UserError
+from refinedet.pipeline.spec_files import parse_spec
 
 CPUS = 1
 """of the task that writes a part's shards; Ray keeps it off nodes with GPUs while others have room"""
@@ -83,7 +82,7 @@ def _prepare(spec: dict[str, Any], part: str, monitor_name: str) -> dict[str, An
     monitor = MonitorClient(monitor_name, rank=0)
     monitor.push(part, (0, 0))
     defer_compiler()
-    from pipeline.data import prepare_shards, write_coco_annotations
+    from refinedet.pipeline.data import prepare_shards, write_coco_annotations
 
     run = Run(parse_spec(spec, source="the job's spec"))
     last = 0.0

@@ -14,16 +14,15 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from refinedet.pipeline import storage
+from refinedet.pipeline.cluster.gauges import TrainingGauges
+from refinedet.pipeline.cluster.progress import ProgressDisplay
+from refinedet.pipeline.cluster.run import Run
+from refinedet.pipeline.training import read_goodput
 from rich.markup import escape
 
-from pipeline import storage
-from pipeline.cluster.gauges import TrainingGauges
-from pipeline.cluster.progress import ProgressDisplay
-from pipeline.cluster.run import Run
-from pipeline.training import read_goodput
-
 if TYPE_CHECKING:
-    from pipeline.tracking import RunTracker
+    from refinedet.pipeline.tracking import RunTracker
 
 logger = logging.getLogger(__name__)
 

@@ -15,12 +15,18 @@ from typing import Any, Literal
 
 import ray
 import yaml
-
-from pipeline.cluster.capacity import maximum_workers, minimum_workers
-from pipeline.cluster.submission import HOME_KEY, RUN_KEY, STOP_MARGIN_S, home_of, refuse_secrets, stop_environment
-from pipeline.errors import UserError
-from pipeline.spec import JobSpec
-from pipeline.spec_files import dump_spec
+from refinedet.pipeline.cluster.capacity import maximum_workers, minimum_workers
+from refinedet.pipeline.cluster.submission import (
+    HOME_KEY,
+    RUN_KEY,
+    STOP_MARGIN_S,
+    home_of,
+    refuse_secrets,
+    stop_environment,
+)
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import JobSpec
+from refinedet.pipeline.spec_files import dump_spec
 
 SHARED = "/shared"
 """where a claimed volume is mounted"""

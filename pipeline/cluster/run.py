@@ -14,11 +14,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import yaml
-
-from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.spec import JobSpec
-from pipeline.spec_files import dump_spec, parse_spec
+from refinedet.pipeline import storage
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import JobSpec
+from refinedet.pipeline.spec_files import dump_spec, parse_spec
 
 logger = logging.getLogger(__name__)
 

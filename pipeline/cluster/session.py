@@ -12,10 +12,10 @@ import socket
 from collections.abc import Iterator
 from typing import Any
 
-from pipeline.cluster.capacity import Node, check_capacity, nodes_of
-from pipeline.cluster.logs import restore_loggers
-from pipeline.errors import UserError
-from pipeline.spec import Cluster
+from refinedet.pipeline.cluster.capacity import Node, check_capacity, nodes_of
+from refinedet.pipeline.cluster.logs import restore_loggers
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Cluster
 
 logger = logging.getLogger(__name__)
 

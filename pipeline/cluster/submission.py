@@ -9,15 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-
-from pipeline.cluster.entrypoint import PYTHON_VARIABLE
-from pipeline.errors import UserError
-from pipeline.spec import JobSpec
-from pipeline.spec_files import dump_spec, parse_spec
+from refinedet.pipeline.cluster.entrypoint import PYTHON_VARIABLE
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import JobSpec
+from refinedet.pipeline.spec_files import dump_spec, parse_spec
 
 SPEC_FILE = "job.yaml"
 # exec: the stop signal reaches Python, not a shell.
-ENTRYPOINT = f"exec python -m pipeline.cluster.entrypoint launch {SPEC_FILE}"
+ENTRYPOINT = f"exec python -m refinedet.pipeline.cluster.entrypoint launch {SPEC_FILE}"
 STOP_MARGIN_S = 30
 RUN_KEY, HOME_KEY, _SPEC_KEY = "refinedet.run", "refinedet.home", "refinedet.spec"
 
@@ -29,7 +28,7 @@ sys.meta_path[:] = [
     finder
     for finder in sys.meta_path
     if "editable" not in type(finder).__module__
-    or not any(finder.find_spec(name, None) for name in ("model", "pipeline"))
+    or not any(finder.find_spec(name, None) for name in ("refinedet.model", "refinedet.pipeline"))
 ]
 """
 
@@ -60,7 +59,7 @@ def described_spec(metadata: dict[str, str]) -> JobSpec | None:
 
 def refuse_secrets(spec: JobSpec) -> None:
     """UserError where the spec holds one: it is kept in the run, in checkpoints and in MLflow."""
-    from pipeline.tracking import redact
+    from refinedet.pipeline.tracking import redact
 
     plain = spec.model_dump(mode="json")
     hidden = redact(plain)
@@ -88,16 +87,16 @@ def check_spec(spec: JobSpec) -> None:
 
 def stage_code(folder: Path, spec: JobSpec) -> None:
     """Fill an empty folder with all that a job needs of this checkout."""
-    import model.ops.library
+    from refinedet.model.ops import library
 
-    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", model.ops.library.LIBRARY_NAME)
-    shutil.copytree(Path(__file__).parent.parent, folder / "pipeline", ignore=ignore)
-    shutil.copytree(Path(model.ops.library.__file__).parent.parent, folder / "model", ignore=ignore)
-    built = model.ops.library.find()
+    ignore = shutil.ignore_patterns("__pycache__", "*.pyc", library.LIBRARY_NAME)
+    shutil.copytree(Path(__file__).parent.parent, folder / "refinedet" / "pipeline", ignore=ignore)
+    shutil.copytree(Path(library.__file__).parent.parent, folder / "refinedet" / "model", ignore=ignore)
+    built = library.find()
     if built is not None:
         # Beside the package, not in it: nodes whose image has operators of its own, for their GPUs, take those.
-        (folder / model.ops.library.CARRIED).mkdir()
-        shutil.copy(built, folder / model.ops.library.CARRIED / built.name)
+        (folder / library.CARRIED).mkdir()
+        shutil.copy(built, folder / library.CARRIED / built.name)
     (folder / "sitecustomize.py").write_text(_SITE, encoding="utf-8")
     (folder / SPEC_FILE).write_text(dump_spec(spec), encoding="utf-8")
 

@@ -11,21 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
-
-from pipeline import storage
-from pipeline.cluster.faults import Fault, with_faults
-from pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
-from pipeline.cluster.monitor import MonitorClient
-from pipeline.cluster.run import Run
-from pipeline.deferred_compiler import defer_compiler
-from pipeline.errors import UserError
-from pipeline.spec_files import parse_spec
+from refinedet.pipeline import storage
+from refinedet.pipeline.cluster.faults import Fault, with_faults
+from refinedet.pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
+from refinedet.pipeline.cluster.monitor import MonitorClient
+from refinedet.pipeline.cluster.run import Run
+from refinedet.pipeline.deferred_compiler import defer_compiler
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec_files import parse_spec
 
 if TYPE_CHECKING:
     import torch
-
-    from pipeline.data import ShardSet
-    from pipeline.training import PreflightReport, World
+    from refinedet.pipeline.data import ShardSet
+    from refinedet.pipeline.training import PreflightReport, World
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -48,7 +46,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
         },
     )
     defer_compiler()
-    from pipeline.training import NonFiniteError
+    from refinedet.pipeline.training import NonFiniteError
 
     try:
         return _train(run, monitor, config)
@@ -59,11 +57,18 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 def _train(run: Run, monitor: MonitorClient, config: dict[str, Any]) -> dict[str, Any]:
     import torch
-
-    from model import RefineDet, detection_loss
-    from pipeline.data import Cursor, TrainingStream
-    from pipeline.training import BatchPlan, Event, StallVerdict, exit_process, find_checkpoint, open_world, train
-    from pipeline.training.initial_weights import load_initial_weights
+    from refinedet.model import RefineDet, detection_loss
+    from refinedet.pipeline.data import Cursor, TrainingStream
+    from refinedet.pipeline.training import (
+        BatchPlan,
+        Event,
+        StallVerdict,
+        exit_process,
+        find_checkpoint,
+        open_world,
+        train,
+    )
+    from refinedet.pipeline.training.initial_weights import load_initial_weights
 
     restore_loggers()
     spec = run.spec
@@ -140,8 +145,8 @@ def _raise_faults(preflight: PreflightReport, *, again: bool) -> None:
 
 
 def _validation(run: Run, world: World) -> Callable[[torch.nn.Module, int], dict[str, float]]:
-    from pipeline.data import open_shards
-    from pipeline.evaluation import GroundTruth, usual_rule, validate
+    from refinedet.pipeline.data import open_shards
+    from refinedet.pipeline.evaluation import GroundTruth, usual_rule, validate
 
     part = run.spec.training.validate_on
     shards = open_shards(storage.join(run.shards, part))
@@ -168,14 +173,14 @@ def _validation(run: Run, world: World) -> Callable[[torch.nn.Module, int], dict
 
 def _open_shards(run: Run) -> ShardSet | None:
     """The training shards; None where they are not written yet, as before a first launch."""
-    from pipeline.data import open_shards
+    from refinedet.pipeline.data import open_shards
 
     url = storage.join(run.shards, "train")
     return open_shards(url) if storage.exists(storage.join(url, "index.json")) else None
 
 
 def _check(run: Run, world: World, shards: ShardSet | None, estimate_memory: bool) -> PreflightReport:
-    from pipeline.training import check_workers
+    from refinedet.pipeline.training import check_workers
 
     memory_bytes = None
     if estimate_memory:
@@ -185,9 +190,9 @@ def _check(run: Run, world: World, shards: ShardSet | None, estimate_memory: boo
 
 def _memory_estimate(run: Run, world: World) -> float:
     """Bytes that a worker needs on its device, as `refinedet plan` calculates them."""
-    from model.cost import count_cost
-    from pipeline.cluster.plan import DEVICES, estimate
-    from pipeline.training import plan_batches, resolve_precision
+    from refinedet.model.cost import count_cost
+    from refinedet.pipeline.cluster.plan import DEVICES, estimate
+    from refinedet.pipeline.training import plan_batches, resolve_precision
 
     spec = run.spec
     batch = plan_batches(spec.training, world.size)

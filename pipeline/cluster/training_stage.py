@@ -1,4 +1,4 @@
-"""The train stage: Ray Train holds the workers, the loop in `pipeline.training` does the rest.
+"""The train stage: Ray Train holds the workers, the loop in `refinedet.pipeline.training` does the rest.
 
 One attempt is one worker group. A failure, a node about to be taken away, or room for more workers ends it; the driver
 then finds places for the next one, which goes on from the last checkpoint. Ray Train could retry by itself, but it
@@ -14,17 +14,16 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import ray.train
-
-from pipeline import storage
-from pipeline.cluster.capacity import maximum_workers, minimum_workers
-from pipeline.cluster.faults import read_faults
-from pipeline.cluster.lean_trainer import LeanTrainer
-from pipeline.cluster.monitor import Monitor
-from pipeline.cluster.placement import Placement, worker_resources
-from pipeline.cluster.run import Run
-from pipeline.cluster.train_worker import train_worker
-from pipeline.errors import JobError, StoppedError, UserError
-from pipeline.training import Event, possible_world_sizes
+from refinedet.pipeline import storage
+from refinedet.pipeline.cluster.capacity import maximum_workers, minimum_workers
+from refinedet.pipeline.cluster.faults import read_faults
+from refinedet.pipeline.cluster.lean_trainer import LeanTrainer
+from refinedet.pipeline.cluster.monitor import Monitor
+from refinedet.pipeline.cluster.placement import Placement, worker_resources
+from refinedet.pipeline.cluster.run import Run
+from refinedet.pipeline.cluster.train_worker import train_worker
+from refinedet.pipeline.errors import JobError, StoppedError, UserError
+from refinedet.pipeline.training import Event, possible_world_sizes
 
 _POLL_S = 0.3
 Reason = Literal["stop", "preempted", "resized"]

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.lazy import import_when_asked
+from refinedet.pipeline.lazy import import_when_asked
 
 if TYPE_CHECKING:
-    from pipeline.data.images import resize_image, stack_images
-    from pipeline.data.index import ShardSet, check_same_categories, open_shards
-    from pipeline.data.inspection import CheckReport, check_shards, show_samples
-    from pipeline.data.reading import EvaluationSamples, write_coco_annotations
-    from pipeline.data.samples import BadSample, Batch, Category, Cursor, Sample
-    from pipeline.data.shards import prepare_shards
-    from pipeline.data.stream import TrainingStream
+    from refinedet.pipeline.data.images import resize_image, stack_images
+    from refinedet.pipeline.data.index import ShardSet, check_same_categories, open_shards
+    from refinedet.pipeline.data.inspection import CheckReport, check_shards, show_samples
+    from refinedet.pipeline.data.reading import EvaluationSamples, write_coco_annotations
+    from refinedet.pipeline.data.samples import BadSample, Batch, Category, Cursor, Sample
+    from refinedet.pipeline.data.shards import prepare_shards
+    from refinedet.pipeline.data.stream import TrainingStream
 
 __all__ = [
     "BadSample",

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import threading
 
-from pipeline.data.samples import BadSample
-from pipeline.errors import UserError
+from refinedet.pipeline.data.samples import BadSample
+from refinedet.pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -11,18 +11,17 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-
-from pipeline import storage
-from pipeline.data.augmentation import augment
-from pipeline.data.cache import retry
-from pipeline.data.images import decode_image, resize_image
-from pipeline.data.index import INDEX, ShardSet, contents_name, open_shards
-from pipeline.data.order import EpochOrder
-from pipeline.data.randomness import keyed_generator
-from pipeline.data.reading import SampleReader
-from pipeline.data.records import fault_of_box
-from pipeline.data.samples import BadSample, Sample
-from pipeline.spec import Augmentation
+from refinedet.pipeline import storage
+from refinedet.pipeline.data.augmentation import augment
+from refinedet.pipeline.data.cache import retry
+from refinedet.pipeline.data.images import decode_image, resize_image
+from refinedet.pipeline.data.index import INDEX, ShardSet, contents_name, open_shards
+from refinedet.pipeline.data.order import EpochOrder
+from refinedet.pipeline.data.randomness import keyed_generator
+from refinedet.pipeline.data.reading import SampleReader
+from refinedet.pipeline.data.records import fault_of_box
+from refinedet.pipeline.data.samples import BadSample, Sample
+from refinedet.pipeline.spec import Augmentation
 
 _CAPTION = 18  # pixels
 

@@ -16,8 +16,7 @@ from collections import OrderedDict
 from collections.abc import Sequence
 
 import numpy as np
-
-from pipeline.data.randomness import keyed_integer, keyed_permutation
+from refinedet.pipeline.data.randomness import keyed_integer, keyed_permutation
 
 _KEPT_BLOCKS = 256
 

@@ -11,17 +11,16 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from refinedet.pipeline import storage
+from refinedet.pipeline.data.augmentation import MEAN_RGB
+from refinedet.pipeline.data.cache import ShardCache, read_range
+from refinedet.pipeline.data.faults import FaultLog
+from refinedet.pipeline.data.images import decode_image
+from refinedet.pipeline.data.index import SampleEntry, ShardSet
+from refinedet.pipeline.data.records import fault_of_box
+from refinedet.pipeline.data.samples import BadSample, Sample
+from refinedet.pipeline.errors import UserError
 from webdataset.tariterators import group_by_keys, tar_file_expander
-
-from pipeline import storage
-from pipeline.data.augmentation import MEAN_RGB
-from pipeline.data.cache import ShardCache, read_range
-from pipeline.data.faults import FaultLog
-from pipeline.data.images import decode_image
-from pipeline.data.index import SampleEntry, ShardSet
-from pipeline.data.records import fault_of_box
-from pipeline.data.samples import BadSample, Sample
-from pipeline.errors import UserError
 
 _IMAGE_EXTENSIONS = ("jpg", "png")
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from pipeline.data.samples import Category
+from refinedet.pipeline.data.samples import Category
 
 
 class Annotation(NamedTuple):

@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
+    from refinedet.model.structures import Targets
     from torch import Tensor
-
-    from model.structures import Targets
 
 
 @dataclass(frozen=True, order=True)

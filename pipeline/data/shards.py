@@ -18,19 +18,18 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from typing import Any
 
+from refinedet.pipeline import storage
+from refinedet.pipeline.data.coco import read_coco
+from refinedet.pipeline.data.faults import FaultLog
+from refinedet.pipeline.data.images import read_header
+from refinedet.pipeline.data.index import FORMAT_VERSION, INDEX, ShardSet, contents_name, open_shards
+from refinedet.pipeline.data.records import Record, Source
+from refinedet.pipeline.data.samples import BadSample
+from refinedet.pipeline.data.shapes import read_shapes
+from refinedet.pipeline.data.voc import list_path, read_voc
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Data, Split
 from webdataset.writer import TarWriter
-
-from pipeline import storage
-from pipeline.data.coco import read_coco
-from pipeline.data.faults import FaultLog
-from pipeline.data.images import read_header
-from pipeline.data.index import FORMAT_VERSION, INDEX, ShardSet, contents_name, open_shards
-from pipeline.data.records import Record, Source
-from pipeline.data.samples import BadSample
-from pipeline.data.shapes import read_shapes
-from pipeline.data.voc import list_path, read_voc
-from pipeline.errors import UserError
-from pipeline.spec import Data, Split
 
 logger = logging.getLogger(__name__)
 

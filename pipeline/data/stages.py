@@ -13,19 +13,18 @@ from typing import NamedTuple
 import cv2
 import numpy as np
 import torch
+from refinedet.model.structures import Targets
+from refinedet.pipeline.data.augmentation import augment
+from refinedet.pipeline.data.cache import ShardCache, prefetch
+from refinedet.pipeline.data.images import resize_image, stack_images
+from refinedet.pipeline.data.index import ShardSet
+from refinedet.pipeline.data.order import EpochOrder, share_of_rank
+from refinedet.pipeline.data.randomness import keyed_generator
+from refinedet.pipeline.data.reading import SampleReader
+from refinedet.pipeline.data.samples import BadSample, Batch, Cursor, Sample
+from refinedet.pipeline.spec import Augmentation
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
-
-from model.structures import Targets
-from pipeline.data.augmentation import augment
-from pipeline.data.cache import ShardCache, prefetch
-from pipeline.data.images import resize_image, stack_images
-from pipeline.data.index import ShardSet
-from pipeline.data.order import EpochOrder, share_of_rank
-from pipeline.data.randomness import keyed_generator
-from pipeline.data.reading import SampleReader
-from pipeline.data.samples import BadSample, Batch, Cursor, Sample
-from pipeline.spec import Augmentation
 
 
 @dataclass(frozen=True)

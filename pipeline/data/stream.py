@@ -10,17 +10,16 @@ from functools import partial
 from multiprocessing.context import BaseContext
 
 import torch
+from refinedet.pipeline.data.cache import node_cache
+from refinedet.pipeline.data.faults import FaultLog
+from refinedet.pipeline.data.index import ShardSet
+from refinedet.pipeline.data.samples import BadSample, Batch, Cursor
+from refinedet.pipeline.data.stages import Augmenter, Packed, Plan, Schedule, collate, copy_ahead, read_samples, unpack
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Augmentation
 from webdataset.compat import WebLoader
 from webdataset.filters import map as map_samples
 from webdataset.pipeline import DataPipeline
-
-from pipeline.data.cache import node_cache
-from pipeline.data.faults import FaultLog
-from pipeline.data.index import ShardSet
-from pipeline.data.samples import BadSample, Batch, Cursor
-from pipeline.data.stages import Augmenter, Packed, Plan, Schedule, collate, copy_ahead, read_samples, unpack
-from pipeline.errors import UserError
-from pipeline.spec import Augmentation
 
 
 class TrainingStream:
@@ -35,7 +34,7 @@ class TrainingStream:
     more than `max_bad_samples` of them on this rank raise `UserError`.
 
     Local shards are read in place; remote ones through a cache of `cache_bytes` in `cache_dir`, which all processes of
-    a node share (`pipeline.data.cache`).
+    a node share (`refinedet.pipeline.data.cache`).
 
     workers  decoding processes; 0 decodes in this process. They are started by a fork server, a clean process without
              threads: Ray's actors and torch run threads whose locks a plain fork would copy in whatever state they
@@ -182,5 +181,5 @@ def _end_with_parent(worker: int) -> None:
 def _fork_server() -> BaseContext:
     """A fork server that has imported what the workers need, once for all of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "pipeline.data.stages"])
+    context.set_forkserver_preload(["__main__", "refinedet.pipeline.data.stages"])
     return context

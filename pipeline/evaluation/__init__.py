@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.lazy import import_when_asked
+from refinedet.pipeline.lazy import import_when_asked
 
 if TYPE_CHECKING:
-    from pipeline.evaluation.coco import METRIC_NAMES, CocoMetrics, accumulate, evaluate_coco
-    from pipeline.evaluation.comparison import best_first, format_comparison
-    from pipeline.evaluation.detect import detect_piece
-    from pipeline.evaluation.detections import DetectionTable
-    from pipeline.evaluation.files import evaluate_files
-    from pipeline.evaluation.matching import Matches, match
-    from pipeline.evaluation.measures import (
+    from refinedet.pipeline.evaluation.coco import METRIC_NAMES, CocoMetrics, accumulate, evaluate_coco
+    from refinedet.pipeline.evaluation.comparison import best_first, format_comparison
+    from refinedet.pipeline.evaluation.detect import detect_piece
+    from refinedet.pipeline.evaluation.detections import DetectionTable
+    from refinedet.pipeline.evaluation.files import evaluate_files
+    from refinedet.pipeline.evaluation.matching import Matches, match
+    from refinedet.pipeline.evaluation.measures import (
         Metrics,
         Rule,
         accumulate_by_rule,
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
         match_by_rule,
         usual_rule,
     )
-    from pipeline.evaluation.multiscale import detect_by_rules
-    from pipeline.evaluation.pieces import (
+    from refinedet.pipeline.evaluation.multiscale import detect_by_rules
+    from refinedet.pipeline.evaluation.pieces import (
         Piece,
         merge_pieces,
         read_piece,
         split_into_pieces,
         write_piece,
     )
-    from pipeline.evaluation.recipes import (
+    from refinedet.pipeline.evaluation.recipes import (
         MERGE_RULES,
         describe_cost,
         estimate_cost,
@@ -37,10 +37,17 @@ if TYPE_CHECKING:
         resolve_passes,
         rules_to_compare,
     )
-    from pipeline.evaluation.submission import write_submission
-    from pipeline.evaluation.truth import GroundTruth
-    from pipeline.evaluation.validation import validate
-    from pipeline.evaluation.voc import VocMatches, VocMetrics, accumulate_voc, evaluate_voc, match_voc, write_voc_files
+    from refinedet.pipeline.evaluation.submission import write_submission
+    from refinedet.pipeline.evaluation.truth import GroundTruth
+    from refinedet.pipeline.evaluation.validation import validate
+    from refinedet.pipeline.evaluation.voc import (
+        VocMatches,
+        VocMetrics,
+        accumulate_voc,
+        evaluate_voc,
+        match_voc,
+        write_voc_files,
+    )
 
 __all__ = [
     "MERGE_RULES",

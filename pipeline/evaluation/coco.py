@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from pipeline.evaluation.detections import DetectionTable
-from pipeline.evaluation.matching import (
+from refinedet.pipeline.evaluation.detections import DetectionTable
+from refinedet.pipeline.evaluation.matching import (
     AREA_RANGES,
     IOU_THRESHOLDS,
     MAX_DETECTIONS,
@@ -26,7 +25,7 @@ from pipeline.evaluation.matching import (
     check_images_once,
     match,
 )
-from pipeline.evaluation.truth import GroundTruth
+from refinedet.pipeline.evaluation.truth import GroundTruth
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _DETECTIONS_A_THREAD = 50_000

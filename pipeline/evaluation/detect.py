@@ -13,13 +13,12 @@ from itertools import islice
 
 import numpy as np
 import torch
+from refinedet.model import RefineDet, RefineDetConfig, select_detections
+from refinedet.pipeline.data import Category, EvaluationSamples, Sample, ShardSet, resize_image, stack_images
+from refinedet.pipeline.evaluation.detections import DetectionTable
+from refinedet.pipeline.evaluation.merging import merge_boxes
+from refinedet.pipeline.spec import Evaluation
 from torch import Tensor
-
-from model import RefineDet, RefineDetConfig, select_detections
-from pipeline.data import Category, EvaluationSamples, Sample, ShardSet, resize_image, stack_images
-from pipeline.evaluation.detections import DetectionTable
-from pipeline.evaluation.merging import merge_boxes
-from pipeline.spec import Evaluation
 
 
 @dataclasses.dataclass(frozen=True)

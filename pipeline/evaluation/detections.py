@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-
-from pipeline.data.records import as_number, whole_number
-from pipeline.errors import UserError
+from refinedet.pipeline.data.records import as_number, whole_number
+from refinedet.pipeline.errors import UserError
 
 
 @dataclass(frozen=True)

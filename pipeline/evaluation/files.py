@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from pipeline.errors import UserError
-from pipeline.evaluation.detections import DetectionTable
-from pipeline.evaluation.measures import Metrics, check_rule, evaluate_by_rule
-from pipeline.evaluation.truth import GroundTruth, read_json_file
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.evaluation.detections import DetectionTable
+from refinedet.pipeline.evaluation.measures import Metrics, check_rule, evaluate_by_rule
+from refinedet.pipeline.evaluation.truth import GroundTruth, read_json_file
 
 
 def evaluate_files(detections: str, annotations: str, *, rule: str = "coco") -> Metrics:

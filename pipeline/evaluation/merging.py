@@ -6,10 +6,9 @@ N boxes of any number of images, xyxy in pixels of the original images.
 from __future__ import annotations
 
 import torch
+from refinedet.model.ops import merge
+from refinedet.pipeline.spec import MergeRule
 from torch import Tensor
-
-from model.ops import merge
-from pipeline.spec import MergeRule
 
 DEFAULT_IOU = {"soft_nms_linear": 0.30, "soft_nms_gaussian": 0.30, "wbf": 0.55}  # else 0.45
 

@@ -8,14 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
-
-from model import RefineDet
-from pipeline.data import Category, EvaluationSamples, Sample, ShardSet
-from pipeline.evaluation.detect import Found, as_table, batched, evaluating, look
-from pipeline.evaluation.detections import DetectionTable
-from pipeline.evaluation.merging import merge_boxes
-from pipeline.evaluation.recipes import MERGE_RULES, resolve_passes, sides_of
-from pipeline.spec import MergeRule, Multiscale, Pass
+from refinedet.model import RefineDet
+from refinedet.pipeline.data import Category, EvaluationSamples, Sample, ShardSet
+from refinedet.pipeline.evaluation.detect import Found, as_table, batched, evaluating, look
+from refinedet.pipeline.evaluation.detections import DetectionTable
+from refinedet.pipeline.evaluation.merging import merge_boxes
+from refinedet.pipeline.evaluation.recipes import MERGE_RULES, resolve_passes, sides_of
+from refinedet.pipeline.spec import MergeRule, Multiscale, Pass
 
 _BATCHES_DECODED = 4  # images held at once, in batches: enough to fill batches of landscape and of portrait ones
 

@@ -12,9 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-
-from pipeline import storage
-from pipeline.evaluation.detections import DetectionTable
+from refinedet.pipeline import storage
+from refinedet.pipeline.evaluation.detections import DetectionTable
 
 logger = logging.getLogger(__name__)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from model import RefineDetConfig
-from pipeline.errors import UserError
-from pipeline.spec import MergeRule, Multiscale, Pass
+from refinedet.model import RefineDetConfig
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import MergeRule, Multiscale, Pass
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-
-from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.evaluation.detections import DetectionTable
+from refinedet.pipeline import storage
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.evaluation.detections import DetectionTable
 
 ROW_SCHEMA: dict[str, Any] = {
     "type": "array",

@@ -7,16 +7,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from model import RefineDet
-from pipeline.data import EvaluationSamples, ShardSet
-from pipeline.errors import UserError
-from pipeline.evaluation.detect import detect_samples
-from pipeline.evaluation.matching import Matches
-from pipeline.evaluation.measures import Metrics, Rule, accumulate_by_rule, match_by_rule
-from pipeline.evaluation.truth import GroundTruth
-from pipeline.evaluation.voc import VocMatches
-from pipeline.spec import Evaluation
+from refinedet.model import RefineDet
+from refinedet.pipeline.data import EvaluationSamples, ShardSet
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.evaluation.detect import detect_samples
+from refinedet.pipeline.evaluation.matching import Matches
+from refinedet.pipeline.evaluation.measures import Metrics, Rule, accumulate_by_rule, match_by_rule
+from refinedet.pipeline.evaluation.truth import GroundTruth
+from refinedet.pipeline.evaluation.voc import VocMatches
+from refinedet.pipeline.spec import Evaluation
 
 
 @dataclass(frozen=True)

@@ -12,12 +12,11 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-
-from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.evaluation.detections import DetectionTable
-from pipeline.evaluation.matching import RECALLS, check_images_once, check_known
-from pipeline.evaluation.truth import GroundTruth
+from refinedet.pipeline import storage
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.evaluation.detections import DetectionTable
+from refinedet.pipeline.evaluation.matching import RECALLS, check_images_once, check_known
+from refinedet.pipeline.evaluation.truth import GroundTruth
 
 VocRule = Literal["voc2007", "voc2012"]
 MIN_IOU = 0.5

@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.lazy import import_when_asked
+from refinedet.pipeline.lazy import import_when_asked
 
 if TYPE_CHECKING:
-    from pipeline.tracking.packaging import package_model
-    from pipeline.tracking.pictures import Boxes, draw_detections
-    from pipeline.tracking.redaction import redact, redact_text
-    from pipeline.tracking.report import build_report
-    from pipeline.tracking.runs import RunTracker
-    from pipeline.tracking.summary import merge_rule_rows, summary_rows
+    from refinedet.pipeline.tracking.packaging import package_model
+    from refinedet.pipeline.tracking.pictures import Boxes, draw_detections
+    from refinedet.pipeline.tracking.redaction import redact, redact_text
+    from refinedet.pipeline.tracking.report import build_report
+    from refinedet.pipeline.tracking.runs import RunTracker
+    from refinedet.pipeline.tracking.summary import merge_rule_rows, summary_rows
 
 __all__ = [
     "Boxes",

@@ -14,8 +14,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-
-from pipeline.tracking.pictures import Boxes, draw_detections
+from refinedet.pipeline.tracking.pictures import Boxes, draw_detections
 
 LoadImages = Callable[[Sequence[int]], Mapping[int, np.ndarray]]
 """Images, uint8 [H, W, 3] RGB, by image id; those that are not there are left out."""

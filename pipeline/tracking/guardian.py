@@ -63,7 +63,7 @@ def _watch() -> None:
 
 
 def _mark(uri: str, run_id: str, owner: str) -> None:
-    from pipeline.tracking.runs import OWNER_TAG, REASON_TAG, MlflowClient
+    from refinedet.pipeline.tracking.runs import OWNER_TAG, REASON_TAG, MlflowClient
 
     client = MlflowClient(uri)
     run = client.get_run(run_id)

@@ -15,10 +15,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import model
-from model.config import RefineDetConfig
-from pipeline import storage
-from pipeline.tracking import stores
+import refinedet.model as detector_package
+from refinedet.model.config import RefineDetConfig
+from refinedet.pipeline import storage
+from refinedet.pipeline.tracking import stores
 
 stores.configure_mlflow()
 
@@ -59,7 +59,7 @@ def package_model(
             partial,
             python_model=str(Path(__file__).with_name("served_detector.py")),
             artifacts={"weights": state, "description": description},
-            code_paths=[_sources_of(model, scratch)],
+            code_paths=[str(Path(_sources_of(detector_package, scratch)).parent)],
             signature=_signature(),
             pip_requirements=_pinned(_REQUIREMENTS),
             metadata={"task": "object-detection", **dict(facts or {})},
@@ -71,7 +71,7 @@ def package_model(
 
 def _sources_of(package: Any, scratch: str) -> str:
     """A copy of a package's sources: no caches, and no compiled library, which other machines could not load."""
-    copy = os.path.join(scratch, package.__name__)
+    copy = os.path.join(scratch, *package.__name__.split("."))
     ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.so.*", "*.pyd", "*.dylib")
     shutil.copytree(os.path.dirname(package.__file__), copy, ignore=ignored)
     return copy

@@ -12,15 +12,14 @@ from typing import Any
 import jinja2
 import yaml
 from markupsafe import Markup
-
-from pipeline import storage
-from pipeline.tracking import charts
-from pipeline.tracking.charts import Series
-from pipeline.tracking.gallery import Gallery, LoadImages, build_gallery
-from pipeline.tracking.redaction import flatten
-from pipeline.tracking.run_folder import MODES, RunFolder, read_detections, read_ground_truth, read_run
-from pipeline.tracking.shard_images import ShardImages
-from pipeline.tracking.training_charts import (
+from refinedet.pipeline import storage
+from refinedet.pipeline.tracking import charts
+from refinedet.pipeline.tracking.charts import Series
+from refinedet.pipeline.tracking.gallery import Gallery, LoadImages, build_gallery
+from refinedet.pipeline.tracking.redaction import flatten
+from refinedet.pipeline.tracking.run_folder import MODES, RunFolder, read_detections, read_ground_truth, read_run
+from refinedet.pipeline.tracking.shard_images import ShardImages
+from refinedet.pipeline.tracking.training_charts import (
     curves,
     duration,
     get,

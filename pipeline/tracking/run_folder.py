@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-
-from pipeline import storage
-from pipeline.tracking.redaction import redact
+from refinedet.pipeline import storage
+from refinedet.pipeline.tracking.redaction import redact
 
 logger = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ class ServedDetector(PythonModel):
     """
 
     def load_context(self, context: Any) -> None:
-        from model import RefineDet, RefineDetConfig
+        from refinedet.model import RefineDet, RefineDetConfig
 
         description = json.loads(Path(context.artifacts["description"]).read_text())
         self._categories = description["categories"]

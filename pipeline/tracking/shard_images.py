@@ -20,7 +20,7 @@ class ShardImages:
 
     def __call__(self, image_ids: Sequence[int]) -> dict[int, np.ndarray]:
         """uint8 [H, W, 3] RGB of each id; those that cannot be decoded are left out."""
-        from pipeline.data import EvaluationSamples, open_shards
+        from refinedet.pipeline.data import EvaluationSamples, open_shards
 
         positions = [self._positions[image_id] for image_id in image_ids if image_id in self._positions]
         samples = EvaluationSamples(open_shards(self._url), positions, max_bad_samples=len(positions))

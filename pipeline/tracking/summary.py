@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.tracking.report import MODE_TITLES
-from pipeline.tracking.run_folder import read_run
+from refinedet.pipeline.tracking.report import MODE_TITLES
+from refinedet.pipeline.tracking.run_folder import read_run
 
 _COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 _VOC_COLUMNS = ("mAP",)

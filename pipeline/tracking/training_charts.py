@@ -6,9 +6,9 @@ import datetime
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.tracking import charts
-from pipeline.tracking.charts import Series
-from pipeline.tracking.run_folder import RunFolder
+from refinedet.pipeline.tracking import charts
+from refinedet.pipeline.tracking.charts import Series
+from refinedet.pipeline.tracking.run_folder import RunFolder
 
 _LOSSES = {
     "arm_class": "ARM class",

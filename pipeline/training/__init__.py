@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from pipeline.lazy import import_when_asked
+from refinedet.pipeline.lazy import import_when_asked
 
 if TYPE_CHECKING:
-    from pipeline.training.batches import BatchPlan, plan_batches, possible_world_sizes
-    from pipeline.training.checkpoint import Checkpoint, Rejected, find_checkpoint
-    from pipeline.training.engine import resolve_precision
-    from pipeline.training.finite import NonFiniteError
-    from pipeline.training.goodput import Goodput, read_goodput
-    from pipeline.training.loop import train
-    from pipeline.training.preflight import Finding, PreflightReport, check_workers
-    from pipeline.training.records import Event, StepRecord, StepTimes, TrainResult
-    from pipeline.training.schedule import Schedule, make_schedule
-    from pipeline.training.stop import StopSignals
-    from pipeline.training.stragglers import Straggler, find_stragglers
-    from pipeline.training.watchdog import StallReport, StallVerdict, exit_process, judge_stall
-    from pipeline.training.world import World, open_world
+    from refinedet.pipeline.training.batches import BatchPlan, plan_batches, possible_world_sizes
+    from refinedet.pipeline.training.checkpoint import Checkpoint, Rejected, find_checkpoint
+    from refinedet.pipeline.training.engine import resolve_precision
+    from refinedet.pipeline.training.finite import NonFiniteError
+    from refinedet.pipeline.training.goodput import Goodput, read_goodput
+    from refinedet.pipeline.training.loop import train
+    from refinedet.pipeline.training.preflight import Finding, PreflightReport, check_workers
+    from refinedet.pipeline.training.records import Event, StepRecord, StepTimes, TrainResult
+    from refinedet.pipeline.training.schedule import Schedule, make_schedule
+    from refinedet.pipeline.training.stop import StopSignals
+    from refinedet.pipeline.training.stragglers import Straggler, find_stragglers
+    from refinedet.pipeline.training.watchdog import StallReport, StallVerdict, exit_process, judge_stall
+    from refinedet.pipeline.training.world import World, open_world
 
 __all__ = [
     "BatchPlan",

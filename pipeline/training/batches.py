@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.errors import UserError
-from pipeline.spec import Training
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Training
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,11 @@ from enum import IntEnum
 from typing import Any
 
 import safetensors.torch
+from refinedet.pipeline import storage
+from refinedet.pipeline.storage import FileDigest
+from refinedet.pipeline.training.records import Event
+from refinedet.pipeline.training.world import World
 from torch import Tensor
-
-from pipeline import storage
-from pipeline.storage import FileDigest
-from pipeline.training.records import Event
-from pipeline.training.world import World
 
 logger = logging.getLogger(__name__)
 

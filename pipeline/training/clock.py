@@ -8,8 +8,7 @@ from contextlib import contextmanager
 from dataclasses import fields
 
 import torch
-
-from pipeline.training.records import StepTimes
+from refinedet.pipeline.training.records import StepTimes
 
 PHASES = tuple(field.name for field in fields(StepTimes) if field.name != "total")
 

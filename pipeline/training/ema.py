@@ -6,10 +6,9 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
+from refinedet.pipeline.training.state import assign_owners, mean_buffers, persistent_buffers
+from refinedet.pipeline.training.world import World
 from torch import Tensor, nn
-
-from pipeline.training.state import assign_owners, mean_buffers, persistent_buffers
-from pipeline.training.world import World
 
 
 class AveragedWeights:

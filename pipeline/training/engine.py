@@ -15,12 +15,11 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
+from refinedet.pipeline.spec import Training
+from refinedet.pipeline.training.batches import BatchPlan
+from refinedet.pipeline.training.optimizers import group_parameters, make_optimizer
+from refinedet.pipeline.training.world import World
 from torch import Tensor, nn
-
-from pipeline.spec import Training
-from pipeline.training.batches import BatchPlan
-from pipeline.training.optimizers import group_parameters, make_optimizer
-from pipeline.training.world import World
 
 logger = logging.getLogger(__name__)
 

@@ -6,11 +6,10 @@ import math
 from dataclasses import astuple, dataclass, fields
 
 import torch
+from refinedet.pipeline.training.checkpoint import SaveState
+from refinedet.pipeline.training.records import StepTimes
+from refinedet.pipeline.training.world import World
 from torch import Tensor
-
-from pipeline.training.checkpoint import SaveState
-from pipeline.training.records import StepTimes
-from pipeline.training.world import World
 
 _NUM_TIMES = len(fields(StepTimes))
 

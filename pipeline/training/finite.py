@@ -6,8 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from pipeline.training.engine import Engine
-from pipeline.training.world import World
+from refinedet.pipeline.training.engine import Engine
+from refinedet.pipeline.training.world import World
 
 
 @dataclass(frozen=True)

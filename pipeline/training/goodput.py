@@ -12,8 +12,8 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from pipeline import storage
-from pipeline.training.records import StepTimes
+from refinedet.pipeline import storage
+from refinedet.pipeline.training.records import StepTimes
 
 logger = logging.getLogger(__name__)
 

@@ -11,12 +11,11 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from refinedet.model import LoadReport, RefineDet, load_weights
+from refinedet.pipeline import storage
+from refinedet.pipeline.errors import UserError
 from safetensors import SafetensorError
 from torch import Tensor
-
-from model import LoadReport, RefineDet, load_weights
-from pipeline import storage
-from pipeline.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -11,29 +11,28 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
+from refinedet.pipeline import storage
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Training
+from refinedet.pipeline.training.batches import BatchPlan, plan_batches
+from refinedet.pipeline.training.checkpoint import CheckpointWriter, best_checkpoint
+from refinedet.pipeline.training.clock import StepClock
+from refinedet.pipeline.training.ema import AveragedWeights
+from refinedet.pipeline.training.engine import Engine
+from refinedet.pipeline.training.exchange import exchange
+from refinedet.pipeline.training.finite import MicroBatch, NonFiniteError, explain_non_finite
+from refinedet.pipeline.training.goodput import Ledger
+from refinedet.pipeline.training.records import Event, StepRecord, StepTimes, TrainResult
+from refinedet.pipeline.training.resume import check_same_data, choose_checkpoint, manifest_facts, start_cursor
+from refinedet.pipeline.training.schedule import Schedule, make_schedule
+from refinedet.pipeline.training.state import StateReader, capture_state, seed_everything
+from refinedet.pipeline.training.stragglers import StragglerWatch
+from refinedet.pipeline.training.watchdog import StallVerdict, Watchdog, exit_process
+from refinedet.pipeline.training.world import World
 from torch import nn
 
-from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.spec import Training
-from pipeline.training.batches import BatchPlan, plan_batches
-from pipeline.training.checkpoint import CheckpointWriter, best_checkpoint
-from pipeline.training.clock import StepClock
-from pipeline.training.ema import AveragedWeights
-from pipeline.training.engine import Engine
-from pipeline.training.exchange import exchange
-from pipeline.training.finite import MicroBatch, NonFiniteError, explain_non_finite
-from pipeline.training.goodput import Ledger
-from pipeline.training.records import Event, StepRecord, StepTimes, TrainResult
-from pipeline.training.resume import check_same_data, choose_checkpoint, manifest_facts, start_cursor
-from pipeline.training.schedule import Schedule, make_schedule
-from pipeline.training.state import StateReader, capture_state, seed_everything
-from pipeline.training.stragglers import StragglerWatch
-from pipeline.training.watchdog import StallVerdict, Watchdog, exit_process
-from pipeline.training.world import World
-
 if TYPE_CHECKING:
-    from pipeline.data import Batch, Cursor, TrainingStream
+    from refinedet.pipeline.data import Batch, Cursor, TrainingStream
 
 WEIGHTS = "weights.safetensors"
 

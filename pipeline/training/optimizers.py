@@ -7,10 +7,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Training
 from torch import nn
-
-from pipeline.errors import UserError
-from pipeline.spec import Training
 
 
 def group_parameters(module: nn.Module, spec: Training) -> list[dict[str, Any]]:

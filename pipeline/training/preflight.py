@@ -23,13 +23,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-
-from pipeline import storage
-from pipeline.errors import UserError
-from pipeline.training.world import World
+from refinedet.pipeline import storage
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.training.world import World
 
 if TYPE_CHECKING:
-    from pipeline.data import ShardSet
+    from refinedet.pipeline.data import ShardSet
 
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "ray")
 _SAMPLED_SHARDS = 2

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from pipeline.spec import Training
+from refinedet.pipeline.spec import Training
 
 
 @dataclass(frozen=True)

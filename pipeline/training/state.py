@@ -14,12 +14,11 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
+from refinedet.pipeline import storage
+from refinedet.pipeline.training.checkpoint import Checkpoint
+from refinedet.pipeline.training.engine import Engine
+from refinedet.pipeline.training.world import World
 from torch import Tensor, nn
-
-from pipeline import storage
-from pipeline.training.checkpoint import Checkpoint
-from pipeline.training.engine import Engine
-from pipeline.training.world import World
 
 
 def assign_owners(sizes: Mapping[str, int], world_size: int) -> dict[str, int]:

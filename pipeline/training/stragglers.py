@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from pipeline.training.records import StepTimes
+from refinedet.pipeline.training.records import StepTimes
 
 OWN_WORK = ("data", "forward", "backward", "checkpoint")
 """Phases in which a rank does not wait for others. At ZeRO 2 backward averages gradients too, and is left out."""

@@ -19,9 +19,9 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import FrameType
 
-from pipeline import storage
-from pipeline.training.clock import StepClock
-from pipeline.training.world import World
+from refinedet.pipeline import storage
+from refinedet.pipeline.training.clock import StepClock
+from refinedet.pipeline.training.world import World
 
 logger = logging.getLogger(__name__)
 

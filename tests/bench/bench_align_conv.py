@@ -24,12 +24,11 @@ from pathlib import Path
 
 import torch
 import torchvision
+from refinedet.model.ops import library
+from refinedet.model.ops.align_conv import align_conv
 from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import deform_conv2d
-
-from model.ops import library
-from model.ops.align_conv import align_conv
 
 ASPECTS = ((1.0, 1.0), (2.0**0.5, 0.5**0.5), (0.5**0.5, 2.0**0.5))  # width, height over the anchor's side
 
@@ -162,7 +161,7 @@ def make_cases(work: Workload) -> dict[str, Callable[[], None]]:
 
 def make_detector_cases(device: torch.device) -> dict[str, Callable[[], None]]:
     """Inference of one image of 320 pixels, with AlignConv and with the vanilla head."""
-    from model import RefineDet, RefineDetConfig
+    from refinedet.model import RefineDet, RefineDetConfig
 
     images = torch.randint(0, 256, (1, 3, 320, 320), dtype=torch.uint8, device=device)
     cases = {}

@@ -26,11 +26,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-
-from model import RefineDet, RefineDetConfig, Targets, detection_loss
-from pipeline.data import Batch, Cursor
-from pipeline.spec import Training
-from pipeline.training import BatchPlan, StepRecord, World, open_world, train
+from refinedet.model import RefineDet, RefineDetConfig, Targets, detection_loss
+from refinedet.pipeline.data import Batch, Cursor
+from refinedet.pipeline.spec import Training
+from refinedet.pipeline.training import BatchPlan, StepRecord, World, open_world, train
 
 WARMUP = 5
 BLOCK = 4

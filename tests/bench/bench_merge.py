@@ -32,7 +32,7 @@ from torchvision.ops import batched_nms
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from model.ops import library, merge  # noqa: E402
+from refinedet.model.ops import library, merge  # noqa: E402
 
 CLASSICAL = r"""
 #include <algorithm>

@@ -30,11 +30,11 @@ from safetensors.torch import load_file
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from model import RefineDet, RefineDetConfig, load_weights  # noqa: E402
-from model.ops import library  # noqa: E402
-from pipeline.data import open_shards, prepare_shards  # noqa: E402
-from pipeline.evaluation import describe_cost, detect_by_rules, resolve_merge  # noqa: E402
-from pipeline.spec import Data, Multiscale, Pass, Split  # noqa: E402
+from refinedet.model import RefineDet, RefineDetConfig, load_weights  # noqa: E402
+from refinedet.model.ops import library  # noqa: E402
+from refinedet.pipeline.data import open_shards, prepare_shards  # noqa: E402
+from refinedet.pipeline.evaluation import describe_cost, detect_by_rules, resolve_merge  # noqa: E402
+from refinedet.pipeline.spec import Data, Multiscale, Pass, Split  # noqa: E402
 
 
 def main() -> None:

@@ -7,10 +7,9 @@ import itertools
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from pipeline.cluster.capacity import AUTOSCALING, Node, check_capacity, gpus_of
-from pipeline.errors import UserError
-from pipeline.spec import Cluster
+from refinedet.pipeline.cluster.capacity import AUTOSCALING, Node, check_capacity, gpus_of
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Cluster
 
 
 def node(cpus: float, gpus: float = 0, **labels: str) -> Node:

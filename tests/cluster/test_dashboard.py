@@ -17,14 +17,13 @@ from pathlib import Path
 
 import pytest
 import ray
-
-from pipeline.cluster import session
-from pipeline.cluster.dashboard import CERTIFICATES, HEADERS
-from pipeline.cluster.entrypoint import PYTHON_VARIABLE
-from pipeline.cluster.jobs import JobsClient
-from pipeline.cluster.session import ray_session
-from pipeline.errors import UserError
-from pipeline.spec import Cluster
+from refinedet.pipeline.cluster import session
+from refinedet.pipeline.cluster.dashboard import CERTIFICATES, HEADERS
+from refinedet.pipeline.cluster.entrypoint import PYTHON_VARIABLE
+from refinedet.pipeline.cluster.jobs import JobsClient
+from refinedet.pipeline.cluster.session import ray_session
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Cluster
 
 NODES = [{"state": "ALIVE", "resources_total": {"CPU": 2.0}, "labels": {}}, {"state": "DEAD", "resources_total": {}}]
 
@@ -184,7 +183,7 @@ def test_proxies_and_their_headers_are_used(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_another_python_on_the_cluster_is_said_before_anything_runs(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "pipeline.cluster.entrypoint", "launch", str(tmp_path / "none.yaml")]
+    command = [sys.executable, "-m", "refinedet.pipeline.cluster.entrypoint", "launch", str(tmp_path / "none.yaml")]
     done = subprocess.run(command, env=os.environ | {PYTHON_VARIABLE: "3.99"}, capture_output=True, text=True)
     assert done.returncode == 2
     here = f"{sys.version_info.major}.{sys.version_info.minor}"

@@ -11,15 +11,14 @@ from typing import Any, cast
 
 import pytest
 from ray.exceptions import RayActorError
-
-from pipeline.cluster import detection_stage
-from pipeline.cluster.detection_job import DetectionJob
-from pipeline.cluster.detection_pool import DetectionPool
-from pipeline.cluster.detection_stage import _work_through
-from pipeline.cluster.run import Run
-from pipeline.errors import JobError
-from pipeline.evaluation import split_into_pieces
-from pipeline.spec import JobSpec
+from refinedet.pipeline.cluster import detection_stage
+from refinedet.pipeline.cluster.detection_job import DetectionJob
+from refinedet.pipeline.cluster.detection_pool import DetectionPool
+from refinedet.pipeline.cluster.detection_stage import _work_through
+from refinedet.pipeline.cluster.run import Run
+from refinedet.pipeline.errors import JobError
+from refinedet.pipeline.evaluation import split_into_pieces
+from refinedet.pipeline.spec import JobSpec
 
 
 class PlayedRay:

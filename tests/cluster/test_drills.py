@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-
-from pipeline.cluster.drill_cases import DRILLS
-from pipeline.cluster.drills import Bench
-from pipeline.cluster.faults import Fault, read_faults
-from pipeline.errors import UserError
+from refinedet.pipeline.cluster.drill_cases import DRILLS
+from refinedet.pipeline.cluster.drills import Bench
+from refinedet.pipeline.cluster.faults import Fault, read_faults
+from refinedet.pipeline.errors import UserError
 
 pytestmark = pytest.mark.dist
 

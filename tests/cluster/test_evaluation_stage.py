@@ -19,25 +19,24 @@ import psutil
 import pytest
 import torch
 from jsonschema import validate
+from refinedet.model import RefineDet
+from refinedet.pipeline import storage
+from refinedet.pipeline.cli import app
+from refinedet.pipeline.cluster.detection_job import DetectionJob, make_detection_job, write_results
+from refinedet.pipeline.cluster.drills import SPEC
+from refinedet.pipeline.cluster.evaluate import evaluate_run
+from refinedet.pipeline.cluster.predict import predict_images
+from refinedet.pipeline.cluster.run import Run
+from refinedet.pipeline.cluster.session import ray_session
+from refinedet.pipeline.data import open_shards, prepare_shards, write_coco_annotations
+from refinedet.pipeline.data.shapes import write_shapes
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.evaluation import MERGE_RULES, DetectionTable, evaluate_coco, evaluate_voc
+from refinedet.pipeline.evaluation.submission import ROW_SCHEMA
+from refinedet.pipeline.spec import JobSpec
+from refinedet.pipeline.spec_files import dump_spec, parse_spec
 from safetensors.torch import save_file
 from typer.testing import CliRunner
-
-from model import RefineDet
-from pipeline import storage
-from pipeline.cli import app
-from pipeline.cluster.detection_job import DetectionJob, make_detection_job, write_results
-from pipeline.cluster.drills import SPEC
-from pipeline.cluster.evaluate import evaluate_run
-from pipeline.cluster.predict import predict_images
-from pipeline.cluster.run import Run
-from pipeline.cluster.session import ray_session
-from pipeline.data import open_shards, prepare_shards, write_coco_annotations
-from pipeline.data.shapes import write_shapes
-from pipeline.errors import UserError
-from pipeline.evaluation import MERGE_RULES, DetectionTable, evaluate_coco, evaluate_voc
-from pipeline.evaluation.submission import ROW_SCHEMA
-from pipeline.spec import JobSpec
-from pipeline.spec_files import dump_spec, parse_spec
 
 pytestmark = pytest.mark.dist
 
@@ -77,7 +76,7 @@ def with_workers(run: Run, workers: int) -> Run:
 
 
 def detect(run: Run, job: DetectionJob):
-    from pipeline.cluster.detection_stage import run_detection
+    from refinedet.pipeline.cluster.detection_stage import run_detection
 
     seen: list[int] = []
     found = run_detection(run, job, on_progress=lambda done, total: seen.append(done), stop_requested=threading.Event())

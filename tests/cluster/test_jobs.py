@@ -11,14 +11,13 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-
-from pipeline.cluster import jobs
-from pipeline.cluster.capacity import Node
-from pipeline.cluster.jobs import JobsClient
-from pipeline.cluster.submission import check_spec, stage_code
-from pipeline.errors import UserError
-from pipeline.spec import JobSpec
-from pipeline.spec_files import parse_spec
+from refinedet.pipeline.cluster import jobs
+from refinedet.pipeline.cluster.capacity import Node
+from refinedet.pipeline.cluster.jobs import JobsClient
+from refinedet.pipeline.cluster.submission import check_spec, stage_code
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import JobSpec
+from refinedet.pipeline.spec_files import parse_spec
 
 
 def make_spec(**changes) -> JobSpec:
@@ -30,14 +29,13 @@ def test_the_code_and_the_spec_travel_and_nothing_else(tmp_path: Path) -> None:
     spec = make_spec()
     stage_code(tmp_path, spec)
     assert {path.name for path in tmp_path.iterdir()} == {
-        "model",
-        "pipeline",
+        "refinedet",
         "operators",
         "sitecustomize.py",
         "job.yaml",
     }
     assert parse_spec(yaml.safe_load((tmp_path / "job.yaml").read_text()), source="job.yaml") == spec
-    assert (tmp_path / "pipeline" / "tracking" / "report.html.j2").is_file()
+    assert (tmp_path / "refinedet" / "pipeline" / "tracking" / "report.html.j2").is_file()
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert not [path for path in files if path.suffix == ".pyc"]
     assert sum(path.stat().st_size for path in files) < 16 * 2**20  # Ray's limit is 512 MiB
@@ -97,7 +95,8 @@ def test_a_spec_with_a_secret_does_not_travel(changes: dict, key: str) -> None:
 def test_code_that_travelled_comes_before_an_installation_for_development(tmp_path: Path) -> None:
     """Workers and driver start with the folder on PYTHONPATH, as Ray sets it for a working_dir."""
     stage_code(tmp_path, make_spec())
-    program = "import model.ops.library as l, pipeline.cluster.jobs as j; print(j.__file__); print(l.describe().path)"
+    imports = "import refinedet.model.ops.library as l, refinedet.pipeline.cluster.jobs as j"
+    program = f"{imports}; print(j.__file__); print(l.describe().path)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", program], env=environment, cwd="/", capture_output=True, text=True)
     code, library = done.stdout.split()

@@ -6,8 +6,7 @@ from typing import Any
 
 import pytest
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
-
-from pipeline.cluster.lean_trainer import _WorkerGroup
+from refinedet.pipeline.cluster.lean_trainer import _WorkerGroup
 
 
 @pytest.mark.parametrize("after_start", [True, False])

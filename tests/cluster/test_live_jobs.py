@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from refinedet.pipeline.cluster.dashboard import HEADERS
+from refinedet.pipeline.cluster.jobs import JobsClient
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import JobSpec
+from refinedet.pipeline.spec_files import dump_spec
 
-from pipeline.cluster.dashboard import HEADERS
-from pipeline.cluster.jobs import JobsClient
-from pipeline.errors import UserError
-from pipeline.spec import JobSpec
-from pipeline.spec_files import dump_spec
 from tests.cluster.hosts import RayCluster, one_host
 
 pytestmark = pytest.mark.dist

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-
-from pipeline.cluster import monitor as module
-from pipeline.cluster.monitor import Monitor, MonitorClient
-from pipeline.cluster.session import ray_session
-from pipeline.errors import UserError
-from pipeline.spec import Cluster
+from refinedet.pipeline.cluster import monitor as module
+from refinedet.pipeline.cluster.monitor import Monitor, MonitorClient
+from refinedet.pipeline.cluster.session import ray_session
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Cluster
 
 
 @pytest.fixture(scope="module", autouse=True)

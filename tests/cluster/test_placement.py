@@ -36,11 +36,11 @@ for name in ("cpu-0", "cpu-1", "cpu-2"):
 for name, zone in json.loads(sys.argv[1]).items():
     nodes.add_node(num_cpus=8, num_gpus=2, node_name=name, labels={"zone": zone})
 
-from pipeline.cluster import placement, preparation_stage
-from pipeline.cluster.capacity import check_capacity, nodes_of
-from pipeline.cluster.session import NAMESPACE
-from pipeline.errors import UserError
-from pipeline.spec import Cluster
+from refinedet.pipeline.cluster import placement, preparation_stage
+from refinedet.pipeline.cluster.capacity import check_capacity, nodes_of
+from refinedet.pipeline.cluster.session import NAMESPACE
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Cluster
 
 ray.init(address=nodes.address, namespace=NAMESPACE, log_to_driver=False)
 names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}

@@ -8,16 +8,15 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from refinedet.model.config import RefineDetConfig
+from refinedet.model.cost import ModelCost
+from refinedet.pipeline.cluster.plan import DEVICES, Device, estimate, print_plan
+from refinedet.pipeline.cluster.submission import check_spec
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Training
+from refinedet.pipeline.spec_files import load_spec
+from refinedet.pipeline.training import plan_batches
 from rich.console import Console
-
-from model.config import RefineDetConfig
-from model.cost import ModelCost
-from pipeline.cluster.plan import DEVICES, Device, estimate, print_plan
-from pipeline.cluster.submission import check_spec
-from pipeline.errors import UserError
-from pipeline.spec import Training
-from pipeline.spec_files import load_spec
-from pipeline.training import plan_batches
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
 SPECS = sorted(path for path in JOBS.rglob("*.yaml") if path.parent.name != "base")

@@ -7,10 +7,9 @@ import logging
 from pathlib import Path
 
 import pytest
-
-from pipeline import storage
-from pipeline.cluster import recorder
-from pipeline.cluster.recorder import LinesLog
+from refinedet.pipeline import storage
+from refinedet.pipeline.cluster import recorder
+from refinedet.pipeline.cluster.recorder import LinesLog
 
 
 def read(text: str) -> list[int]:

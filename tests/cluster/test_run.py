@@ -8,11 +8,10 @@ import sys
 from pathlib import Path
 
 import pytest
-
-from pipeline.cluster.logs import log_folder
-from pipeline.cluster.run import Run, lasting_part, spec_difference
-from pipeline.errors import UserError
-from pipeline.spec import JobSpec
+from refinedet.pipeline.cluster.logs import log_folder
+from refinedet.pipeline.cluster.run import Run, lasting_part, spec_difference
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import JobSpec
 
 
 def make_spec(tmp_path: Path, **changes) -> JobSpec:
@@ -107,8 +106,8 @@ def test_a_run_is_worked_on_by_one_process(tmp_path: Path) -> None:
 
 HOLD = """
 import sys
-from pipeline.cluster.run import Run
-from pipeline.spec import JobSpec
+from refinedet.pipeline.cluster.run import Run
+from refinedet.pipeline.spec import JobSpec
 spec = {"name": "r", "runs": sys.argv[1], "data": {"format": "shapes", "train": [{"count": 4}]},
         "training": {"epochs": 3}}
 with Run(JobSpec.model_validate(spec)).open():

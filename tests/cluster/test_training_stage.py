@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
-
-from pipeline.cluster import training_stage
-from pipeline.cluster.monitor import Monitor
-from pipeline.cluster.placement import NODE_LABEL, Placement
-from pipeline.cluster.run import Run
-from pipeline.cluster.training_stage import _Attempt, _TrainingJob
-from pipeline.errors import JobError, StoppedError, UserError
-from pipeline.spec import Cluster, JobSpec
+from refinedet.pipeline.cluster import training_stage
+from refinedet.pipeline.cluster.monitor import Monitor
+from refinedet.pipeline.cluster.placement import NODE_LABEL, Placement
+from refinedet.pipeline.cluster.run import Run
+from refinedet.pipeline.cluster.training_stage import _Attempt, _TrainingJob
+from refinedet.pipeline.errors import JobError, StoppedError, UserError
+from refinedet.pipeline.spec import Cluster, JobSpec
 
 DIED = {"error": RuntimeError("worker died\n  of old age")}
 FINISHED = {"result": {"status": "finished", "step": 40}}
@@ -202,7 +201,7 @@ def test_labels_keep_workers_off_what_is_left_out() -> None:
 
 
 def test_no_place_in_time_is_said_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from pipeline.cluster import placement as module
+    from refinedet.pipeline.cluster import placement as module
 
     monkeypatch.setattr(module.ray, "cluster_resources", lambda: {"CPU": 2.0, "memory": 1e9})
     monkeypatch.setattr(FakePlacement, "room", 2)

@@ -10,9 +10,8 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-
-from pipeline.data import ShardSet, prepare_shards
-from pipeline.spec import Data, Split
+from refinedet.pipeline.data import ShardSet, prepare_shards
+from refinedet.pipeline.spec import Data, Split
 
 NUM_SHAPES = 200
 

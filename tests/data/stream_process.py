@@ -10,8 +10,8 @@ import multiprocessing
 import sys
 import time
 
-from pipeline.data import TrainingStream, open_shards
-from pipeline.spec import Augmentation
+from refinedet.pipeline.data import TrainingStream, open_shards
+from refinedet.pipeline.spec import Augmentation
 
 
 def main() -> None:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-
-from pipeline.data.augmentation import (
+from refinedet.pipeline.data.augmentation import (
     INTERPOLATIONS,
     MEAN_RGB,
     MIN_IOUS,
@@ -19,8 +18,8 @@ from pipeline.data.augmentation import (
     mirror_boxes,
     project_boxes,
 )
-from pipeline.data.randomness import keyed_generator
-from pipeline.spec import Augmentation
+from refinedet.pipeline.data.randomness import keyed_generator
+from refinedet.pipeline.spec import Augmentation
 
 HEIGHT, WIDTH, SIZE = 150, 210, 256
 PLAIN = Augmentation(distort=False, expand=False, crop=False, mirror=False, random_interpolation=False)

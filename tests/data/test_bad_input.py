@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from pipeline.data import (
+from refinedet.pipeline.data import (
     EvaluationSamples,
     ShardSet,
     check_same_categories,
@@ -19,9 +18,9 @@ from pipeline.data import (
     prepare_shards,
     write_coco_annotations,
 )
-from pipeline.data.reading import expand_tar
-from pipeline.errors import UserError
-from pipeline.spec import Data
+from refinedet.pipeline.data.reading import expand_tar
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Data
 
 Write = Callable[..., Data]
 

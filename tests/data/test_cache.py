@@ -11,12 +11,11 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-
-from pipeline.data import Cursor, ShardSet, TrainingStream, cache, open_shards
-from pipeline.data.cache import ShardCache, node_cache, prefetch, retry
-from pipeline.data.reading import SampleReader
-from pipeline.errors import UserError
-from pipeline.spec import Augmentation
+from refinedet.pipeline.data import Cursor, ShardSet, TrainingStream, cache, open_shards
+from refinedet.pipeline.data.cache import ShardCache, node_cache, prefetch, retry
+from refinedet.pipeline.data.reading import SampleReader
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Augmentation
 
 
 @pytest.fixture

@@ -10,9 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-
-from pipeline.data import resize_image, stack_images
-from pipeline.data.images import decode_image, read_header
+from refinedet.pipeline.data import resize_image, stack_images
+from refinedet.pipeline.data.images import decode_image, read_header
 
 
 def picture(mode: str = "RGB", **options: object) -> bytes:

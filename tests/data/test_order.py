@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refinedet.pipeline.data import Cursor, stages
+from refinedet.pipeline.data.order import EpochOrder, share_of_rank
+from refinedet.pipeline.data.stages import Plan, Schedule, Turn
 
-from pipeline.data import Cursor, stages
-from pipeline.data.order import EpochOrder, share_of_rank
-from pipeline.data.stages import Plan, Schedule, Turn
 from tests.data.conftest import make_index
 
 shard_sizes = st.lists(st.integers(1, 60), min_size=1, max_size=30)

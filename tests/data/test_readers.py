@@ -9,14 +9,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
+from refinedet.pipeline.cli import app
+from refinedet.pipeline.data import (
+    EvaluationSamples,
+    check_shards,
+    prepare_shards,
+    show_samples,
+    write_coco_annotations,
+)
+from refinedet.pipeline.data.images import decode_image
+from refinedet.pipeline.data.shapes import SHAPES, draw_shapes, write_shapes
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Augmentation, Data, Split
 from typer.testing import CliRunner
-
-from pipeline.cli import app
-from pipeline.data import EvaluationSamples, check_shards, prepare_shards, show_samples, write_coco_annotations
-from pipeline.data.images import decode_image
-from pipeline.data.shapes import SHAPES, draw_shapes, write_shapes
-from pipeline.errors import UserError
-from pipeline.spec import Augmentation, Data, Split
 
 OBJECT = (
     "<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>"

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from pipeline.data import ShardSet, TrainingStream, check_shards, prepare_shards
-from pipeline.spec import Augmentation, Data, Split
+from refinedet.pipeline.data import ShardSet, TrainingStream, check_shards, prepare_shards
+from refinedet.pipeline.spec import Augmentation, Data, Split
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -5,11 +5,10 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
-
-from pipeline.data import resampling
-from pipeline.data.augmentation import INTERPOLATIONS, MEAN_RGB
-from pipeline.data.randomness import keyed_generator
-from pipeline.data.resampling import Border, find_taps, resize_bordered
+from refinedet.pipeline.data import resampling
+from refinedet.pipeline.data.augmentation import INTERPOLATIONS, MEAN_RGB
+from refinedet.pipeline.data.randomness import keyed_generator
+from refinedet.pipeline.data.resampling import Border, find_taps, resize_bordered
 
 NAMES = {
     cv2.INTER_LINEAR: "linear",

@@ -13,12 +13,11 @@ from typing import Any
 
 import pytest
 import webdataset
-
-from pipeline import storage
-from pipeline.data import check_shards, open_shards, prepare_shards
-from pipeline.data import shards as shards_module
-from pipeline.errors import UserError
-from pipeline.spec import Data, Split
+from refinedet.pipeline import storage
+from refinedet.pipeline.data import check_shards, open_shards, prepare_shards
+from refinedet.pipeline.data import shards as shards_module
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Data, Split
 
 Write = Callable[..., Data]
 

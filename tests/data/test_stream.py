@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+from refinedet.pipeline.data import Batch, Cursor, ShardSet, TrainingStream, open_shards
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Augmentation
 
-from pipeline.data import Batch, Cursor, ShardSet, TrainingStream, open_shards
-from pipeline.errors import UserError
-from pipeline.spec import Augmentation
 from tests.data.conftest import NUM_SHAPES
 
 BATCH = 24

@@ -8,10 +8,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from pipeline.errors import UserError
-from pipeline.evaluation import DetectionTable, GroundTruth, accumulate, coco, evaluate_coco, match
-from pipeline.evaluation.judge import judge_by_faster_coco_eval, judge_by_pycocotools
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.evaluation import DetectionTable, GroundTruth, accumulate, coco, evaluate_coco, match
+from refinedet.pipeline.evaluation.judge import judge_by_faster_coco_eval, judge_by_pycocotools
 
 from .random_truth import random_truth
 

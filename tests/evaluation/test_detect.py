@@ -6,18 +6,17 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
+import refinedet.pipeline.evaluation.detect as detect_module
 import torch
+from refinedet.model import Detections, RefineDetConfig
+from refinedet.pipeline.data import Category, Sample
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.evaluation import describe_cost, estimate_cost, resolve_merge, resolve_passes
+from refinedet.pipeline.evaluation.detect import detect_samples
+from refinedet.pipeline.evaluation.multiscale import detect_samples_by_rules
+from refinedet.pipeline.evaluation.recipes import RECIPES
+from refinedet.pipeline.spec import Evaluation, MergeRule, Multiscale, Pass
 from torch import Tensor, nn
-
-import pipeline.evaluation.detect as detect_module
-from model import Detections, RefineDetConfig
-from pipeline.data import Category, Sample
-from pipeline.errors import UserError
-from pipeline.evaluation import describe_cost, estimate_cost, resolve_merge, resolve_passes
-from pipeline.evaluation.detect import detect_samples
-from pipeline.evaluation.multiscale import detect_samples_by_rules
-from pipeline.evaluation.recipes import RECIPES
-from pipeline.spec import Evaluation, MergeRule, Multiscale, Pass
 
 CATEGORIES = (Category(7, "bright"), Category(44, "dim"))
 CONFIG = RefineDetConfig(num_classes=2, input_size=128, backbone="resnet18")

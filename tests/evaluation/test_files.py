@@ -8,13 +8,12 @@ import zipfile
 
 import pytest
 from jsonschema import validate
+from refinedet.pipeline.cli import app
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.evaluation import DetectionTable, evaluate_files, evaluate_voc, write_submission
+from refinedet.pipeline.evaluation.judge import judge_by_pycocotools
+from refinedet.pipeline.evaluation.submission import ROW_SCHEMA
 from typer.testing import CliRunner
-
-from pipeline.cli import app
-from pipeline.errors import UserError
-from pipeline.evaluation import DetectionTable, evaluate_files, evaluate_voc, write_submission
-from pipeline.evaluation.judge import judge_by_pycocotools
-from pipeline.evaluation.submission import ROW_SCHEMA
 
 from .random_truth import random_truth
 

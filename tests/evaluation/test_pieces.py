@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from pipeline.evaluation import (
+from refinedet.pipeline.evaluation import (
     DetectionTable,
     merge_pieces,
     read_piece,

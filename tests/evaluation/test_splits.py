@@ -6,13 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-
-from pipeline.data import prepare_shards, write_coco_annotations
-from pipeline.data.shapes import write_shapes
-from pipeline.errors import UserError
-from pipeline.evaluation import evaluate_coco
-from pipeline.evaluation.judge import judge_by_pycocotools
-from pipeline.spec import Data, Split
+from refinedet.pipeline.data import prepare_shards, write_coco_annotations
+from refinedet.pipeline.data.shapes import write_shapes
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.evaluation import evaluate_coco
+from refinedet.pipeline.evaluation.judge import judge_by_pycocotools
+from refinedet.pipeline.spec import Data, Split
 
 
 def write_split(root: Path, name: str, *, seed: int, first_image_id: int) -> Split:

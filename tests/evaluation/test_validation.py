@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-
-from model import RefineDet, RefineDetConfig
-from pipeline.data import EvaluationSamples, ShardSet, prepare_shards, write_coco_annotations
-from pipeline.data.shapes import write_shapes
-from pipeline.errors import UserError
-from pipeline.evaluation import (
+from refinedet.model import RefineDet, RefineDetConfig
+from refinedet.pipeline.data import EvaluationSamples, ShardSet, prepare_shards, write_coco_annotations
+from refinedet.pipeline.data.shapes import write_shapes
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.evaluation import (
     MERGE_RULES,
     GroundTruth,
     accumulate,
@@ -29,7 +28,7 @@ from pipeline.evaluation import (
     usual_rule,
     validate,
 )
-from pipeline.spec import Data, Evaluation, Multiscale, Pass, Split
+from refinedet.pipeline.spec import Data, Evaluation, Multiscale, Pass, Split
 
 EVALUATION = Evaluation(batch_size=1)  # results of a convolution may differ in the last bit with the batch's size
 

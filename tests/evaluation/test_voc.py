@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-
-from pipeline.errors import UserError
-from pipeline.evaluation import evaluate_voc, write_voc_files
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.evaluation import evaluate_voc, write_voc_files
 
 from .random_truth import random_truth
 

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from refinedet.model.ops import library
+from refinedet.model.ops.align_conv import align_conv, top_anchors
+from refinedet.model.ops.align_conv_reference import align_conv_reference
 
-from model.ops import library
-from model.ops.align_conv import align_conv, top_anchors
-from model.ops.align_conv_reference import align_conv_reference
 from tests.conftest import REPOSITORY
 from tests.model.ops.align_conv_cases import Case, make_case, outputs_and_gradients, relative_error
 

@@ -13,8 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
-
-from pipeline.spec_files import load_spec
+from refinedet.pipeline.spec_files import load_spec
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 VM_FILES = sorted(INFRA.glob("ray-up-*.yaml"))
@@ -132,7 +131,7 @@ def test_prometheus_reads_on_the_head_where_ray_says_the_nodes_are():
 
 
 def test_every_metric_that_is_shown_or_alerted_on_is_kept():
-    from pipeline.cluster.gauges import GAUGES, STEP_SECONDS, VALIDATION
+    from refinedet.pipeline.cluster.gauges import GAUGES, STEP_SECONDS, VALIDATION
 
     kept = {f"ray_refinedet_{name}" for name in (*GAUGES, STEP_SECONDS, VALIDATION)}
     dashboard = json.loads((INFRA / "monitoring" / "dashboard.json").read_text())

@@ -7,13 +7,12 @@ from dataclasses import fields
 import jsonschema
 import pytest
 import yaml
+from refinedet.pipeline.cli import app, render
+from refinedet.pipeline.cluster.render import KubeRay, render_kuberay, resource_name, workers_per_pod
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import JobSpec
+from refinedet.pipeline.spec_files import load_spec, parse_spec
 from typer.testing import CliRunner
-
-from pipeline.cli import app, render
-from pipeline.cluster.render import KubeRay, render_kuberay, resource_name, workers_per_pod
-from pipeline.errors import UserError
-from pipeline.spec import JobSpec
-from pipeline.spec_files import load_spec, parse_spec
 
 REMOTE = ("runs=s3://bucket/runs", "data.root=s3://bucket/coco", "data.shards=s3://bucket/shards")
 JOB = "jobs/coco_refinedet1024_resnet101.yaml"

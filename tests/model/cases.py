@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import torch
-
-from model import Targets
+from refinedet.model import Targets
 
 
 def random_targets(generator: torch.Generator, count: int, size: int = 64, num_classes: int = 3) -> Targets:

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-
-from model import RefineDet, RefineDetConfig
+from refinedet.model import RefineDet, RefineDetConfig
 
 
 @pytest.fixture(scope="session")

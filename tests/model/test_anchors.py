@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-
-from model.anchors import count_anchors, tile_anchors
+from refinedet.model.anchors import count_anchors, tile_anchors
 
 STRIDES = (8, 16, 32, 64, 128)
 

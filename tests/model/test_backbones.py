@@ -3,9 +3,8 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-
-from model import RefineDet, RefineDetConfig
-from model.cost import count_cost
+from refinedet.model import RefineDet, RefineDetConfig
+from refinedet.model.cost import count_cost
 
 BACKBONES = (
     "vgg16_reduced", "resnet18", "resnet50", "resnet101", "resnet152", "resnext101_32x4d", "resnext152_32x4d",

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-
-from model.anchors import tile_anchors
-from model.boxes import decode_boxes, encode_boxes, paired_overlaps
+from refinedet.model.anchors import tile_anchors
+from refinedet.model.boxes import decode_boxes, encode_boxes, paired_overlaps
 
 
 def loop_iou(box, anchor) -> np.float32:

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from model import RefineDet, RefineDetConfig
-from model.cost import count_cost
+from refinedet.model import RefineDet, RefineDetConfig
+from refinedet.model.cost import count_cost
 
 
 def test_cost_of_the_paper_s_smallest_model():

@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refinedet.model import RefineDetConfig, detection_loss
+from refinedet.model.layers import L2Norm
 
-from model import RefineDetConfig, detection_loss
-from model.layers import L2Norm
 from tests.model.cases import random_images, random_targets
 
 # Table II, columns 1 to 5, and the other predictors and knobs.

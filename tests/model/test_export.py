@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from refinedet.model.export import DetectionGraph, export_onnx, export_program, finish_detections
+from refinedet.model.ops.align_conv_reference import align_conv_reference
+from refinedet.model.portable import align_conv_portable
 from torch import Tensor
 
-from model.export import DetectionGraph, export_onnx, export_program, finish_detections
-from model.ops.align_conv_reference import align_conv_reference
-from model.portable import align_conv_portable
 from tests.model.cases import random_images
 
 

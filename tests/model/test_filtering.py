@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-
-from model.filtering import select_survivors, select_trained_rows
-from model.structures import Matches
+from refinedet.model.filtering import select_survivors, select_trained_rows
+from refinedet.model.structures import Matches
 
 
 @pytest.mark.parametrize("theta", [1.0, 0.99, 0.98, 0.95, 0.9, 0.8])

@@ -4,10 +4,10 @@ from dataclasses import replace
 
 import pytest
 import torch
+from refinedet.model import RefineDetConfig, select_detections
+from refinedet.model.boxes import decode_boxes
+from refinedet.model.inference import suppress
 
-from model import RefineDetConfig, select_detections
-from model.boxes import decode_boxes
-from model.inference import suppress
 from tests.model.cases import random_images
 
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import pytest
 import torch
+from refinedet.model import detection_loss
+from refinedet.model.boxes import encode_boxes
+from refinedet.model.loss import mine_negatives
+from refinedet.model.matching import match_anchors
 
-from model import detection_loss
-from model.boxes import encode_boxes
-from model.loss import mine_negatives
-from model.matching import match_anchors
 from tests.model.cases import HOSTILE, random_images, random_targets
 
 

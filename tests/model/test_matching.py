@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from refinedet.model import Targets
+from refinedet.model.anchors import tile_anchors
+from refinedet.model.boxes import paired_overlaps
+from refinedet.model.matching import match_anchors
 
-from model import Targets
-from model.anchors import tile_anchors
-from model.boxes import paired_overlaps
-from model.matching import match_anchors
 from tests.model.cases import HOSTILE, random_targets
 
 
@@ -116,7 +116,7 @@ def test_binary_labels_and_chunks_do_not_change_the_matches(monkeypatch):
     anchors = tile_anchors(64, 64, (8, 16, 32, 64))
     targets = [random_targets(generator, count) for count in (5, 0, 2, 30, 1)]
     whole = match_anchors(anchors, targets, (0.5, 0.5))
-    monkeypatch.setattr("model.matching.PAIRS_AT_ONCE", 1)
+    monkeypatch.setattr("refinedet.model.matching.PAIRS_AT_ONCE", 1)
     parts = match_anchors(anchors, targets, (0.5, 0.5))
     assert torch.equal(whole.labels, parts.labels)
     positive = whole.labels > 0

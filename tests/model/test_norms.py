@@ -7,10 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from refinedet.model.norms import BatchNorm, SyncBatchNorm, synchronize_norms
 from timm.layers import BatchNormAct2d
 from torch import nn
-
-from model.norms import BatchNorm, SyncBatchNorm, synchronize_norms
 
 
 def test_one_value_a_channel_is_normalised_by_the_running_statistics():

@@ -3,9 +3,8 @@ from __future__ import annotations
 import timm
 import torch
 import torchvision
-
-from model import RefineDet, RefineDetConfig, load_weights
-from model.backbones import ReducedVgg16
+from refinedet.model import RefineDet, RefineDetConfig, load_weights
+from refinedet.model.backbones import ReducedVgg16
 
 
 def test_own_weights_come_back_whole(build):

@@ -4,8 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-
-from pipeline.spec import Tracking
+from refinedet.pipeline.spec import Tracking
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,7 +18,7 @@ def no_tracking_uri():
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory) -> Path:
     """An MLflow SQLite store with its tables made, which takes seconds; tests copy it."""
-    from pipeline.tracking.runs import RunTracker
+    from refinedet.pipeline.tracking.runs import RunTracker
 
     runs = tmp_path_factory.mktemp("store")
     RunTracker(Tracking(experiment="warm"), name="warm", run_dir=str(runs / "warm"), runs=str(runs)).finish("FINISHED")

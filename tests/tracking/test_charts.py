@@ -9,8 +9,7 @@ from xml.etree import ElementTree
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from pipeline.tracking.charts import Series, line_chart, nice_ticks, share_bar, smoothed
+from refinedet.pipeline.tracking.charts import Series, line_chart, nice_ticks, share_bar, smoothed
 
 finite = st.floats(1e-6, 1e9, allow_nan=False)
 

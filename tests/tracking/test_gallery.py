@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-
-from pipeline.tracking.gallery import best_threshold, match_boxes
-from pipeline.tracking.pictures import Boxes, class_colour, draw_detections
+from refinedet.pipeline.tracking.gallery import best_threshold, match_boxes
+from refinedet.pipeline.tracking.pictures import Boxes, class_colour, draw_detections
 
 
 def _boxes(rows, labels, scores=None, **more) -> Boxes:

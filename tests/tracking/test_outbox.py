@@ -4,8 +4,7 @@ import logging
 import threading
 
 import pytest
-
-from pipeline.tracking.outbox import Outbox, Point
+from refinedet.pipeline.tracking.outbox import Outbox, Point
 
 
 class Server:

@@ -10,12 +10,11 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from refinedet.model import RefineDet, RefineDetConfig
+from refinedet.pipeline.spec import Tracking
+from refinedet.pipeline.tracking.packaging import package_model
+from refinedet.pipeline.tracking.runs import RunTracker
 from safetensors.torch import save_file
-
-from model import RefineDet, RefineDetConfig
-from pipeline.spec import Tracking
-from pipeline.tracking.packaging import package_model
-from pipeline.tracking.runs import RunTracker
 
 CATEGORIES = [{"id": 1, "name": "disc"}, {"id": 18, "name": "ring"}, {"id": 90, "name": "bar"}]
 
@@ -121,14 +120,14 @@ def test_it_loads_from_its_run_in_a_process_without_this_repository(packaged, ru
         detector = mlflow.pyfunc.load_model("models:/{models[0].model_id}")
         image = np.load({str(tmp_path / "image.npy")!r})
         rows = detector.predict([{{"image": image}}], params={{"score_threshold": 0.2}})
-        import model
-        assert "pipeline" not in sys.modules
-        print(json.dumps([model.__file__, rows[0]]))
+        import refinedet.model
+        assert "refinedet.pipeline" not in sys.modules
+        print(json.dumps([refinedet.model.__file__, rows[0]]))
     """
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, timeout=240
     )
     assert done.returncode == 0, done.stderr
     file, row = json.loads(done.stdout.splitlines()[-1])
-    assert "/artifacts/code/model/" in file or "/code/model/" in file
+    assert "/artifacts/code/refinedet/model/" in file or "/code/refinedet/model/" in file
     assert len(row["boxes"]) > 0

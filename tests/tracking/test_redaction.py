@@ -5,8 +5,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-from pipeline.tracking.redaction import flatten, parameters, redact, redact_text
+from refinedet.pipeline.tracking.redaction import flatten, parameters, redact, redact_text
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,8 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
+from refinedet.pipeline.tracking.report import build_report, duration
 
-from pipeline.tracking.report import build_report, duration
 from tests.tracking.synthetic import CLASSES, images, write_run
 
 FILES = (
@@ -123,7 +123,7 @@ def test_text_from_the_run_is_escaped(run):
 
 
 def test_steps_taken_twice_count_once_and_a_cut_line_is_ignored(run):
-    from pipeline.tracking.run_folder import read_run
+    from refinedet.pipeline.tracking.run_folder import read_run
 
     with open(run / "metrics.jsonl", "w") as file:
         for step in (1, 2, 3, 2, 3, 4):
@@ -167,7 +167,7 @@ def test_images_come_as_arrays(run):
 
 
 def test_vocs_mean_average_precision_is_shown(run):
-    from pipeline.tracking import summary_rows
+    from refinedet.pipeline.tracking import summary_rows
 
     curve = [1.0, 0.5, 0.0]
     metrics = {
@@ -201,7 +201,7 @@ def test_a_data_set_without_annotations_is_not_called_unmeasured_yet(run):
 
 
 def test_the_summary_has_a_row_an_evaluation(run, tmp_path):
-    from pipeline.tracking import merge_rule_rows, summary_rows
+    from refinedet.pipeline.tracking import merge_rule_rows, summary_rows
 
     rows = summary_rows(str(run))
     assert [row[""] for row in rows] == ["Single scale", "Multi-scale"]

@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import numpy as np
-
-from pipeline import storage
-from pipeline.data import EvaluationSamples, prepare_shards, write_coco_annotations
-from pipeline.spec import Data, Split
-from pipeline.tracking.shard_images import ShardImages
+from refinedet.pipeline import storage
+from refinedet.pipeline.data import EvaluationSamples, prepare_shards, write_coco_annotations
+from refinedet.pipeline.spec import Data, Split
+from refinedet.pipeline.tracking.shard_images import ShardImages
 
 
 def test_images_come_back_by_their_id_in_any_order(tmp_path):

@@ -4,8 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-
-from pipeline.training import World, open_world
+from refinedet.pipeline.training import World, open_world
 
 
 @pytest.fixture(scope="session")

@@ -6,11 +6,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from refinedet.model import RefineDetConfig, Targets
+from refinedet.pipeline.data import Batch, Cursor
+from refinedet.pipeline.training import BatchPlan
 from torch import Tensor, nn
-
-from model import RefineDetConfig, Targets
-from pipeline.data import Batch, Cursor
-from pipeline.training import BatchPlan
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ import tempfile
 from pathlib import Path
 
 import torch
+from refinedet.pipeline.spec import Training
 
-from pipeline.spec import Training
 from tests.training.workers import run_workers
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "losses.json"

@@ -5,13 +5,12 @@ from typing import Any
 
 import pytest
 import torch
-
-from pipeline import storage
-from pipeline.training import Event, World, find_checkpoint
-from pipeline.training import checkpoint as checkpoints
-from pipeline.training.checkpoint import CheckpointWriter, best_checkpoint
-from pipeline.training.resume import choose_checkpoint
-from pipeline.training.state import assign_owners, capture_rng, restore_rng
+from refinedet.pipeline import storage
+from refinedet.pipeline.training import Event, World, find_checkpoint
+from refinedet.pipeline.training import checkpoint as checkpoints
+from refinedet.pipeline.training.checkpoint import CheckpointWriter, best_checkpoint
+from refinedet.pipeline.training.resume import choose_checkpoint
+from refinedet.pipeline.training.state import assign_owners, capture_rng, restore_rng
 
 
 @pytest.fixture

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Training
+from refinedet.pipeline.training import Event, StepRecord, TrainResult, World, train
+from refinedet.pipeline.training.finite import NonFiniteError
 
-from pipeline.errors import UserError
-from pipeline.spec import Training
-from pipeline.training import Event, StepRecord, TrainResult, World, train
-from pipeline.training.finite import NonFiniteError
 from tests.training.fakes import TinyDetector, TinyLosses, TinyStream, tiny_loss
 
 SPEC = Training(

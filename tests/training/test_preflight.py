@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-
-from pipeline import storage
-from pipeline.data import ShardSet
-from pipeline.errors import UserError
-from pipeline.training import PreflightReport, World, check_workers
-from pipeline.training.preflight import (
+from refinedet.pipeline import storage
+from refinedet.pipeline.data import ShardSet
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.training import PreflightReport, World, check_workers
+from refinedet.pipeline.training.preflight import (
     WorkerFacts,
     judge_clocks,
     judge_memory,
     judge_storage,
     judge_versions,
 )
+
 from tests.training.workers import run_together
 
 GIB = 2**30

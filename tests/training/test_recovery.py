@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from refinedet.pipeline.training import find_checkpoint, read_goodput
+from refinedet.pipeline.training.watchdog import EXIT_STALLED
 
-from pipeline.training import find_checkpoint, read_goodput
-from pipeline.training.watchdog import EXIT_STALLED
 from tests.training.fakes import TinyDetector
 from tests.training.workers import STEPS, TINY, Fault, Outcome, read_weights, run_workers
 

@@ -1,10 +1,9 @@
 from __future__ import annotations
 
 import pytest
-
-from pipeline.errors import UserError
-from pipeline.spec import Training
-from pipeline.training import BatchPlan, make_schedule, plan_batches, possible_world_sizes
+from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.spec import Training
+from refinedet.pipeline.training import BatchPlan, make_schedule, plan_batches, possible_world_sizes
 
 
 def test_the_papers_schedule() -> None:

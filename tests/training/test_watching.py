@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from pipeline import storage
-from pipeline.training import (
+from refinedet.pipeline import storage
+from refinedet.pipeline.training import (
     StallReport,
     StallVerdict,
     StepTimes,
@@ -19,9 +18,9 @@ from pipeline.training import (
     judge_stall,
     read_goodput,
 )
-from pipeline.training.clock import StepClock
-from pipeline.training.goodput import Ledger
-from pipeline.training.watchdog import Watchdog
+from refinedet.pipeline.training.clock import StepClock
+from refinedet.pipeline.training.goodput import Ledger
+from refinedet.pipeline.training.watchdog import Watchdog
 
 
 def times(**parts: float) -> StepTimes:

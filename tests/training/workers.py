@@ -24,11 +24,11 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed as dist
+from refinedet.model import RefineDet, detection_loss
+from refinedet.pipeline.spec import Training
+from refinedet.pipeline.training import Event, StepRecord, StopSignals, TrainResult, World, open_world, train
+from refinedet.pipeline.training.engine import _import_deepspeed
 
-from model import RefineDet, detection_loss
-from pipeline.spec import Training
-from pipeline.training import Event, StepRecord, StopSignals, TrainResult, World, open_world, train
-from pipeline.training.engine import _import_deepspeed
 from tests.training.fakes import SMALL_REFINEDET, SquareStream, TinyDetector, TinyStream, tiny_loss
 
 os.environ["DS_ACCELERATOR"] = "cpu"

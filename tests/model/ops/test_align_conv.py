@@ -6,12 +6,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from refinedet.model.ops import library
+from refinedet.model.ops.align_conv import align_conv, top_anchors
+from refinedet.model.ops.align_conv_reference import align_conv_reference
 from torch import Tensor
 from torchvision.ops import deform_conv2d
 
-from model.ops import library
-from model.ops.align_conv import align_conv, top_anchors
-from model.ops.align_conv_reference import align_conv_reference
 from tests.model.ops.align_conv_cases import (
     Case,
     align_conv_by_loops,

@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from refinedet.model.ops import align_conv_cuda, library
+from refinedet.model.ops.align_conv import align_conv
+from refinedet.model.ops.align_conv_reference import align_conv_reference
 from torch import Tensor
 
-from model.ops import align_conv_cuda, library
-from model.ops.align_conv import align_conv
-from model.ops.align_conv_reference import align_conv_reference
 from tests.conftest import REPOSITORY
 from tests.model.ops.align_conv_cases import Case, make_case, outputs_and_gradients, relative_error
 

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from refinedet.model.ops import align_conv as align_conv_module
+from refinedet.model.ops import library
 
-from model.ops import align_conv as align_conv_module
-from model.ops import library
 from tests.model.ops.align_conv_cases import make_case
 
 
@@ -52,7 +52,7 @@ def test_missing_library_is_one_warning_and_the_reference(
     torch.testing.assert_close(first, align_conv_module.align_conv_reference(*case.arguments()))
     assert torch.equal(first, second)
     assert [record.message.split(";")[0] for record in caplog.records] == [
-        "The operators are not built (librefinedet.so is in none of the places of model.ops)"
+        "The operators are not built (librefinedet.so is in none of the places of refinedet.model.ops)"
     ]
     assert library.BUILD_COMMAND in caplog.text
 
@@ -69,9 +69,9 @@ def test_broken_library_is_described_not_raised(monkeypatch: pytest.MonkeyPatch,
 
 @pytest.mark.skipif(not library.describe().loaded, reason=library.describe().reason)
 def test_found_from_anywhere(tmp_path: Path) -> None:
-    code = "from model.ops import library; print(library.describe().path)"
+    code = "from refinedet.model.ops import library; print(library.describe().path)"
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
-    if found.returncode != 0 and "No module named 'model'" in found.stderr:
+    if found.returncode != 0 and "No module named 'refinedet'" in found.stderr:
         pytest.skip("the package is not installed in this environment")
     assert found.stdout.strip() == str(library.describe().path), found.stderr
 

@@ -9,9 +9,8 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from refinedet.model.ops import library, merge
 from torch import Tensor
-
-from model.ops import library, merge
 
 CAPABILITIES = ("reference", "baseline", "avx2")
 
