@@ -10,38 +10,24 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 SOURCES = sorted(path for top in ("model", "pipeline") for path in (REPOSITORY / top).rglob("*.py"))
 
-# A part may import the parts listed for it, and itself.
-_LEAVES = {
-    "pipeline.spec",
-    "pipeline.spec_files",
-    "pipeline.errors",
-    "pipeline.storage",
-    "pipeline.lazy",
-    "pipeline.deferred_compiler",
+# The rooms, lowest first. A room imports from rooms of lower rows; rooms of one row do not import each other.
+ROWS = (
+    {"pipeline.runs"},
+    {"pipeline.config"},
+    {"pipeline.data"},
+    {"pipeline.inference"},
+    {"pipeline.training", "pipeline.evaluation", "pipeline.tracking", "pipeline.report", "pipeline.planning"},
+    {"pipeline.cluster"},
+    {"pipeline.drills"},
+    {"pipeline.cli"},
+)
+ALLOWED = {"model": set[str]()} | {
+    room: {"model"}.union(*ROWS[:index]) for index, row in enumerate(ROWS) for room in row
 }
-ALLOWED = {
-    "model": set(),
-    "pipeline.errors": set(),
-    "pipeline.lazy": set(),
-    "pipeline.deferred_compiler": set(),
-    "pipeline.storage": {"pipeline.errors"},
-    "pipeline.spec": {"model"},
-    "pipeline.spec_files": {"pipeline.spec", "pipeline.errors", "pipeline.storage"},
-    "pipeline.data": _LEAVES | {"model"},
-    "pipeline.training": _LEAVES | {"model", "pipeline.data"},
-    "pipeline.evaluation": _LEAVES | {"model", "pipeline.data"},
-    "pipeline.tracking": _LEAVES | {"model", "pipeline.data"},
-    "pipeline.cluster": _LEAVES
-    | {"model", "pipeline.data", "pipeline.training", "pipeline.evaluation", "pipeline.tracking"},
-    "pipeline.cli": _LEAVES
-    | {
-        "model",
-        "pipeline.data",
-        "pipeline.training",
-        "pipeline.evaluation",
-        "pipeline.tracking",
-        "pipeline.cluster",
-    },
+# Steps of the move that are still to be made.
+EXCEPTIONS = {
+    ("pipeline.cluster", "pipeline.drills"),
+    ("pipeline.runs", "pipeline.config"),
 }
 # A library may be imported by its part alone.
 OWNERS = {
@@ -94,7 +80,7 @@ def test_imports_point_one_way(path: Path) -> None:
     for imported in imports_of(path):
         part = part_of(imported)
         if part is not None and part != here:
-            assert part in ALLOWED[here], f"{module_of(path)} must not import {imported}"
+            assert part in ALLOWED[here] or (here, part) in EXCEPTIONS, f"{module_of(path)} must not import {imported}"
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=module_of)
@@ -102,7 +88,8 @@ def test_libraries_stay_in_their_part(path: Path) -> None:
     here = part_of(module_of(path))
     for imported in imports_of(path):
         owner = OWNERS.get(imported.split(".")[0])
-        assert owner in (None, here), f"{module_of(path)} must not import {imported}: it belongs to {owner}"
+        drilled = owner == "pipeline.cluster" and here == "pipeline.drills"  # drills start clusters to break them
+        assert owner in (None, here) or drilled, f"{module_of(path)} must not import {imported}: it belongs to {owner}"
 
 
 @pytest.mark.parametrize("path", [p for p in SOURCES if p.is_relative_to(REPOSITORY / "model")], ids=module_of)

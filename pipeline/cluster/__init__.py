@@ -1,0 +1,1 @@
+"""Ray: the session, the stages of a job, submission, Kubernetes manifests."""

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Cluster, Workers
+from refinedet.pipeline.config.spec import Cluster
+from refinedet.pipeline.runs.errors import UserError
 
 AUTOSCALING = "refinedet_autoscaling"
 """resource of the head of a cluster that adds nodes by itself: there, what is missing may still come"""
@@ -39,14 +39,6 @@ def gpus_of(nodes: Iterable[Node]) -> list[str]:
     return [f"{count} x {kind}" for kind, count in sorted(counts.items()) if count]
 
 
-def minimum_workers(cluster: Cluster) -> int:
-    return cluster.workers.min if isinstance(cluster.workers, Workers) else cluster.workers
-
-
-def maximum_workers(cluster: Cluster) -> int:
-    return cluster.workers.max if isinstance(cluster.workers, Workers) else cluster.workers
-
-
 def check_capacity(cluster: Cluster, nodes: Sequence[Node]) -> None:
     """Refuse a job that the cluster cannot hold, naming the resource and how much of it there is.
 
@@ -55,7 +47,7 @@ def check_capacity(cluster: Cluster, nodes: Sequence[Node]) -> None:
     """
     if os.environ.get("RAY_ENABLE_AUTOSCALER_V2") == "1" or any(node.resources.get(AUTOSCALING) for node in nodes):
         return
-    workers = minimum_workers(cluster)
+    workers = cluster.min_workers
     fitting = [node for node in nodes if _has_labels(node, cluster.labels)]
     where = "the cluster"
     if cluster.labels:

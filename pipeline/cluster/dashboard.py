@@ -16,7 +16,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 from refinedet.pipeline.cluster.capacity import Node, nodes_of
-from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.runs.errors import UserError
 
 CERTIFICATES = "RAY_TLS_CA_CERT"
 """environment: file or folder of the authorities that may sign for an https:// dashboard; Ray's own name for it"""

@@ -8,19 +8,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from refinedet.pipeline import storage
-from refinedet.pipeline.cluster.run import Run
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.evaluation import (
-    DetectionTable,
-    Metrics,
-    Rule,
-    rules_to_compare,
-    usual_rule,
-    write_submission,
-    write_voc_files,
-)
-from refinedet.pipeline.spec import JobSpec, MergeRule
+from refinedet.pipeline.config.spec import JobSpec, MergeRule
+from refinedet.pipeline.evaluation.measures import Metrics, Rule, usual_rule
+from refinedet.pipeline.evaluation.submission import write_submission
+from refinedet.pipeline.evaluation.voc import write_voc_files
+from refinedet.pipeline.inference.detections import DetectionTable
+from refinedet.pipeline.inference.recipes import rules_to_compare
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.run import Run
 
 Mode = Literal["single", "multiscale"]
 _LAST_COCO_ID = 90
@@ -79,7 +75,8 @@ def make_detection_job(
     Raises UserError where there are no weights, or where they or the shards are of another model, or the shards' labels
     mean other categories than those of the training shards, where these are there.
     """
-    from refinedet.pipeline.data import check_same_categories, open_shards, write_coco_annotations
+    from refinedet.pipeline.data.index import check_same_categories, open_shards
+    from refinedet.pipeline.data.reading import write_coco_annotations
 
     spec = run.spec
     found = open_shards(shards or storage.join(run.shards, "val"))

@@ -17,29 +17,19 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
-from refinedet.pipeline import storage
-from refinedet.pipeline.cluster.capacity import minimum_workers
 from refinedet.pipeline.cluster.detection_job import DetectionJob, write_results
 from refinedet.pipeline.cluster.detection_pool import DetectionPool
-from refinedet.pipeline.cluster.logs import log_folder, log_to_file
-from refinedet.pipeline.cluster.run import Run
-from refinedet.pipeline.deferred_compiler import defer_compiler
-from refinedet.pipeline.errors import JobError, StoppedError, UserError
-from refinedet.pipeline.evaluation import (
-    DetectionTable,
-    GroundTruth,
-    Metrics,
-    Piece,
-    accumulate_by_rule,
-    best_first,
-    match_by_rule,
-    merge_pieces,
-    read_piece,
-    resolve_merge,
-    split_into_pieces,
-    write_piece,
-)
-from refinedet.pipeline.spec_files import parse_spec
+from refinedet.pipeline.config.files import parse_spec
+from refinedet.pipeline.evaluation.comparison import best_first
+from refinedet.pipeline.evaluation.measures import Metrics, accumulate_by_rule, match_by_rule
+from refinedet.pipeline.evaluation.pieces import Piece, merge_pieces, read_piece, split_into_pieces, write_piece
+from refinedet.pipeline.evaluation.truth import GroundTruth
+from refinedet.pipeline.inference.detections import DetectionTable
+from refinedet.pipeline.inference.recipes import resolve_merge
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
+from refinedet.pipeline.runs.logs import log_folder, log_to_file
+from refinedet.pipeline.runs.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -131,7 +121,7 @@ def _work_through(
     it holds do the work.
     """
     cluster = run.spec.cluster
-    count = min(cluster.evaluation_workers or minimum_workers(cluster), len(pieces))
+    count = min(cluster.evaluation_workers or cluster.min_workers, len(pieces))
     shared_truth = ray.put(truth)
     waiting = deque(pieces)
     idle: list[tuple[int, Any]] = []  # by number, and the worker
@@ -199,7 +189,6 @@ class _DetectionWorker:
     """Holds the model; detects or reads a piece, commits it, and matches it with the truth where it is."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
-        defer_compiler()
         self._run = Run(parse_spec(spec, source="the job's spec"))
         self._job: DetectionJob
         self._truth: GroundTruth | None = None
@@ -243,8 +232,9 @@ class _DetectionWorker:
         return tables, None
 
     def _detect(self, piece: Piece) -> dict[str, DetectionTable]:
-        from refinedet.pipeline.data import open_shards
-        from refinedet.pipeline.evaluation import detect_by_rules, detect_piece
+        from refinedet.pipeline.data.index import open_shards
+        from refinedet.pipeline.inference.detect import detect_piece
+        from refinedet.pipeline.inference.multiscale import detect_by_rules
 
         spec, shards, model = self._run.spec, open_shards(self._job.shards), self._loaded_model()
         limit = spec.data.max_bad_samples

@@ -7,16 +7,18 @@ import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from refinedet.pipeline import storage
 from refinedet.pipeline.cluster.detection_job import DetectionJob, Mode, make_detection_job
-from refinedet.pipeline.cluster.logs import log_folder, log_to_file
 from refinedet.pipeline.cluster.progress import ProgressDisplay
-from refinedet.pipeline.cluster.run import Run
 from refinedet.pipeline.cluster.session import ray_session
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.evaluation import Metrics, describe_cost, format_comparison, resolve_passes
-from refinedet.pipeline.spec import JobSpec
-from refinedet.pipeline.spec_files import load_spec
+from refinedet.pipeline.config.files import load_spec
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.evaluation.comparison import format_comparison
+from refinedet.pipeline.evaluation.measures import Metrics
+from refinedet.pipeline.inference.recipes import describe_cost, resolve_passes
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.logs import log_folder, log_to_file
+from refinedet.pipeline.runs.run import Run
 
 if TYPE_CHECKING:
     from refinedet.pipeline.cluster.detection_pool import DetectionPool

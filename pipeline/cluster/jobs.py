@@ -16,7 +16,6 @@ from pathlib import Path
 
 from refinedet.pipeline.cluster.capacity import check_capacity
 from refinedet.pipeline.cluster.dashboard import connect, dashboard_address, said_clearly
-from refinedet.pipeline.cluster.run import spec_difference
 from refinedet.pipeline.cluster.submission import (
     ENTRYPOINT,
     check_spec,
@@ -27,8 +26,9 @@ from refinedet.pipeline.cluster.submission import (
     runtime_environment,
     stage_code,
 )
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import JobSpec
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.run import spec_difference
 
 _ACTIVE = ("PENDING", "RUNNING")
 _POLL_S = 1.0

@@ -12,20 +12,20 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from typing import TYPE_CHECKING, Any, Literal
 
-from refinedet.pipeline import storage
-from refinedet.pipeline.cluster.capacity import gpus_of, maximum_workers, minimum_workers
-from refinedet.pipeline.cluster.environment import describe_environment
-from refinedet.pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
+from refinedet.pipeline.cluster.capacity import gpus_of
 from refinedet.pipeline.cluster.progress import ProgressDisplay, summary_table
-from refinedet.pipeline.cluster.run import Run, lasting_part
 from refinedet.pipeline.cluster.session import load_ray, ray_session, session_nodes
-from refinedet.pipeline.errors import StoppedError, UserError
-from refinedet.pipeline.spec import JobSpec
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.environment import describe_environment
+from refinedet.pipeline.runs.errors import StoppedError, UserError
+from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
+from refinedet.pipeline.runs.run import Run, lasting_part
 
 if TYPE_CHECKING:
     from refinedet.pipeline.cluster.detection_pool import DetectionPool
     from refinedet.pipeline.cluster.monitor import Monitor
-    from refinedet.pipeline.tracking import RunTracker
+    from refinedet.pipeline.tracking.runs import RunTracker
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def _load_tracking() -> None:
 
 def _begin_tracking(run: Run) -> RunTracker:
     """Start or resume the job's MLflow run, and say what it runs on."""
-    from refinedet.pipeline.tracking import RunTracker
+    from refinedet.pipeline.tracking.runs import RunTracker
 
     tracker = RunTracker(run.spec.tracking, name=run.spec.name, run_dir=run.path, runs=run.runs)
     restore_loggers()
@@ -103,10 +103,10 @@ def _begin_tracking(run: Run) -> RunTracker:
 def check_spec(spec: JobSpec) -> None:
     """What can be known to be wrong before a worker starts, and without the data."""
     from refinedet.pipeline.cluster.submission import refuse_secrets
-    from refinedet.pipeline.training import possible_world_sizes
+    from refinedet.pipeline.config.batches import possible_world_sizes
 
     refuse_secrets(spec)
-    possible_world_sizes(spec.training, minimum_workers(spec.cluster), maximum_workers(spec.cluster))
+    possible_world_sizes(spec.training, spec.cluster.min_workers, spec.cluster.max_workers)
     if not spec.data.train:
         raise UserError("data.train is empty: name at least one split to train on.")
     weights = spec.training.init_weights
@@ -226,7 +226,7 @@ class _Job:
     def _train(self) -> None:
         from refinedet.pipeline.cluster.recorder import TrainingRecorder
         from refinedet.pipeline.cluster.training_stage import run_training
-        from refinedet.pipeline.data import check_same_categories, open_shards
+        from refinedet.pipeline.data.index import check_same_categories, open_shards
 
         shards = open_shards(storage.join(self.run.shards, "train"))
         if shards.num_classes != self.spec.model.num_classes:
@@ -288,7 +288,7 @@ class _Job:
     # --- report
 
     def _report(self) -> None:
-        from refinedet.pipeline.tracking.report import build_report
+        from refinedet.pipeline.report.report import build_report
 
         self.display.stage("report")
         if storage.exists(self.run.weights):
@@ -319,7 +319,7 @@ class _Job:
     def report_after_failure(self) -> None:
         """A failed job leaves its report too; whatever goes wrong with it must not hide why the job failed."""
         try:
-            from refinedet.pipeline.tracking.report import build_report
+            from refinedet.pipeline.report.report import build_report
 
             build_report(self.run.path)
         except Exception:
@@ -352,7 +352,7 @@ class _Job:
         return os.path.dirname(log_folder(self.run.path))
 
     def _print_summary(self) -> None:
-        from refinedet.pipeline.tracking import merge_rule_rows, summary_rows
+        from refinedet.pipeline.report.summary import merge_rule_rows, summary_rows
 
         for title, rows in (
             (f"Run {self.spec.name}", summary_rows(self.run.path)),

@@ -14,7 +14,7 @@ import ray
 from ray.actor import ActorHandle, ActorProxy
 from ray.exceptions import RayError
 from refinedet.pipeline.cluster.session import NAMESPACE
-from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.runs.errors import UserError
 
 logger = logging.getLogger(__name__)
 

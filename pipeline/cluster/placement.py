@@ -12,8 +12,8 @@ from typing import Any
 
 import ray
 from ray.util.placement_group import placement_group, remove_placement_group
-from refinedet.pipeline.errors import JobError
-from refinedet.pipeline.spec import Cluster
+from refinedet.pipeline.config.spec import Cluster
+from refinedet.pipeline.runs.errors import JobError
 
 _SLICE_S = 0.5
 _PATIENCE_S = 5.0

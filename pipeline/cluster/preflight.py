@@ -11,13 +11,13 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
 
-from refinedet.pipeline import storage
-from refinedet.pipeline.cluster.environment import package_versions
-from refinedet.pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
 from refinedet.pipeline.cluster.progress import ProgressDisplay
-from refinedet.pipeline.cluster.run import Run
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import JobSpec
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.environment import package_versions
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
+from refinedet.pipeline.runs.run import Run
 from rich.markup import escape
 
 logger = logging.getLogger(__name__)

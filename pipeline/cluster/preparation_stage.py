@@ -8,12 +8,11 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
-from refinedet.pipeline import storage
 from refinedet.pipeline.cluster.monitor import Monitor, MonitorClient
-from refinedet.pipeline.cluster.run import Run
-from refinedet.pipeline.deferred_compiler import defer_compiler
-from refinedet.pipeline.errors import JobError, StoppedError, UserError
-from refinedet.pipeline.spec_files import parse_spec
+from refinedet.pipeline.config.files import parse_spec
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
+from refinedet.pipeline.runs.run import Run
 
 CPUS = 1
 """of the task that writes a part's shards; Ray keeps it off nodes with GPUs while others have room"""
@@ -81,8 +80,8 @@ def _result(task: ray.ObjectRef) -> dict[str, Any]:
 def _prepare(spec: dict[str, Any], part: str, monitor_name: str) -> dict[str, Any]:
     monitor = MonitorClient(monitor_name, rank=0)
     monitor.push(part, (0, 0))
-    defer_compiler()
-    from refinedet.pipeline.data import prepare_shards, write_coco_annotations
+    from refinedet.pipeline.data.reading import write_coco_annotations
+    from refinedet.pipeline.data.shards import prepare_shards
 
     run = Run(parse_spec(spec, source="the job's spec"))
     last = 0.0

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable, Mapping
 from types import TracebackType
 
+from refinedet.pipeline.runs.durations import describe_duration
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
@@ -100,13 +101,3 @@ def summary_table(title: str, columns: Iterable[str], rows: Iterable[Mapping[str
     for row in rows:
         table.add_row(*(row.get(name, "") for name in names))
     return table
-
-
-def describe_duration(seconds: float) -> str:
-    """Seconds as a person says them: "2 min 05 s"."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds} s"
-    if seconds < 3600:
-        return f"{seconds // 60} min {seconds % 60:02d} s"
-    return f"{seconds // 3600} h {seconds % 3600 // 60:02d} min"

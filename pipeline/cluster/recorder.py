@@ -14,15 +14,15 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from refinedet.pipeline import storage
 from refinedet.pipeline.cluster.gauges import TrainingGauges
 from refinedet.pipeline.cluster.progress import ProgressDisplay
-from refinedet.pipeline.cluster.run import Run
-from refinedet.pipeline.training import read_goodput
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.run import Run
+from refinedet.pipeline.training.goodput import read_goodput
 from rich.markup import escape
 
 if TYPE_CHECKING:
-    from refinedet.pipeline.tracking import RunTracker
+    from refinedet.pipeline.tracking.runs import RunTracker
 
 logger = logging.getLogger(__name__)
 

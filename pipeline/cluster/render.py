@@ -15,7 +15,6 @@ from typing import Any, Literal
 
 import ray
 import yaml
-from refinedet.pipeline.cluster.capacity import maximum_workers, minimum_workers
 from refinedet.pipeline.cluster.submission import (
     HOME_KEY,
     RUN_KEY,
@@ -24,9 +23,9 @@ from refinedet.pipeline.cluster.submission import (
     refuse_secrets,
     stop_environment,
 )
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import JobSpec
-from refinedet.pipeline.spec_files import dump_spec
+from refinedet.pipeline.config.files import dump_spec
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.runs.errors import UserError
 
 SHARED = "/shared"
 """where a claimed volume is mounted"""
@@ -100,7 +99,7 @@ def resource_name(run: str) -> str:
 
 def workers_per_pod(spec: JobSpec, options: KubeRay) -> int:
     """Training workers in one pod: all that a node's GPUs serve, spread evenly over the pods; one without GPUs."""
-    workers = maximum_workers(spec.cluster)
+    workers = spec.cluster.max_workers
     if spec.cluster.placement == "STRICT_SPREAD":
         return 1
     if spec.cluster.placement == "STRICT_PACK":
@@ -209,7 +208,7 @@ def _head(spec: JobSpec, options: KubeRay, name: str, scales: bool) -> dict[str,
 def _worker_groups(spec: JobSpec, options: KubeRay, name: str, scales: bool) -> list[dict[str, Any]]:
     cluster = spec.cluster
     each = workers_per_pod(spec, options)
-    low, high = math.ceil(minimum_workers(cluster) / each), math.ceil(maximum_workers(cluster) / each)
+    low, high = math.ceil(cluster.min_workers / each), math.ceil(cluster.max_workers / each)
     cpus = math.ceil(each * cluster.cpus_per_worker) + 1  # one for the tasks that prepare and merge
     resources = {"cpu": str(cpus), "memory": f"{each * options.memory_per_worker_gib}Gi"}
     if cluster.gpus_per_worker:

@@ -13,9 +13,9 @@ from collections.abc import Iterator
 from typing import Any
 
 from refinedet.pipeline.cluster.capacity import Node, check_capacity, nodes_of
-from refinedet.pipeline.cluster.logs import restore_loggers
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Cluster
+from refinedet.pipeline.config.spec import Cluster
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.logs import restore_loggers
 
 logger = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import yaml
 from refinedet.pipeline.cluster.entrypoint import PYTHON_VARIABLE
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import JobSpec
-from refinedet.pipeline.spec_files import dump_spec, parse_spec
+from refinedet.pipeline.config.files import dump_spec, parse_spec
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.runs.errors import UserError
 
 SPEC_FILE = "job.yaml"
 # exec: the stop signal reaches Python, not a shell.
@@ -59,7 +59,7 @@ def described_spec(metadata: dict[str, str]) -> JobSpec | None:
 
 def refuse_secrets(spec: JobSpec) -> None:
     """UserError where the spec holds one: it is kept in the run, in checkpoints and in MLflow."""
-    from refinedet.pipeline.tracking import redact
+    from refinedet.pipeline.runs.redaction import redact
 
     plain = spec.model_dump(mode="json")
     hidden = redact(plain)

@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
-from refinedet.pipeline import storage
-from refinedet.pipeline.cluster.faults import Fault, with_faults
-from refinedet.pipeline.cluster.logs import log_folder, log_to_file, restore_loggers
 from refinedet.pipeline.cluster.monitor import MonitorClient
-from refinedet.pipeline.cluster.run import Run
-from refinedet.pipeline.deferred_compiler import defer_compiler
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec_files import parse_spec
+from refinedet.pipeline.config.files import parse_spec
+from refinedet.pipeline.drills.faults import Fault, with_faults
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
+from refinedet.pipeline.runs.run import Run
 
 if TYPE_CHECKING:
     import torch
-    from refinedet.pipeline.data import ShardSet
-    from refinedet.pipeline.training import PreflightReport, World
+    from refinedet.pipeline.data.index import ShardSet
+    from refinedet.pipeline.training.preflight import PreflightReport
+    from refinedet.pipeline.training.world import World
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -45,8 +45,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
             "pid": os.getpid(),
         },
     )
-    defer_compiler()
-    from refinedet.pipeline.training import NonFiniteError
+    from refinedet.pipeline.training.finite import NonFiniteError
 
     try:
         return _train(run, monitor, config)
@@ -58,17 +57,15 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 def _train(run: Run, monitor: MonitorClient, config: dict[str, Any]) -> dict[str, Any]:
     import torch
     from refinedet.model import RefineDet, detection_loss
-    from refinedet.pipeline.data import Cursor, TrainingStream
-    from refinedet.pipeline.training import (
-        BatchPlan,
-        Event,
-        StallVerdict,
-        exit_process,
-        find_checkpoint,
-        open_world,
-        train,
-    )
+    from refinedet.pipeline.config.batches import BatchPlan
+    from refinedet.pipeline.data.samples import Cursor
+    from refinedet.pipeline.data.stream import TrainingStream
+    from refinedet.pipeline.training.checkpoint import find_checkpoint
     from refinedet.pipeline.training.initial_weights import load_initial_weights
+    from refinedet.pipeline.training.loop import train
+    from refinedet.pipeline.training.records import Event
+    from refinedet.pipeline.training.watchdog import StallVerdict, exit_process
+    from refinedet.pipeline.training.world import open_world
 
     restore_loggers()
     spec = run.spec
@@ -145,8 +142,10 @@ def _raise_faults(preflight: PreflightReport, *, again: bool) -> None:
 
 
 def _validation(run: Run, world: World) -> Callable[[torch.nn.Module, int], dict[str, float]]:
-    from refinedet.pipeline.data import open_shards
-    from refinedet.pipeline.evaluation import GroundTruth, usual_rule, validate
+    from refinedet.pipeline.data.index import open_shards
+    from refinedet.pipeline.evaluation.measures import usual_rule
+    from refinedet.pipeline.evaluation.truth import GroundTruth
+    from refinedet.pipeline.evaluation.validation import validate
 
     part = run.spec.training.validate_on
     shards = open_shards(storage.join(run.shards, part))
@@ -173,14 +172,14 @@ def _validation(run: Run, world: World) -> Callable[[torch.nn.Module, int], dict
 
 def _open_shards(run: Run) -> ShardSet | None:
     """The training shards; None where they are not written yet, as before a first launch."""
-    from refinedet.pipeline.data import open_shards
+    from refinedet.pipeline.data.index import open_shards
 
     url = storage.join(run.shards, "train")
     return open_shards(url) if storage.exists(storage.join(url, "index.json")) else None
 
 
 def _check(run: Run, world: World, shards: ShardSet | None, estimate_memory: bool) -> PreflightReport:
-    from refinedet.pipeline.training import check_workers
+    from refinedet.pipeline.training.preflight import check_workers
 
     memory_bytes = None
     if estimate_memory:
@@ -191,8 +190,9 @@ def _check(run: Run, world: World, shards: ShardSet | None, estimate_memory: boo
 def _memory_estimate(run: Run, world: World) -> float:
     """Bytes that a worker needs on its device, as `refinedet plan` calculates them."""
     from refinedet.model.cost import count_cost
-    from refinedet.pipeline.cluster.plan import DEVICES, estimate
-    from refinedet.pipeline.training import plan_batches, resolve_precision
+    from refinedet.pipeline.config.batches import plan_batches
+    from refinedet.pipeline.planning.plan import DEVICES, estimate
+    from refinedet.pipeline.training.engine import resolve_precision
 
     spec = run.spec
     batch = plan_batches(spec.training, world.size)

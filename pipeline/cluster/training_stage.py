@@ -14,16 +14,16 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import ray.train
-from refinedet.pipeline import storage
-from refinedet.pipeline.cluster.capacity import maximum_workers, minimum_workers
-from refinedet.pipeline.cluster.faults import read_faults
 from refinedet.pipeline.cluster.lean_trainer import LeanTrainer
 from refinedet.pipeline.cluster.monitor import Monitor
 from refinedet.pipeline.cluster.placement import Placement, worker_resources
-from refinedet.pipeline.cluster.run import Run
 from refinedet.pipeline.cluster.train_worker import train_worker
-from refinedet.pipeline.errors import JobError, StoppedError, UserError
-from refinedet.pipeline.training import Event, possible_world_sizes
+from refinedet.pipeline.config.batches import possible_world_sizes
+from refinedet.pipeline.drills.faults import read_faults
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
+from refinedet.pipeline.runs.run import Run
+from refinedet.pipeline.training.records import Event
 
 _POLL_S = 0.3
 Reason = Literal["stop", "preempted", "resized"]
@@ -83,7 +83,7 @@ class _TrainingJob:
         self.stop_requested = stop_requested
         self.preflight_only = preflight_only
         cluster = run.spec.cluster
-        self.sizes = possible_world_sizes(run.spec.training, minimum_workers(cluster), maximum_workers(cluster))
+        self.sizes = possible_world_sizes(run.spec.training, cluster.min_workers, cluster.max_workers)
         self.placement = Placement(run.spec.cluster)
         self.fatal: list[tuple[bool, str]] = []
         self.attempts = self.failures = 0

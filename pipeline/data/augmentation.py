@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
+from refinedet.pipeline.config.spec import Augmentation
 from refinedet.pipeline.data.resampling import Border, resize_bordered
-from refinedet.pipeline.spec import Augmentation
 
 MEAN_RGB = (123, 117, 104)
 MIN_IOUS = (0.1, 0.3, 0.5, 0.7, 0.9, 0.0)

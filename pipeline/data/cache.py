@@ -20,9 +20,9 @@ from dataclasses import dataclass
 from queue import SimpleQueue
 from typing import IO, Any, TypeVar
 
-from refinedet.pipeline import storage
 from refinedet.pipeline.data.index import ShardSet
-from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 
 logger = logging.getLogger(__name__)
 

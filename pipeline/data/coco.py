@@ -14,12 +14,12 @@ from collections import defaultdict
 from functools import partial
 from typing import Any
 
-from refinedet.pipeline import storage
+from refinedet.pipeline.config.spec import Data, Split
 from refinedet.pipeline.data.faults import FaultLog
 from refinedet.pipeline.data.records import Annotation, Record, Source, as_number, fault_of_box, whole_number
 from refinedet.pipeline.data.samples import BadSample, Category
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Data, Split
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -6,7 +6,7 @@ import logging
 import threading
 
 from refinedet.pipeline.data.samples import BadSample
-from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.runs.errors import UserError
 
 logger = logging.getLogger(__name__)
 

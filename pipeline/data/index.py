@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-from refinedet.pipeline import storage
 from refinedet.pipeline.data.samples import Category
-from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 
 FORMAT_VERSION = 1
 INDEX = "index.json"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from refinedet.pipeline import storage
+from refinedet.pipeline.config.spec import Augmentation
 from refinedet.pipeline.data.augmentation import augment
 from refinedet.pipeline.data.cache import retry
 from refinedet.pipeline.data.images import decode_image, resize_image
@@ -21,7 +21,7 @@ from refinedet.pipeline.data.randomness import keyed_generator
 from refinedet.pipeline.data.reading import SampleReader
 from refinedet.pipeline.data.records import fault_of_box
 from refinedet.pipeline.data.samples import BadSample, Sample
-from refinedet.pipeline.spec import Augmentation
+from refinedet.pipeline.runs import storage
 
 _CAPTION = 18  # pixels
 

@@ -11,7 +11,6 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
-from refinedet.pipeline import storage
 from refinedet.pipeline.data.augmentation import MEAN_RGB
 from refinedet.pipeline.data.cache import ShardCache, read_range
 from refinedet.pipeline.data.faults import FaultLog
@@ -19,7 +18,8 @@ from refinedet.pipeline.data.images import decode_image
 from refinedet.pipeline.data.index import SampleEntry, ShardSet
 from refinedet.pipeline.data.records import fault_of_box
 from refinedet.pipeline.data.samples import BadSample, Sample
-from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
 _IMAGE_EXTENSIONS = ("jpg", "png")

@@ -13,11 +13,11 @@ from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
+from refinedet.pipeline.config.spec import Data, Split
 from refinedet.pipeline.data.faults import FaultLog
 from refinedet.pipeline.data.randomness import keyed_generator
 from refinedet.pipeline.data.records import Annotation, Record, Source
 from refinedet.pipeline.data.samples import Category
-from refinedet.pipeline.spec import Data, Split
 
 
 class Shape(NamedTuple):

@@ -18,7 +18,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict
 from typing import Any
 
-from refinedet.pipeline import storage
+from refinedet.pipeline.config.spec import Data, Split
 from refinedet.pipeline.data.coco import read_coco
 from refinedet.pipeline.data.faults import FaultLog
 from refinedet.pipeline.data.images import read_header
@@ -27,8 +27,8 @@ from refinedet.pipeline.data.records import Record, Source
 from refinedet.pipeline.data.samples import BadSample
 from refinedet.pipeline.data.shapes import read_shapes
 from refinedet.pipeline.data.voc import list_path, read_voc
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Data, Split
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 from webdataset.writer import TarWriter
 
 logger = logging.getLogger(__name__)

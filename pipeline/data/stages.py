@@ -14,6 +14,7 @@ import cv2
 import numpy as np
 import torch
 from refinedet.model.structures import Targets
+from refinedet.pipeline.config.spec import Augmentation
 from refinedet.pipeline.data.augmentation import augment
 from refinedet.pipeline.data.cache import ShardCache, prefetch
 from refinedet.pipeline.data.images import resize_image, stack_images
@@ -22,7 +23,6 @@ from refinedet.pipeline.data.order import EpochOrder, share_of_rank
 from refinedet.pipeline.data.randomness import keyed_generator
 from refinedet.pipeline.data.reading import SampleReader
 from refinedet.pipeline.data.samples import BadSample, Batch, Cursor, Sample
-from refinedet.pipeline.spec import Augmentation
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 

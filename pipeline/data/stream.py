@@ -10,13 +10,13 @@ from functools import partial
 from multiprocessing.context import BaseContext
 
 import torch
+from refinedet.pipeline.config.spec import Augmentation
 from refinedet.pipeline.data.cache import node_cache
 from refinedet.pipeline.data.faults import FaultLog
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.samples import BadSample, Batch, Cursor
 from refinedet.pipeline.data.stages import Augmenter, Packed, Plan, Schedule, collate, copy_ahead, read_samples, unpack
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Augmentation
+from refinedet.pipeline.runs.errors import UserError
 from webdataset.compat import WebLoader
 from webdataset.filters import map as map_samples
 from webdataset.pipeline import DataPipeline

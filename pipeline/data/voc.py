@@ -10,12 +10,12 @@ import os
 from functools import partial
 from xml.etree import ElementTree
 
-from refinedet.pipeline import storage
+from refinedet.pipeline.config.spec import Data, Split
 from refinedet.pipeline.data.faults import FaultLog
 from refinedet.pipeline.data.records import Annotation, Record, Source, fault_of_box
 from refinedet.pipeline.data.samples import BadSample, Category
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Data, Split
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 
 VOC_CLASSES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",

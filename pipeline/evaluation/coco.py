@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from refinedet.pipeline.evaluation.detections import DetectionTable
 from refinedet.pipeline.evaluation.matching import (
     AREA_RANGES,
     IOU_THRESHOLDS,
@@ -26,6 +25,7 @@ from refinedet.pipeline.evaluation.matching import (
     match,
 )
 from refinedet.pipeline.evaluation.truth import GroundTruth
+from refinedet.pipeline.inference.detections import DetectionTable
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 _DETECTIONS_A_THREAD = 50_000

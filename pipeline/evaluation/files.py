@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.evaluation.detections import DetectionTable
 from refinedet.pipeline.evaluation.measures import Metrics, check_rule, evaluate_by_rule
 from refinedet.pipeline.evaluation.truth import GroundTruth, read_json_file
+from refinedet.pipeline.inference.detections import DetectionTable
+from refinedet.pipeline.runs.errors import UserError
 
 
 def evaluate_files(detections: str, annotations: str, *, rule: str = "coco") -> Metrics:

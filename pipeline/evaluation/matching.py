@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 import numpy as np
 from pycocotools.cocoeval import Params
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.evaluation.detections import DetectionTable
 from refinedet.pipeline.evaluation.truth import GroundTruth
+from refinedet.pipeline.inference.detections import DetectionTable
+from refinedet.pipeline.runs.errors import UserError
 
 _PARAMS = Params("bbox")
 IOU_THRESHOLDS: np.ndarray = _PARAMS.iouThrs  # 0.50, 0.55 .. 0.95

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from refinedet.pipeline import storage
-from refinedet.pipeline.evaluation.detections import DetectionTable
+from refinedet.pipeline.inference.detections import DetectionTable
+from refinedet.pipeline.runs import storage
 
 logger = logging.getLogger(__name__)
 

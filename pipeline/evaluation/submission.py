@@ -10,9 +10,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from refinedet.pipeline import storage
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.evaluation.detections import DetectionTable
+from refinedet.pipeline.inference.detections import DetectionTable
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 
 ROW_SCHEMA: dict[str, Any] = {
     "type": "array",

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from refinedet.pipeline import storage
 from refinedet.pipeline.data.records import whole_number
-from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,15 @@ from typing import Any
 
 import torch
 from refinedet.model import RefineDet
-from refinedet.pipeline.data import EvaluationSamples, ShardSet
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.evaluation.detect import detect_samples
+from refinedet.pipeline.config.spec import Evaluation
+from refinedet.pipeline.data.index import ShardSet
+from refinedet.pipeline.data.reading import EvaluationSamples
 from refinedet.pipeline.evaluation.matching import Matches
 from refinedet.pipeline.evaluation.measures import Metrics, Rule, accumulate_by_rule, match_by_rule
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.evaluation.voc import VocMatches
-from refinedet.pipeline.spec import Evaluation
+from refinedet.pipeline.inference.detect import detect_samples
+from refinedet.pipeline.runs.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-from refinedet.pipeline import storage
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.evaluation.detections import DetectionTable
 from refinedet.pipeline.evaluation.matching import RECALLS, check_images_once, check_known
 from refinedet.pipeline.evaluation.truth import GroundTruth
+from refinedet.pipeline.inference.detections import DetectionTable
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 
 VocRule = Literal["voc2007", "voc2012"]
 MIN_IOU = 0.5

@@ -17,7 +17,7 @@ from typing import Any
 
 import refinedet.model as detector_package
 from refinedet.model.config import RefineDetConfig
-from refinedet.pipeline import storage
+from refinedet.pipeline.runs import storage
 from refinedet.pipeline.tracking import stores
 
 stores.configure_mlflow()

@@ -14,13 +14,13 @@ from collections.abc import Iterable, Mapping
 from types import TracebackType
 from typing import Any, Literal
 
-from refinedet.pipeline import storage
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Tracking
+from refinedet.pipeline.config.spec import Tracking
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.redaction import parameters, redact_text
 from refinedet.pipeline.tracking import stores
 from refinedet.pipeline.tracking.guardian import Guardian
 from refinedet.pipeline.tracking.outbox import Outbox, Point
-from refinedet.pipeline.tracking.redaction import parameters, redact_text
 
 stores.configure_mlflow()
 

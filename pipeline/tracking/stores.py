@@ -9,10 +9,10 @@ import logging
 import os
 import sqlite3
 
-from refinedet.pipeline import storage
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Tracking
-from refinedet.pipeline.tracking.redaction import redact_text
+from refinedet.pipeline.config.spec import Tracking
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.redaction import redact_text
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from enum import IntEnum
 from typing import Any
 
 import safetensors.torch
-from refinedet.pipeline import storage
-from refinedet.pipeline.storage import FileDigest
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.storage import FileDigest
 from refinedet.pipeline.training.records import Event
 from refinedet.pipeline.training.world import World
 from torch import Tensor

@@ -15,8 +15,8 @@ from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
-from refinedet.pipeline.spec import Training
-from refinedet.pipeline.training.batches import BatchPlan
+from refinedet.pipeline.config.batches import BatchPlan
+from refinedet.pipeline.config.spec import Training
 from refinedet.pipeline.training.optimizers import group_parameters, make_optimizer
 from refinedet.pipeline.training.world import World
 from torch import Tensor, nn

@@ -12,7 +12,7 @@ import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-from refinedet.pipeline import storage
+from refinedet.pipeline.runs import storage
 from refinedet.pipeline.training.records import StepTimes
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from typing import Any
 import safetensors.torch
 import torch
 from refinedet.model import LoadReport, RefineDet, load_weights
-from refinedet.pipeline import storage
-from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 from safetensors import SafetensorError
 from torch import Tensor
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 import safetensors.torch
 import torch
-from refinedet.pipeline import storage
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Training
-from refinedet.pipeline.training.batches import BatchPlan, plan_batches
+from refinedet.pipeline.config.batches import BatchPlan, plan_batches
+from refinedet.pipeline.config.schedule import Schedule, make_schedule
+from refinedet.pipeline.config.spec import Training
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.training.checkpoint import CheckpointWriter, best_checkpoint
 from refinedet.pipeline.training.clock import StepClock
 from refinedet.pipeline.training.ema import AveragedWeights
@@ -24,7 +25,6 @@ from refinedet.pipeline.training.finite import MicroBatch, NonFiniteError, expla
 from refinedet.pipeline.training.goodput import Ledger
 from refinedet.pipeline.training.records import Event, StepRecord, StepTimes, TrainResult
 from refinedet.pipeline.training.resume import check_same_data, choose_checkpoint, manifest_facts, start_cursor
-from refinedet.pipeline.training.schedule import Schedule, make_schedule
 from refinedet.pipeline.training.state import StateReader, capture_state, seed_everything
 from refinedet.pipeline.training.stragglers import StragglerWatch
 from refinedet.pipeline.training.watchdog import StallVerdict, Watchdog, exit_process
@@ -32,7 +32,8 @@ from refinedet.pipeline.training.world import World
 from torch import nn
 
 if TYPE_CHECKING:
-    from refinedet.pipeline.data import Batch, Cursor, TrainingStream
+    from refinedet.pipeline.data.samples import Batch, Cursor
+    from refinedet.pipeline.data.stream import TrainingStream
 
 WEIGHTS = "weights.safetensors"
 

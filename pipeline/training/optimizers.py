@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Training
+from refinedet.pipeline.config.spec import Training
+from refinedet.pipeline.runs.errors import UserError
 from torch import nn
 
 

@@ -23,12 +23,12 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
-from refinedet.pipeline import storage
-from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.training.world import World
 
 if TYPE_CHECKING:
-    from refinedet.pipeline.data import ShardSet
+    from refinedet.pipeline.data.index import ShardSet
 
 _PACKAGES = ("torch", "torchvision", "timm", "deepspeed", "webdataset", "ray")
 _SAMPLED_SHARDS = 2

@@ -6,16 +6,16 @@ import time
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.training.batches import BatchPlan
+from refinedet.pipeline.config.batches import BatchPlan
+from refinedet.pipeline.config.schedule import Schedule
+from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.training.checkpoint import Checkpoint, find_checkpoint, set_aside
 from refinedet.pipeline.training.engine import Engine
 from refinedet.pipeline.training.records import Event
-from refinedet.pipeline.training.schedule import Schedule
 from refinedet.pipeline.training.world import World
 
 if TYPE_CHECKING:
-    from refinedet.pipeline.data import Cursor
+    from refinedet.pipeline.data.samples import Cursor
 
 
 def choose_checkpoint(run_dir: str, world: World, on_event: Callable[[Event], None]) -> Checkpoint | None:
@@ -29,7 +29,7 @@ def choose_checkpoint(run_dir: str, world: World, on_event: Callable[[Event], No
 
 
 def start_cursor(checkpoint: Checkpoint | None) -> Cursor:
-    from refinedet.pipeline.data import Cursor
+    from refinedet.pipeline.data.samples import Cursor
 
     return Cursor(checkpoint.manifest["epoch"], checkpoint.manifest["batch"]) if checkpoint else Cursor()
 

@@ -14,7 +14,7 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-from refinedet.pipeline import storage
+from refinedet.pipeline.runs import storage
 from refinedet.pipeline.training.checkpoint import Checkpoint
 from refinedet.pipeline.training.engine import Engine
 from refinedet.pipeline.training.world import World

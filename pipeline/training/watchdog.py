@@ -19,7 +19,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import FrameType
 
-from refinedet.pipeline import storage
+from refinedet.pipeline.runs import storage
 from refinedet.pipeline.training.clock import StepClock
 from refinedet.pipeline.training.world import World
 

@@ -32,10 +32,10 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "evaluation")]
 
 from random_truth import random_truth  # noqa: E402
 from refinedet.pipeline.evaluation.coco import accumulate, evaluate_coco  # noqa: E402
-from refinedet.pipeline.evaluation.detections import DetectionTable  # noqa: E402
 from refinedet.pipeline.evaluation.judge import judge_by_faster_coco_eval, judge_by_pycocotools  # noqa: E402
 from refinedet.pipeline.evaluation.matching import match  # noqa: E402
 from refinedet.pipeline.evaluation.truth import GroundTruth  # noqa: E402
+from refinedet.pipeline.inference.detections import DetectionTable  # noqa: E402
 
 
 def measure(run: Callable[[], Any], repeats: int) -> tuple[list[float], Any]:

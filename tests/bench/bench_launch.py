@@ -71,7 +71,7 @@ def recorded(run: Path) -> list[dict[str, Any]]:
 def launch(spec: Path, run: Path) -> dict[str, float]:
     """Wall time of `refinedet launch`, and of the steps in it."""
     began = time.time()
-    command = [sys.executable, "-m", "refinedet.pipeline.cli", "launch", str(spec), "--stages", "prepare,train"]
+    command = [sys.executable, "-m", "refinedet.pipeline.cli.main", "launch", str(spec), "--stages", "prepare,train"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
     took = time.time() - began
     assert done.returncode == 0, done.stdout + done.stderr
@@ -115,9 +115,14 @@ def run_bare(spec_file: str, shards_folder: str, output: str) -> None:
 
     import torch
     from refinedet.model import RefineDet, detection_loss
-    from refinedet.pipeline.data import Cursor, TrainingStream, open_shards
-    from refinedet.pipeline.spec_files import load_spec
-    from refinedet.pipeline.training import BatchPlan, StepRecord, open_world, train
+    from refinedet.pipeline.config.batches import BatchPlan
+    from refinedet.pipeline.config.files import load_spec
+    from refinedet.pipeline.data.index import open_shards
+    from refinedet.pipeline.data.samples import Cursor
+    from refinedet.pipeline.data.stream import TrainingStream
+    from refinedet.pipeline.training.loop import train
+    from refinedet.pipeline.training.records import StepRecord
+    from refinedet.pipeline.training.world import open_world
 
     spec = load_spec(spec_file)
     shards = open_shards(shards_folder)

@@ -27,9 +27,12 @@ from typing import Any
 
 import torch
 from refinedet.model import RefineDet, RefineDetConfig, Targets, detection_loss
-from refinedet.pipeline.data import Batch, Cursor
-from refinedet.pipeline.spec import Training
-from refinedet.pipeline.training import BatchPlan, StepRecord, World, open_world, train
+from refinedet.pipeline.config.batches import BatchPlan
+from refinedet.pipeline.config.spec import Training
+from refinedet.pipeline.data.samples import Batch, Cursor
+from refinedet.pipeline.training.loop import train
+from refinedet.pipeline.training.records import StepRecord
+from refinedet.pipeline.training.world import World, open_world
 
 WARMUP = 5
 BLOCK = 4

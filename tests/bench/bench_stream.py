@@ -32,15 +32,17 @@ import cv2  # noqa: E402
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import webdataset as wds  # noqa: E402
-from refinedet.pipeline import storage  # noqa: E402
-from refinedet.pipeline.data import Cursor, ShardSet, TrainingStream, open_shards, prepare_shards  # noqa: E402
+from refinedet.pipeline.config.spec import Augmentation, Data, Split  # noqa: E402
 from refinedet.pipeline.data.augmentation import MEAN_RGB, augment  # noqa: E402
 from refinedet.pipeline.data.images import stack_images  # noqa: E402
-from refinedet.pipeline.data.index import FORMAT_VERSION, contents_name  # noqa: E402
+from refinedet.pipeline.data.index import FORMAT_VERSION, ShardSet, contents_name, open_shards  # noqa: E402
 from refinedet.pipeline.data.order import EpochOrder  # noqa: E402
 from refinedet.pipeline.data.randomness import keyed_generator  # noqa: E402
 from refinedet.pipeline.data.reading import decode_sample  # noqa: E402
-from refinedet.pipeline.spec import Augmentation, Data, Split  # noqa: E402
+from refinedet.pipeline.data.samples import Cursor  # noqa: E402
+from refinedet.pipeline.data.shards import prepare_shards  # noqa: E402
+from refinedet.pipeline.data.stream import TrainingStream  # noqa: E402
+from refinedet.pipeline.runs import storage  # noqa: E402
 
 BATCH = 8
 TURNS = 8
@@ -188,8 +190,8 @@ def write_large_index(folder: Path, cursors: list[Cursor], seed: int, batch: int
 
 LARGE_INDEX = """
 import json, os, sys, time
-from refinedet.pipeline.data import open_shards
-from refinedet.pipeline.data.order import EpochOrder
+from refinedet.pipeline.data.index import open_shards  # noqa: E402
+from refinedet.pipeline.data.order import EpochOrder  # noqa: E402
 
 def resident_mb():
     with open("/proc/self/statm") as file:

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from refinedet.pipeline.cluster.capacity import AUTOSCALING, Node, check_capacity, gpus_of
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Cluster
+from refinedet.pipeline.config.spec import Cluster
+from refinedet.pipeline.runs.errors import UserError
 
 
 def node(cpus: float, gpus: float = 0, **labels: str) -> Node:

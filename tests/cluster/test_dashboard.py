@@ -22,8 +22,8 @@ from refinedet.pipeline.cluster.dashboard import CERTIFICATES, HEADERS
 from refinedet.pipeline.cluster.entrypoint import PYTHON_VARIABLE
 from refinedet.pipeline.cluster.jobs import JobsClient
 from refinedet.pipeline.cluster.session import ray_session
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Cluster
+from refinedet.pipeline.config.spec import Cluster
+from refinedet.pipeline.runs.errors import UserError
 
 NODES = [{"state": "ALIVE", "resources_total": {"CPU": 2.0}, "labels": {}}, {"state": "DEAD", "resources_total": {}}]
 

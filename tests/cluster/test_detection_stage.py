@@ -15,10 +15,10 @@ from refinedet.pipeline.cluster import detection_stage
 from refinedet.pipeline.cluster.detection_job import DetectionJob
 from refinedet.pipeline.cluster.detection_pool import DetectionPool
 from refinedet.pipeline.cluster.detection_stage import _work_through
-from refinedet.pipeline.cluster.run import Run
-from refinedet.pipeline.errors import JobError
-from refinedet.pipeline.evaluation import split_into_pieces
-from refinedet.pipeline.spec import JobSpec
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.evaluation.pieces import split_into_pieces
+from refinedet.pipeline.runs.errors import JobError
+from refinedet.pipeline.runs.run import Run
 
 
 class PlayedRay:

@@ -20,21 +20,26 @@ import pytest
 import torch
 from jsonschema import validate
 from refinedet.model import RefineDet
-from refinedet.pipeline import storage
-from refinedet.pipeline.cli import app
+from refinedet.pipeline.cli.main import app
 from refinedet.pipeline.cluster.detection_job import DetectionJob, make_detection_job, write_results
-from refinedet.pipeline.cluster.drills import SPEC
 from refinedet.pipeline.cluster.evaluate import evaluate_run
-from refinedet.pipeline.cluster.predict import predict_images
-from refinedet.pipeline.cluster.run import Run
 from refinedet.pipeline.cluster.session import ray_session
-from refinedet.pipeline.data import open_shards, prepare_shards, write_coco_annotations
+from refinedet.pipeline.config.files import dump_spec, parse_spec
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.data.index import open_shards
+from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.data.shapes import write_shapes
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.evaluation import MERGE_RULES, DetectionTable, evaluate_coco, evaluate_voc
+from refinedet.pipeline.data.shards import prepare_shards
+from refinedet.pipeline.drills.bench import SPEC
+from refinedet.pipeline.evaluation.coco import evaluate_coco
 from refinedet.pipeline.evaluation.submission import ROW_SCHEMA
-from refinedet.pipeline.spec import JobSpec
-from refinedet.pipeline.spec_files import dump_spec, parse_spec
+from refinedet.pipeline.evaluation.voc import evaluate_voc
+from refinedet.pipeline.inference.detections import DetectionTable
+from refinedet.pipeline.inference.predict import predict_images
+from refinedet.pipeline.inference.recipes import MERGE_RULES
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.run import Run
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 

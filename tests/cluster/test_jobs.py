@@ -15,9 +15,9 @@ from refinedet.pipeline.cluster import jobs
 from refinedet.pipeline.cluster.capacity import Node
 from refinedet.pipeline.cluster.jobs import JobsClient
 from refinedet.pipeline.cluster.submission import check_spec, stage_code
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import JobSpec
-from refinedet.pipeline.spec_files import parse_spec
+from refinedet.pipeline.config.files import parse_spec
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.runs.errors import UserError
 
 
 def make_spec(**changes) -> JobSpec:

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from refinedet.pipeline.cluster.dashboard import HEADERS
 from refinedet.pipeline.cluster.jobs import JobsClient
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import JobSpec
-from refinedet.pipeline.spec_files import dump_spec
+from refinedet.pipeline.config.files import dump_spec
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.runs.errors import UserError
 
 from tests.cluster.hosts import RayCluster, one_host
 

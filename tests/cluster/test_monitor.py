@@ -8,8 +8,8 @@ import pytest
 from refinedet.pipeline.cluster import monitor as module
 from refinedet.pipeline.cluster.monitor import Monitor, MonitorClient
 from refinedet.pipeline.cluster.session import ray_session
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Cluster
+from refinedet.pipeline.config.spec import Cluster
+from refinedet.pipeline.runs.errors import UserError
 
 
 @pytest.fixture(scope="module", autouse=True)

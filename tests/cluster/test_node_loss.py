@@ -13,8 +13,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from refinedet.pipeline.cluster.drills import SPEC
-from refinedet.pipeline.cluster.faults import FAULT_VARIABLE
+from refinedet.pipeline.drills.bench import SPEC
+from refinedet.pipeline.drills.faults import FAULT_VARIABLE
 
 from tests.cluster.hosts import RayCluster, reason_against_two_hosts, two_hosts
 
@@ -45,7 +45,7 @@ class Job:
         (folder / "job.yaml").write_text(yaml.safe_dump(spec))
         self.run = folder / "runs" / "job"
         self.output = folder / "job.out"
-        command = [sys.executable, "-m", "refinedet.pipeline.cli", "launch", str(folder / "job.yaml")]
+        command = [sys.executable, "-m", "refinedet.pipeline.cli.main", "launch", str(folder / "job.yaml")]
         command += ["--stages", "prepare,train", "--address", cluster.gcs]
         with open(self.output, "wb") as file:
             self.process = subprocess.Popen(

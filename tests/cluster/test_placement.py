@@ -39,8 +39,8 @@ for name, zone in json.loads(sys.argv[1]).items():
 from refinedet.pipeline.cluster import placement, preparation_stage
 from refinedet.pipeline.cluster.capacity import check_capacity, nodes_of
 from refinedet.pipeline.cluster.session import NAMESPACE
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Cluster
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.config.spec import Cluster
 
 ray.init(address=nodes.address, namespace=NAMESPACE, log_to_driver=False)
 names = {node["NodeID"]: node["NodeName"] for node in ray.nodes()}

@@ -7,9 +7,9 @@ import logging
 from pathlib import Path
 
 import pytest
-from refinedet.pipeline import storage
 from refinedet.pipeline.cluster import recorder
 from refinedet.pipeline.cluster.recorder import LinesLog
+from refinedet.pipeline.runs import storage
 
 
 def read(text: str) -> list[int]:

@@ -11,10 +11,10 @@ import pytest
 from refinedet.pipeline.cluster import training_stage
 from refinedet.pipeline.cluster.monitor import Monitor
 from refinedet.pipeline.cluster.placement import NODE_LABEL, Placement
-from refinedet.pipeline.cluster.run import Run
 from refinedet.pipeline.cluster.training_stage import _Attempt, _TrainingJob
-from refinedet.pipeline.errors import JobError, StoppedError, UserError
-from refinedet.pipeline.spec import Cluster, JobSpec
+from refinedet.pipeline.config.spec import Cluster, JobSpec
+from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
+from refinedet.pipeline.runs.run import Run
 
 DIED = {"error": RuntimeError("worker died\n  of old age")}
 FINISHED = {"result": {"status": "finished", "step": 40}}

@@ -10,8 +10,9 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
-from refinedet.pipeline.data import ShardSet, prepare_shards
-from refinedet.pipeline.spec import Data, Split
+from refinedet.pipeline.config.spec import Data, Split
+from refinedet.pipeline.data.index import ShardSet
+from refinedet.pipeline.data.shards import prepare_shards
 
 NUM_SHAPES = 200
 

@@ -10,8 +10,9 @@ import multiprocessing
 import sys
 import time
 
-from refinedet.pipeline.data import TrainingStream, open_shards
-from refinedet.pipeline.spec import Augmentation
+from refinedet.pipeline.config.spec import Augmentation
+from refinedet.pipeline.data.index import open_shards
+from refinedet.pipeline.data.stream import TrainingStream
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+from refinedet.pipeline.config.spec import Augmentation
 from refinedet.pipeline.data.augmentation import (
     INTERPOLATIONS,
     MEAN_RGB,
@@ -19,7 +20,6 @@ from refinedet.pipeline.data.augmentation import (
     project_boxes,
 )
 from refinedet.pipeline.data.randomness import keyed_generator
-from refinedet.pipeline.spec import Augmentation
 
 HEIGHT, WIDTH, SIZE = 150, 210, 256
 PLAIN = Augmentation(distort=False, expand=False, crop=False, mirror=False, random_interpolation=False)

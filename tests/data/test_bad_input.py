@@ -10,17 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from refinedet.pipeline.data import (
-    EvaluationSamples,
-    ShardSet,
-    check_same_categories,
-    check_shards,
-    prepare_shards,
-    write_coco_annotations,
-)
-from refinedet.pipeline.data.reading import expand_tar
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Data
+from refinedet.pipeline.config.spec import Data
+from refinedet.pipeline.data.index import ShardSet, check_same_categories
+from refinedet.pipeline.data.inspection import check_shards
+from refinedet.pipeline.data.reading import EvaluationSamples, expand_tar, write_coco_annotations
+from refinedet.pipeline.data.shards import prepare_shards
+from refinedet.pipeline.runs.errors import UserError
 
 Write = Callable[..., Data]
 

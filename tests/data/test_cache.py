@@ -11,11 +11,14 @@ from typing import Any
 import fsspec
 import numpy as np
 import pytest
-from refinedet.pipeline.data import Cursor, ShardSet, TrainingStream, cache, open_shards
+from refinedet.pipeline.config.spec import Augmentation
+from refinedet.pipeline.data import cache
 from refinedet.pipeline.data.cache import ShardCache, node_cache, prefetch, retry
+from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.reading import SampleReader
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Augmentation
+from refinedet.pipeline.data.samples import Cursor
+from refinedet.pipeline.data.stream import TrainingStream
+from refinedet.pipeline.runs.errors import UserError
 
 
 @pytest.fixture

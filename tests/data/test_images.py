@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from refinedet.pipeline.data import resize_image, stack_images
-from refinedet.pipeline.data.images import decode_image, read_header
+from refinedet.pipeline.data.images import decode_image, read_header, resize_image, stack_images
 
 
 def picture(mode: str = "RGB", **options: object) -> bytes:

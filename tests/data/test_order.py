@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from refinedet.pipeline.data import Cursor, stages
+from refinedet.pipeline.data import stages
 from refinedet.pipeline.data.order import EpochOrder, share_of_rank
+from refinedet.pipeline.data.samples import Cursor
 from refinedet.pipeline.data.stages import Plan, Schedule, Turn
 
 from tests.data.conftest import make_index

@@ -9,18 +9,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
-from refinedet.pipeline.cli import app
-from refinedet.pipeline.data import (
-    EvaluationSamples,
-    check_shards,
-    prepare_shards,
-    show_samples,
-    write_coco_annotations,
-)
+from refinedet.pipeline.cli.main import app
+from refinedet.pipeline.config.spec import Augmentation, Data, Split
 from refinedet.pipeline.data.images import decode_image
+from refinedet.pipeline.data.inspection import check_shards, show_samples
+from refinedet.pipeline.data.reading import EvaluationSamples, write_coco_annotations
 from refinedet.pipeline.data.shapes import SHAPES, draw_shapes, write_shapes
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Augmentation, Data, Split
+from refinedet.pipeline.data.shards import prepare_shards
+from refinedet.pipeline.runs.errors import UserError
 from typer.testing import CliRunner
 
 OBJECT = (

@@ -15,8 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from refinedet.pipeline.data import ShardSet, TrainingStream, check_shards, prepare_shards
-from refinedet.pipeline.spec import Augmentation, Data, Split
+from refinedet.pipeline.config.spec import Augmentation, Data, Split
+from refinedet.pipeline.data.index import ShardSet
+from refinedet.pipeline.data.inspection import check_shards
+from refinedet.pipeline.data.shards import prepare_shards
+from refinedet.pipeline.data.stream import TrainingStream
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

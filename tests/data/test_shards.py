@@ -13,11 +13,13 @@ from typing import Any
 
 import pytest
 import webdataset
-from refinedet.pipeline import storage
-from refinedet.pipeline.data import check_shards, open_shards, prepare_shards
+from refinedet.pipeline.config.spec import Data, Split
 from refinedet.pipeline.data import shards as shards_module
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Data, Split
+from refinedet.pipeline.data.index import open_shards
+from refinedet.pipeline.data.inspection import check_shards
+from refinedet.pipeline.data.shards import prepare_shards
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 
 Write = Callable[..., Data]
 

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from refinedet.pipeline.data import Batch, Cursor, ShardSet, TrainingStream, open_shards
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Augmentation
+from refinedet.pipeline.config.spec import Augmentation
+from refinedet.pipeline.data.index import ShardSet, open_shards
+from refinedet.pipeline.data.samples import Batch, Cursor
+from refinedet.pipeline.data.stream import TrainingStream
+from refinedet.pipeline.runs.errors import UserError
 
 from tests.data.conftest import NUM_SHAPES
 

@@ -8,11 +8,13 @@ import zipfile
 
 import pytest
 from jsonschema import validate
-from refinedet.pipeline.cli import app
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.evaluation import DetectionTable, evaluate_files, evaluate_voc, write_submission
+from refinedet.pipeline.cli.main import app
+from refinedet.pipeline.evaluation.files import evaluate_files
 from refinedet.pipeline.evaluation.judge import judge_by_pycocotools
-from refinedet.pipeline.evaluation.submission import ROW_SCHEMA
+from refinedet.pipeline.evaluation.submission import ROW_SCHEMA, write_submission
+from refinedet.pipeline.evaluation.voc import evaluate_voc
+from refinedet.pipeline.inference.detections import DetectionTable
+from refinedet.pipeline.runs.errors import UserError
 from typer.testing import CliRunner
 
 from .random_truth import random_truth

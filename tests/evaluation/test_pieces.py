@@ -8,13 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from refinedet.pipeline.evaluation import (
-    DetectionTable,
-    merge_pieces,
-    read_piece,
-    split_into_pieces,
-    write_piece,
-)
+from refinedet.pipeline.evaluation.pieces import merge_pieces, read_piece, split_into_pieces, write_piece
+from refinedet.pipeline.inference.detections import DetectionTable
 
 ROWS = [
     {"image_id": 9, "category_id": 90, "bbox": [0.001, 1.5, 3.25, 4.0], "score": 0.12345678},

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from refinedet.pipeline.data import prepare_shards, write_coco_annotations
+from refinedet.pipeline.config.spec import Data, Split
+from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.data.shapes import write_shapes
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.evaluation import evaluate_coco
+from refinedet.pipeline.data.shards import prepare_shards
+from refinedet.pipeline.evaluation.coco import evaluate_coco
 from refinedet.pipeline.evaluation.judge import judge_by_pycocotools
-from refinedet.pipeline.spec import Data, Split
+from refinedet.pipeline.runs.errors import UserError
 
 
 def write_split(root: Path, name: str, *, seed: int, first_image_id: int) -> Split:

@@ -8,27 +8,22 @@ from typing import Any
 import pytest
 import torch
 from refinedet.model import RefineDet, RefineDetConfig
-from refinedet.pipeline.data import EvaluationSamples, ShardSet, prepare_shards, write_coco_annotations
+from refinedet.pipeline.config.spec import Data, Evaluation, Multiscale, Pass, Split
+from refinedet.pipeline.data.index import ShardSet
+from refinedet.pipeline.data.reading import EvaluationSamples, write_coco_annotations
 from refinedet.pipeline.data.shapes import write_shapes
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.evaluation import (
-    MERGE_RULES,
-    GroundTruth,
-    accumulate,
-    best_first,
-    detect_by_rules,
-    detect_piece,
-    evaluate_by_rule,
-    evaluate_coco,
-    format_comparison,
-    match,
-    merge_pieces,
-    resolve_merge,
-    split_into_pieces,
-    usual_rule,
-    validate,
-)
-from refinedet.pipeline.spec import Data, Evaluation, Multiscale, Pass, Split
+from refinedet.pipeline.data.shards import prepare_shards
+from refinedet.pipeline.evaluation.coco import accumulate, evaluate_coco
+from refinedet.pipeline.evaluation.comparison import best_first, format_comparison
+from refinedet.pipeline.evaluation.matching import match
+from refinedet.pipeline.evaluation.measures import evaluate_by_rule, usual_rule
+from refinedet.pipeline.evaluation.pieces import merge_pieces, split_into_pieces
+from refinedet.pipeline.evaluation.truth import GroundTruth
+from refinedet.pipeline.evaluation.validation import validate
+from refinedet.pipeline.inference.detect import detect_piece
+from refinedet.pipeline.inference.multiscale import detect_by_rules
+from refinedet.pipeline.inference.recipes import MERGE_RULES, resolve_merge
+from refinedet.pipeline.runs.errors import UserError
 
 EVALUATION = Evaluation(batch_size=1)  # results of a convolution may differ in the last bit with the batch's size
 

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.evaluation import evaluate_voc, write_voc_files
+from refinedet.pipeline.evaluation.voc import evaluate_voc, write_voc_files
+from refinedet.pipeline.runs.errors import UserError
 
 from .random_truth import random_truth
 

@@ -7,11 +7,11 @@ from dataclasses import fields
 import jsonschema
 import pytest
 import yaml
-from refinedet.pipeline.cli import app, render
+from refinedet.pipeline.cli.main import app, render
 from refinedet.pipeline.cluster.render import KubeRay, render_kuberay, resource_name, workers_per_pod
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import JobSpec
-from refinedet.pipeline.spec_files import load_spec, parse_spec
+from refinedet.pipeline.config.files import load_spec, parse_spec
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.runs.errors import UserError
 from typer.testing import CliRunner
 
 REMOTE = ("runs=s3://bucket/runs", "data.root=s3://bucket/coco", "data.shards=s3://bucket/shards")

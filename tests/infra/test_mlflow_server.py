@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from refinedet.pipeline.spec import Tracking
-from refinedet.pipeline.tracking import RunTracker
+from refinedet.pipeline.config.spec import Tracking
+from refinedet.pipeline.tracking.runs import RunTracker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 _START_S = 240

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from refinedet.pipeline.spec import Tracking
+from refinedet.pipeline.config.spec import Tracking
 
 
 @pytest.fixture(scope="session", autouse=True)

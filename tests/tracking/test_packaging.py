@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from refinedet.model import RefineDet, RefineDetConfig
-from refinedet.pipeline.spec import Tracking
+from refinedet.pipeline.config.spec import Tracking
 from refinedet.pipeline.tracking.packaging import package_model
 from refinedet.pipeline.tracking.runs import RunTracker
 from safetensors.torch import save_file

@@ -8,8 +8,8 @@ import textwrap
 import time
 
 import pytest
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Tracking
+from refinedet.pipeline.config.spec import Tracking
+from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.tracking.runs import MlflowClient, RunTracker
 
 
@@ -73,7 +73,7 @@ def test_the_same_folder_resumes_the_same_run_and_another_does_not(runs):
 def test_a_killed_process_leaves_a_run_that_is_marked_and_resumed(runs):
     code = f"""
         import os, signal
-        from refinedet.pipeline.spec import Tracking
+        from refinedet.pipeline.config.spec import Tracking
         from refinedet.pipeline.tracking.runs import RunTracker
         tracker = RunTracker(Tracking(), name="job", run_dir={str(runs / "job")!r}, runs={str(runs)!r})
         tracker.log_metrics(1, {{"loss": 2.0}})

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from refinedet.pipeline.training import World, open_world
+from refinedet.pipeline.training.world import World, open_world
 
 
 @pytest.fixture(scope="session")

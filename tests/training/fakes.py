@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 from refinedet.model import RefineDetConfig, Targets
-from refinedet.pipeline.data import Batch, Cursor
-from refinedet.pipeline.training import BatchPlan
+from refinedet.pipeline.config.batches import BatchPlan
+from refinedet.pipeline.data.samples import Batch, Cursor
 from torch import Tensor, nn
 
 

@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from refinedet.pipeline.spec import Training
+from refinedet.pipeline.config.spec import Training
 
 from tests.training.workers import run_workers
 

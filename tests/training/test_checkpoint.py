@@ -5,12 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from refinedet.pipeline import storage
-from refinedet.pipeline.training import Event, World, find_checkpoint
+from refinedet.pipeline.runs import storage
 from refinedet.pipeline.training import checkpoint as checkpoints
-from refinedet.pipeline.training.checkpoint import CheckpointWriter, best_checkpoint
+from refinedet.pipeline.training.checkpoint import CheckpointWriter, best_checkpoint, find_checkpoint
+from refinedet.pipeline.training.records import Event
 from refinedet.pipeline.training.resume import choose_checkpoint
 from refinedet.pipeline.training.state import assign_owners, capture_rng, restore_rng
+from refinedet.pipeline.training.world import World
 
 
 @pytest.fixture

@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 import torch
 from refinedet.model import RefineDet, RefineDetConfig, detection_loss
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Training
-from refinedet.pipeline.training import World, plan_batches
+from refinedet.pipeline.config.batches import plan_batches
+from refinedet.pipeline.config.spec import Training
+from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.training.engine import Engine, LossScale, deepspeed_config, resolve_precision
 from refinedet.pipeline.training.optimizers import group_parameters, import_apex_sgd
+from refinedet.pipeline.training.world import World
 from torch import nn
 
 from tests.training.fakes import SMALL_REFINEDET, SquareStream, TinyDetector, TinyStream, tiny_loss
@@ -28,7 +29,7 @@ BIASES = ("body.0.bias", "body.3.bias", "rare.bias")  # not the norm's shift
 def run_steps(
     engine: Engine, plan: Any, steps: int, rate: float = 0.05, stream: type[TinyStream] = TinyStream, rank: int = 0
 ) -> None:
-    from refinedet.pipeline.data import Cursor
+    from refinedet.pipeline.data.samples import Cursor
 
     batches = iter(stream(Cursor(), plan, rank))
     for _ in range(steps):
@@ -58,7 +59,7 @@ def test_an_engine_takes_the_steps_of_plain_sgd(
     engine = Engine(TinyDetector(), tiny_loss, spec, plan, world)
     run_steps(engine, plan, 4)
 
-    from refinedet.pipeline.data import Cursor
+    from refinedet.pipeline.data.samples import Cursor
 
     plain = TinyDetector()
     groups = [

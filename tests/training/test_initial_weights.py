@@ -10,7 +10,7 @@ import safetensors.torch
 import timm
 import torch
 from refinedet.model import RefineDet, RefineDetConfig
-from refinedet.pipeline.errors import UserError
+from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.training.initial_weights import load_initial_weights, read_weights
 
 CONFIG = RefineDetConfig(num_classes=3, input_size=64, backbone="resnet18", tcb_channels=16, prediction_block=False)

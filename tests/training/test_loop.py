@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import safetensors.torch
 import torch
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.spec import Training
-from refinedet.pipeline.training import Event, StepRecord, TrainResult, World, train
+from refinedet.pipeline.config.spec import Training
+from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.training.finite import NonFiniteError
+from refinedet.pipeline.training.loop import train
+from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
+from refinedet.pipeline.training.world import World
 
 from tests.training.fakes import TinyDetector, TinyLosses, TinyStream, tiny_loss
 

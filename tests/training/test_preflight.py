@@ -9,17 +9,19 @@ from typing import Any
 
 import pytest
 import torch
-from refinedet.pipeline import storage
-from refinedet.pipeline.data import ShardSet
-from refinedet.pipeline.errors import UserError
-from refinedet.pipeline.training import PreflightReport, World, check_workers
+from refinedet.pipeline.data.index import ShardSet
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.training.preflight import (
+    PreflightReport,
     WorkerFacts,
+    check_workers,
     judge_clocks,
     judge_memory,
     judge_storage,
     judge_versions,
 )
+from refinedet.pipeline.training.world import World
 
 from tests.training.workers import run_together
 

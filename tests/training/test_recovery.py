@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from refinedet.pipeline.training import find_checkpoint, read_goodput
+from refinedet.pipeline.training.checkpoint import find_checkpoint
+from refinedet.pipeline.training.goodput import read_goodput
 from refinedet.pipeline.training.watchdog import EXIT_STALLED
 
 from tests.training.fakes import TinyDetector

@@ -8,19 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from refinedet.pipeline import storage
-from refinedet.pipeline.training import (
-    StallReport,
-    StallVerdict,
-    StepTimes,
-    World,
-    find_stragglers,
-    judge_stall,
-    read_goodput,
-)
+from refinedet.pipeline.runs import storage
 from refinedet.pipeline.training.clock import StepClock
-from refinedet.pipeline.training.goodput import Ledger
-from refinedet.pipeline.training.watchdog import Watchdog
+from refinedet.pipeline.training.goodput import Ledger, read_goodput
+from refinedet.pipeline.training.records import StepTimes
+from refinedet.pipeline.training.stragglers import find_stragglers
+from refinedet.pipeline.training.watchdog import StallReport, StallVerdict, Watchdog, judge_stall
+from refinedet.pipeline.training.world import World
 
 
 def times(**parts: float) -> StepTimes:

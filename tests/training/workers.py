@@ -25,9 +25,12 @@ import safetensors.torch
 import torch
 import torch.distributed as dist
 from refinedet.model import RefineDet, detection_loss
-from refinedet.pipeline.spec import Training
-from refinedet.pipeline.training import Event, StepRecord, StopSignals, TrainResult, World, open_world, train
+from refinedet.pipeline.config.spec import Training
 from refinedet.pipeline.training.engine import _import_deepspeed
+from refinedet.pipeline.training.loop import train
+from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
+from refinedet.pipeline.training.stop import StopSignals
+from refinedet.pipeline.training.world import World, open_world
 
 from tests.training.fakes import SMALL_REFINEDET, SquareStream, TinyDetector, TinyStream, tiny_loss
 

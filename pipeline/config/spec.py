@@ -1,0 +1,275 @@
+"""The job spec: what a YAML file in `jobs/` may say, its types, defaults and checks.
+
+`JobSpec` is the whole; every component receives its own section, never the whole. A leaf: of this project it
+imports only the torch-free `model.config`. Reading files and overrides is in `spec_files.py`.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from refinedet.model.config import RefineDetConfig
+
+PositiveInt = Annotated[int, Field(gt=0)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+FractionBelowOne = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, use_attribute_docstrings=True, protected_namespaces=(), allow_inf_nan=False
+    )
+
+
+class Split(Section):
+    """One part of a data set; which fields apply depends on `data.format`."""
+
+    images: str = ""
+    """coco: folder of the images, under data.root"""
+    annotations: str | None = None
+    """coco: instances JSON, under data.root; without one (test-dev) give `image_info`"""
+    image_info: str | None = None
+    """coco: JSON that lists images without annotations (test-dev)"""
+    ids: str | None = None
+    """coco: file of image ids to keep, one a line or a JSON list (trainval35k, minival)"""
+    set: str | None = None
+    """voc: year and list under data.root, as in VOC2007/trainval"""
+    count: PositiveInt | None = None
+    """shapes: number of images to draw; elsewhere only what `refinedet plan` reckons with, as it reads no data"""
+
+
+class Augmentation(Section):
+    """SSD augmentation, section 4 of the RefineDet reference; each part can be turned off."""
+
+    distort: bool = True
+    expand: bool = True
+    crop: bool = True
+    mirror: bool = True
+    random_interpolation: bool = True
+
+
+class Data(Section):
+    format: Literal["shapes", "coco", "voc"] = "coco"
+    root: str | None = None
+    """folder of the data set; shapes draws its own and needs none"""
+    seed: NonNegativeInt = 0
+    """shapes: seed of the drawings"""
+    image_size: PositiveInt = 160
+    """shapes: longer side of the drawn images, pixels"""
+    train: tuple[Split, ...] = ()
+    val: tuple[Split, ...] = ()
+    shards: str | None = None
+    """folder or fsspec URI for the shards, shared by runs; default: shards/ in the run's folder"""
+    shard_bytes: PositiveInt = 64 * 2**20
+    """a shard is closed once it holds this many bytes"""
+    include_difficult: bool = True
+    """voc: train on `difficult` objects too, as the Caffe release does"""
+    augmentation: Augmentation = Augmentation()
+    loader_workers: NonNegativeInt = 1
+    """decoding processes a training worker starts; 0: decode in the training process"""
+    shuffle_window: PositiveInt = 4096
+    """samples are shuffled within a window of this many, after the shards were shuffled"""
+    canonical_streams: PositiveInt = 16
+    """parts the sample order is woven from; where the number of nodes divides it, a node reads its own shards only"""
+    cache_dir: str | None = None
+    """where remote shards are kept; default: a temporary folder of the node"""
+    cache_bytes: PositiveInt = 32 * 2**30
+    max_bad_samples: NonNegativeInt = 10
+    """unreadable samples tolerated, named and counted, before it is an error"""
+
+    @model_validator(mode="after")
+    def _fields_of_the_format(self) -> Data:
+        for name, splits in (("train", self.train), ("val", self.val)):
+            for split in splits:
+                if self.format == "coco" and not (split.images and (split.annotations or split.image_info)):
+                    raise ValueError(f"a coco split in data.{name} needs `images` and `annotations` (or `image_info`)")
+                if self.format == "voc" and not split.set:
+                    raise ValueError(f"a voc split in data.{name} needs `set`, for example VOC2007/trainval")
+                if self.format == "shapes" and not split.count:
+                    raise ValueError(f"a shapes split in data.{name} needs `count`, the number of images to draw")
+        if self.format != "shapes" and not self.root:
+            raise ValueError(f"data.root is missing: say where the {self.format} data set is (data.root=FOLDER)")
+        return self
+
+
+class Training(Section):
+    global_batch: PositiveInt = 32
+    micro_batch: PositiveInt | None = None
+    """images a worker holds at once; default: all of its share of the global batch. `norm: batch` takes its statistics
+    from them: set it where the number of workers may change and the training is to stay the same"""
+    epochs: PositiveInt = 110
+    learning_rate: PositiveFloat = 4e-3
+    """at `reference_batch`; scaled linearly when global_batch differs"""
+    reference_batch: PositiveInt = 32
+    warmup_epochs: NonNegativeFloat = 1.0
+    warmup_learning_rate: PositiveFloat = 3.125e-4
+    decay_epochs: tuple[NonNegativeFloat, ...] = (80, 100)
+    """epochs after which the learning rate is divided by ten"""
+    momentum: FractionBelowOne = 0.9
+    weight_decay: NonNegativeFloat = 5e-4
+    bias_lr_multiplier: PositiveFloat = 1.0
+    """2 in the Caffe release"""
+    bias_decay_multiplier: NonNegativeFloat = 1.0
+    """0 in the Caffe release"""
+    optimizer: Literal["sgd", "fused_sgd", "apex_sgd"] = "sgd"
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 where the device computes in it natively, else fp32"""
+    zero_stage: NonNegativeInt = 0
+    gradient_clip: PositiveFloat | None = None
+    """largest gradient norm; none by default, as in the paper"""
+    channels_last: bool = True
+    ema_decay: FractionBelowOne | None = None
+    """keep an exponential moving average of the weights, and evaluate it"""
+    init_weights: str | None = None
+    """file or URI of weights to start from: a backbone (torchvision, timm) or an earlier run's"""
+    deterministic: bool = False
+    checkpoint_every_epochs: PositiveInt = 1
+    checkpoint_every_steps: PositiveInt | None = None
+    """also save every so many steps"""
+    keep_last: PositiveInt = 2
+    keep_best: NonNegativeInt = 1
+    validate_every_epochs: PositiveInt | None = None
+    """AP through the run; default: none until the evaluation stage"""
+    validate_on: Literal["val", "train"] = "val"
+    """train: on the training photos, augmentation off, to see that a model can learn them"""
+    non_finite: Literal["stop", "skip"] = "stop"
+    max_skipped_steps: PositiveInt = 10
+    stall_timeout_s: PositiveFloat = 600
+    """a step that takes longer is a stall: the rank and its stack are named"""
+
+    @model_validator(mode="after")
+    def _supported(self) -> Training:
+        if self.zero_stage > 2:
+            raise ValueError(
+                f"training.zero_stage must be 0, 1 or 2, received {self.zero_stage}: stage 3 needs the same module "
+                "calls on every rank, which a head that computes only surviving anchors does not make"
+            )
+        if self.micro_batch and self.global_batch % self.micro_batch:
+            raise ValueError(
+                f"training.micro_batch must divide global_batch {self.global_batch}, received {self.micro_batch}"
+            )
+        return self
+
+
+class MergeRule(Section):
+    """How the boxes of one class in one image become its detections."""
+
+    method: Literal["nms", "soft_nms_linear", "soft_nms_gaussian", "vote", "soft_vote", "wbf"] = "nms"
+    iou: Fraction | None = None
+    """overlap from which boxes meet; default: soft_nms 0.30, wbf 0.55, else 0.45"""
+    sigma: PositiveFloat = 0.5
+    score_threshold: FractionBelowOne = 0.01
+    plus_one: bool = False
+    """inclusive pixel corners: width = x2 - x1 + 1, as the authors' test code counts"""
+    max_detections: PositiveInt = 200
+
+
+class Evaluation(Section):
+    batch_size: PositiveInt = 8
+    images_per_piece: PositiveInt = 256
+    """a piece is the unit that is handed to a worker and committed"""
+    merge: MergeRule | None = None
+    """default: the model's own inference (section IV-H)"""
+    rule: Literal["coco", "voc2007", "voc2012"] | None = None
+    """whose average precision counts; default: coco, and for voc the year's: 11 points in 2007, the area after"""
+
+
+class Pass(Section):
+    """One look at every image in multi-scale testing."""
+
+    size: PositiveInt | tuple[PositiveInt, PositiveInt]
+    """side of the square, or (height, width) for landscape images, swapped for portrait ones; pixels"""
+    flip: bool = True
+    min_side_below: PositiveFloat | None = None
+    """keep boxes whose shorter side, in original pixels, is below this"""
+    max_side_above: PositiveFloat | None = None
+    """keep boxes whose longer side, in original pixels, is above this"""
+
+
+class Multiscale(Section):
+    recipe: str | None = None
+    """a published recipe: voc320, coco320, voc512, coco512; or coco1024, derived from them"""
+    passes: tuple[Pass, ...] = ()
+    """own passes instead of a recipe's"""
+    merge: MergeRule | None = None
+    """default: the recipe's, vote in voc's and soft_vote in coco's; soft_vote for own `passes`"""
+    compare_rules: bool = False
+    """also measure every merge rule, on the same passes: `merge_rules` in metrics.json"""
+    batch_size: PositiveInt = 8
+
+    @model_validator(mode="after")
+    def _one_source(self) -> Multiscale:
+        if self.recipe and self.passes:
+            raise ValueError("multiscale takes either `recipe` or `passes`, received both")
+        return self
+
+
+class Tracking(Section):
+    uri: str | None = None
+    """MLflow tracking URI; default: sqlite in the runs folder"""
+    experiment: str = "refinedet"
+    log_every_steps: PositiveInt = 10
+    report_images: PositiveInt = 12
+    """images whose detections are drawn beside the truth"""
+
+
+class Workers(Section):
+    """Elastic worker count."""
+
+    min: PositiveInt
+    max: PositiveInt
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Workers:
+        if self.min > self.max:
+            raise ValueError(f"cluster.workers: min must not exceed max, received {self.min} and {self.max}")
+        return self
+
+
+class Cluster(Section):
+    workers: PositiveInt | Workers = 1
+    """training workers: a number, or {min, max}"""
+    cpus_per_worker: PositiveFloat = 1
+    gpus_per_worker: NonNegativeFloat = 0
+    evaluation_workers: PositiveInt | None = None
+    """default: as many as training workers"""
+    placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    labels: dict[str, str] = {}
+    """node labels that the workers need"""
+    max_failures: NonNegativeInt = 3
+    """worker or node failures survived before the job fails"""
+    resource_timeout_s: PositiveFloat = 300
+    """how long to wait for workers to be placed, also after a node was lost"""
+    resize_interval_s: PositiveFloat = 60
+    """elastic workers: how often to look whether more can be placed; the job saves before it grows"""
+    leave_out_stalled: bool = True
+    """a node that held up a step is left out of the restart, where the other nodes can hold the workers"""
+    stop_grace_s: PositiveFloat = 120
+    """time to save after a stop, before the worker is killed"""
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers.min if isinstance(self.workers, Workers) else self.workers
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers.max if isinstance(self.workers, Workers) else self.workers
+
+
+class JobSpec(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
+    """a run's name and home: runs/<name>"""
+    runs: str = "runs"
+    """folder or fsspec URI that holds the runs"""
+    seed: NonNegativeInt = 0
+    data: Data
+    model: RefineDetConfig = RefineDetConfig()
+    training: Training = Training()
+    evaluation: Evaluation = Evaluation()
+    multiscale: Multiscale | None = None
+    tracking: Tracking = Tracking()
+    cluster: Cluster = Cluster()

@@ -1,0 +1,1 @@
+"""Fault drills, and the faults that they inject."""

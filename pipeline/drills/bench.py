@@ -1,0 +1,274 @@
+"""`refinedet drill NAME`: break a small real job on purpose, watch it recover, print expected beside seen.
+
+Every drill launches jobs as a user does, in processes of their own, on one small Ray cluster that all drills share, and
+compares what comes out with an undisturbed run of the same spec.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+import yaml
+from refinedet.pipeline.drills.faults import FAULT_VARIABLE
+
+_POLL_S = 0.2
+_TIMEOUT_S = 240.0
+SPEC: dict[str, Any] = {
+    "data": {"format": "shapes", "image_size": 96, "train": [{"count": 32}], "val": [], "loader_workers": 0},
+    "model": {
+        "num_classes": 10,
+        "input_size": 64,
+        "backbone": "resnet10t",
+        "tcb_channels": 16,
+        "prediction_block": False,
+    },
+    "training": {
+        "global_batch": 4,
+        "micro_batch": 2,  # batch norm's statistics are then the same with one worker
+        "epochs": 4,
+        "learning_rate": 0.002,
+        "reference_batch": 4,
+        "warmup_epochs": 1,
+        "warmup_learning_rate": 0.0005,
+        "decay_epochs": [3],
+        "deterministic": True,
+        "precision": "fp32",
+        "zero_stage": 1,
+        "keep_last": 4,
+    },
+    "tracking": {"log_every_steps": 1},
+    "cluster": {"workers": 2, "stop_grace_s": 60},
+}
+STEPS_AN_EPOCH = 8
+STEPS = 32
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of a drill's verdict."""
+
+    what: str
+    expected: str
+    seen: str
+    passed: bool
+
+
+@dataclass
+class Launched:
+    """A job that was launched, and how it ended."""
+
+    process: subprocess.Popen
+    output: Path
+
+    def wait(self) -> int:
+        """Exit status; a job that takes too long is killed, and counts as failed."""
+        try:
+            return self.process.wait(_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return -1
+
+    def kill(self) -> None:
+        """End the driver at once; its workers end with it, for Ray sees that it is gone."""
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def text(self) -> str:
+        return self.output.read_text(encoding="utf-8", errors="replace")
+
+
+@dataclass
+class Bench:
+    """A folder in which drills run their jobs, and what they see there."""
+
+    folder: Path
+    checks: list[Check] = field(default_factory=list)
+    jobs: list[Launched] = field(default_factory=list)
+    _cluster: Any = None
+    _stopped: int | None = None
+
+    @property
+    def cluster(self) -> Any:
+        """The drills' own Ray, a `ray.cluster_utils.Cluster` on this machine; started when it is first asked for."""
+        if self._cluster is None:
+            os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody else is to reach it
+            from ray.cluster_utils import Cluster
+
+            quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}  # a dead node is seen in 5 s
+            head = {"num_cpus": 2, "include_dashboard": False, "_system_config": quick}
+            self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        return self._cluster
+
+    def end_jobs(self) -> None:
+        """End what still runs."""
+        for job in self.jobs:
+            if job.process.poll() is None:
+                job.kill()
+
+    def close(self) -> None:
+        self.end_jobs()
+        if self._cluster is not None:
+            self._cluster.shutdown()
+
+    def run(self, name: str) -> Path:
+        return self.folder / "runs" / name
+
+    def write_spec(self, name: str, **changes: dict[str, Any]) -> Path:
+        """A spec file of the drills' small job; `changes` by section."""
+        spec: dict[str, Any] = {"name": name, "runs": str(self.folder / "runs")} | {
+            section: {**SPEC[section], **changes.get(section, {})} for section in SPEC
+        }
+        spec["data"]["shards"] = str(self.folder / "shards")  # drawn once for all drills
+        path = self.folder / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(spec), encoding="utf-8")
+        return path
+
+    def launch(self, spec: Path, *, fault: str | None = None) -> Launched:
+        """Launch a spec's training, and before the first one its data, in a process of its own."""
+        stages = "train" if (self.folder / "shards" / "train" / "index.json").exists() else "prepare,train"
+        command = [sys.executable, "-m", "refinedet.pipeline.cli.main", "launch", str(spec), "--stages", stages]
+        command += ["--address", self.cluster.address]
+        environment = {**os.environ, **({FAULT_VARIABLE: fault} if fault else {})}
+        output = self.folder / f"{spec.stem}.{time.time_ns()}.out"
+        with open(output, "wb") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
+        self.jobs.append(Launched(process, output))
+        return self.jobs[-1]
+
+    def finish(self, spec: Path) -> Launched:
+        """Launch and wait."""
+        job = self.launch(spec)
+        job.wait()
+        return job
+
+    def steps(self, name: str) -> list[int]:
+        """Steps that a run has logged, in the order in which it took them."""
+        return [line["step"] for line in self._lines(name, "metrics.jsonl")]
+
+    def events(self, name: str, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self._lines(name, "events.jsonl") if line["kind"] == kind]
+
+    def workers(self, name: str) -> list[psutil.Process]:
+        """The training workers' processes that run, by rank."""
+        pids = {event["facts"]["rank"]: event["facts"]["pid"] for event in self.events(name, "started")}
+        return [psutil.Process(pids[rank]) for rank in sorted(pids) if psutil.pid_exists(pids[rank])]
+
+    def commits(self, name: str) -> list[int]:
+        """Steps of the committed checkpoints, oldest first."""
+        return sorted(
+            int(path.parent.name.split("-")[1]) for path in self.run(name).glob("checkpoints/*/manifest.json")
+        )
+
+    def wait_for(self, job: Launched, condition: Callable[[], Any]) -> bool:
+        """Wait until the condition holds; False where the job ended, or time ran out, before."""
+        deadline = time.monotonic() + _TIMEOUT_S
+        while time.monotonic() < deadline:
+            if condition():
+                return True
+            if job.process.poll() is not None:
+                return bool(condition())
+            time.sleep(_POLL_S)
+        return False
+
+    def weights(self, name: str) -> bytes:
+        path = self.run(name) / "weights.safetensors"
+        return path.read_bytes() if path.exists() else b""
+
+    def undisturbed(self) -> str:
+        """The name of a run of the drills' job that nothing happened to; made once."""
+        if not self.weights("undisturbed"):
+            self.finish(self.write_spec("undisturbed"))
+        return "undisturbed"
+
+    def stopped(self, name: str) -> int | None:
+        """Make a run that SIGTERM stopped after its first checkpoint; returns the exit status of the job that it ended.
+
+        It is done once, and copied for every drill that begins so.
+        """
+        if self._stopped is None:
+            job = self.launch(self.write_spec("stopped"))
+            self.wait_for(job, lambda: self.commits("stopped") and self.steps("stopped")[-1] > STEPS_AN_EPOCH + 2)
+            os.kill(job.process.pid, signal.SIGTERM)  # what a scheduler sends before it takes a node away
+            self._stopped = job.wait()
+        shutil.copytree(self.run("stopped"), self.run(name))
+        (self.run(name) / "tracking.json").unlink(missing_ok=True)  # a copy is another run to MLflow
+        path = self.run(name) / "spec.yaml"
+        path.write_text(yaml.safe_dump({**yaml.safe_load(path.read_text()), "name": name}), encoding="utf-8")
+        return self._stopped
+
+    def check(self, what: str, expected: Any, seen: Any, passed: bool | None = None) -> None:
+        self.checks.append(Check(what, str(expected), str(seen), expected == seen if passed is None else passed))
+
+    def check_same_weights(self, name: str) -> None:
+        """The end is bitwise what it would have been."""
+        from safetensors.torch import load
+
+        ours, theirs = self.weights(name), self.weights(self.undisturbed())
+        if not ours or not theirs:
+            self.check("final weights", "as of an undisturbed run", "there are none", False)
+            return
+        mine, other = load(ours), load(theirs)
+        different = [key for key in other if key not in mine or not mine[key].equal(other[key])]
+        self.check(
+            "final weights",
+            "bitwise those of an undisturbed run",
+            f"{len(other) - len(different)} of {len(other)} tensors equal",
+            not different,
+        )
+
+    def check_losing_at_most_one_interval(self, name: str, broken_at: int) -> None:
+        resumed = [event["step"] for event in self.events(name, "resumed")]
+        lost = broken_at - resumed[-1] if resumed else broken_at
+        self.check(
+            "steps lost", f"at most {STEPS_AN_EPOCH}, one interval", lost, bool(resumed) and lost <= STEPS_AN_EPOCH
+        )
+
+    def _lines(self, name: str, file: str) -> list[dict[str, Any]]:
+        path = self.run(name) / file
+        if not path.exists():
+            return []
+        lines = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                continue  # being written
+        return lines
+
+
+def run_drills(names: list[str], report: Callable[[str, float, list[Check]], None]) -> bool:
+    """Run drills by name; `report` is called with (name, seconds, checks) after each. True where all passed."""
+    from refinedet.pipeline.drills.cases import DRILLS
+
+    folder = Path(tempfile.mkdtemp(prefix="refinedet-drill-"))
+    bench, passed = Bench(folder), True
+    try:
+        for name in names:
+            bench.checks.clear()
+            began = time.monotonic()
+            try:
+                DRILLS[name](bench)
+            finally:
+                bench.end_jobs()
+            passed &= bool(bench.checks) and all(check.passed for check in bench.checks)
+            report(name, time.monotonic() - began, list(bench.checks))
+    finally:
+        bench.close()
+        if passed:
+            shutil.rmtree(folder, ignore_errors=True)
+    return passed

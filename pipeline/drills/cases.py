@@ -1,0 +1,237 @@
+"""The drills, one function each: what is broken, and what must be seen then."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+from refinedet.pipeline.drills.bench import STEPS, STEPS_AN_EPOCH, Bench
+
+_AFTER_A_COMMIT = STEPS_AN_EPOCH + 3
+
+
+def worker_kill(bench: Bench) -> None:
+    """SIGKILL one training worker: Ray starts them anew, from the last checkpoint."""
+    name = "worker-kill"
+    job = bench.launch(bench.write_spec(name))
+    bench.wait_for(job, lambda: bench.commits(name) and (bench.steps(name) or [0])[-1] >= _AFTER_A_COMMIT)
+    workers = bench.workers(name)
+    bench.check("workers to kill", 2, len(workers))
+    broken_at = (bench.steps(name) or [0])[-1]
+    if workers:
+        workers[-1].kill()
+    bench.check("exit status", 0, job.wait())
+    bench.check_losing_at_most_one_interval(name, broken_at)
+    bench.check_same_weights(name)
+
+
+def driver_kill(bench: Bench) -> None:
+    """SIGKILL the driver, and with it its workers: the same command goes on, in the same MLflow run."""
+    name = "driver-kill"
+    spec = bench.write_spec(name)
+    job = bench.launch(spec)
+    bench.wait_for(job, lambda: bench.commits(name) and (bench.steps(name) or [0])[-1] >= _AFTER_A_COMMIT)
+    broken_at = (bench.steps(name) or [0])[-1]
+    job.kill()
+    tracked = _mlflow_run(bench, name)
+    again = bench.finish(spec)
+    bench.check("exit status of the same command", 0, again.process.returncode)
+    bench.check("MLflow run", tracked, _mlflow_run(bench, name))
+    bench.check_losing_at_most_one_interval(name, broken_at)
+    bench.check_same_weights(name)
+
+
+def node_kill(bench: Bench) -> None:
+    """Kill one of two nodes, bring another: the job waits for it and goes on by itself."""
+    name = "node-kill"
+    node = bench.cluster.add_node(num_cpus=1)
+    bench.cluster.wait_for_nodes()
+    another = None
+    try:
+        job = bench.launch(bench.write_spec(name, cluster={"placement": "STRICT_SPREAD"}))
+        bench.wait_for(job, lambda: bench.commits(name) and (bench.steps(name) or [0])[-1] >= _AFTER_A_COMMIT)
+        broken_at = (bench.steps(name) or [0])[-1]
+        bench.cluster.remove_node(node, allow_graceful=False)
+        node = None
+        bench.wait_for(job, lambda: bench.events(name, "waiting"))
+        another = bench.cluster.add_node(num_cpus=1)
+        bench.check("exit status", 0, job.wait())
+    finally:
+        for each in filter(None, (node, another)):
+            bench.cluster.remove_node(each, allow_graceful=False)
+    bench.check("waited for a node", 1, len(bench.events(name, "waiting")))
+    bench.check_losing_at_most_one_interval(name, broken_at)
+    bench.check_same_weights(name)
+
+
+def checkpoint_corruption(bench: Bench) -> None:
+    """Flip one bit of the newest checkpoint: it is named and passed over for the one before."""
+    name = "checkpoint-corruption"
+    bench.stopped(name)
+    commits = bench.commits(name)
+    bench.check("checkpoints to choose from", "2 or more", len(commits), len(commits) >= 2)
+    newest = bench.run(name) / "checkpoints" / f"step-{commits[-1]}"
+    damaged = max((path for path in _checkpoint_files(bench, name, commits[-1])), key=lambda path: path.stat().st_size)
+    content = bytearray(damaged.read_bytes())
+    content[len(content) // 2] ^= 0x10
+    damaged.write_bytes(content)
+    again = bench.finish(bench.write_spec(name))
+    passed_over = bench.events(name, "passed_over")
+    resumed = [event["step"] for event in bench.events(name, "resumed")]
+    bench.check("exit status", 0, again.process.returncode)
+    bench.check(
+        "the bad checkpoint",
+        f"{newest.name}, {damaged.name} named",
+        passed_over[-1]["message"] if passed_over else "nothing said",
+        bool(passed_over) and damaged.name in passed_over[-1]["message"],
+    )
+    bench.check("resumed from", f"step {commits[-2]}", f"step {resumed[-1]}" if resumed else "the beginning")
+    bench.check_same_weights(name)
+
+
+def storage_outage(bench: Bench) -> None:
+    """Take the checkpoints' folder away for some seconds: saving fails and is said, training goes on, saving works."""
+    name = "storage-outage"
+    job = bench.launch(bench.write_spec(name))
+    bench.wait_for(job, lambda: bench.commits(name))
+    folder = bench.run(name) / "checkpoints"
+    kept = folder.with_name("checkpoints.away")
+    folder.rename(kept)
+    folder.write_text("an outage")  # a file where the folder was: every write fails
+    bench.wait_for(job, lambda: bench.events(name, "save_failed"))
+    failed = bench.events(name, "save_failed")
+    folder.unlink()
+    kept.rename(folder)
+    bench.check("a failed save", "said", failed[0]["message"] if failed else "nothing said", bool(failed))
+    bench.check("exit status", 0, job.wait())
+    bench.check("last checkpoint", STEPS, (bench.commits(name) or [0])[-1])
+    bench.check_same_weights(name)
+
+
+def nan(bench: Bench) -> None:
+    """A loss that is not a number on one rank: all ranks stop together and say where; once mended, it goes on."""
+    name = "nan"
+    step = _AFTER_A_COMMIT
+    spec = bench.write_spec(name)
+    job = bench.launch(spec, fault=f"nan:rank=1,step={step}")
+    bench.check("exit status", 1, job.wait())
+    text = " ".join(job.text.split())
+    bench.check(
+        "what is said",
+        f"step {step}, rank 1, loss parts, sample keys",
+        next((line for line in job.text.splitlines() if "not finite" in line), "nothing"),
+        all(word in text for word in (f"step {step}", "rank 1", "arm_class", "samples")),
+    )
+    bench.check("exit status afterwards", 0, bench.finish(spec).process.returncode)
+    bench.check_same_weights(name)
+
+
+def straggler(bench: Bench) -> None:
+    """Slow one rank down: the verdict names it, and the part that is slow, while the job runs."""
+    name = "straggler"
+    epochs = {"epochs": 3, "decay_epochs": [2]}
+    job = bench.launch(bench.write_spec(name, training=epochs), fault="slow:rank=1,seconds=0.3")
+    bench.check("exit status", 0, job.wait())
+    found = bench.events(name, "straggler")
+    message = found[0]["message"] if found else "no verdict"
+    bench.check("verdict", "rank 1, forward", message, "rank 1" in message and "forward" in message)
+    bench.check(
+        "before the end",
+        f"step < {3 * STEPS_AN_EPOCH}",
+        found[0]["step"] if found else "-",
+        bool(found) and found[0]["step"] < 3 * STEPS_AN_EPOCH,
+    )
+
+
+def hang(bench: Bench) -> None:
+    """Stop one rank for good: it is named with its stack, and the job restarts elsewhere from the last checkpoint."""
+    name = "hang"
+    node = bench.cluster.add_node(num_cpus=2)
+    try:
+        bench.cluster.wait_for_nodes()
+        spec = bench.write_spec(name, training={"stall_timeout_s": 8}, cluster={"placement": "SPREAD"})
+        job = bench.launch(spec, fault=f"hang:rank=1,step={_AFTER_A_COMMIT}")
+        bench.check("exit status", 0, job.wait())
+    finally:
+        bench.cluster.remove_node(node, allow_graceful=False)
+    found = bench.events(name, "stalled")
+    message = found[0]["message"] if found else "no verdict"
+    bench.check("verdict", "rank 1 with its stack", _shortened(message), "rank 1" in message and "faults.py" in message)
+    places = [event["facts"] for event in bench.events(name, "started")]
+    hung = next((place["node"] for place in places if place["rank"] == 1), None)
+    again = [place["node"] for place in places[2:]]
+    bench.check("workers restarted on the node that hung", "0 of 2", f"{again.count(hung)} of {len(again)}")
+    bench.check_losing_at_most_one_interval(name, _AFTER_A_COMMIT)
+    bench.check_same_weights(name)
+
+
+def stop(bench: Bench) -> None:
+    """SIGTERM: the job saves and ends within its grace; the next start loses no step."""
+    name = "stop"
+    bench.check("exit status", 130, bench.stopped(name))
+    last = bench.steps(name)[-1]
+    again = bench.finish(bench.write_spec(name))
+    resumed = [event["step"] for event in bench.events(name, "resumed")]
+    bench.check("exit status of the same command", 0, again.process.returncode)
+    bench.check("resumed after step", last, resumed[-1] if resumed else 0)
+    bench.check_same_weights(name)
+
+
+def resize(bench: Bench) -> None:
+    """Stop with two workers, go on with one: the same global and micro-batches, and the same end but for rounding."""
+    name = "resize"
+    bench.check("exit status", 130, bench.stopped(name))
+    again = bench.finish(bench.write_spec(name, cluster={"workers": 1}))
+    bench.check("exit status with one worker", 0, again.process.returncode)
+    steps = bench.steps(name)
+    bench.check("steps taken", f"1 to {STEPS}, each once", f"{len(steps)} steps", steps == list(range(1, STEPS + 1)))
+    far = _distance(bench, name)
+    bench.check("final weights", "within 1e-4 of an undisturbed run", f"{far:.1e} apart, relative", far < 1e-4)
+
+
+DRILLS: dict[str, Callable[[Bench], None]] = {
+    "worker-kill": worker_kill,
+    "node-kill": node_kill,
+    "driver-kill": driver_kill,
+    "checkpoint-corruption": checkpoint_corruption,
+    "storage-outage": storage_outage,
+    "nan": nan,
+    "straggler": straggler,
+    "hang": hang,
+    "stop": stop,
+    "resize": resize,
+}
+
+
+def _mlflow_run(bench: Bench, name: str) -> str:
+    import json
+
+    path = bench.run(name) / "tracking.json"
+    return json.loads(path.read_text())["run_id"] if path.exists() else "none"
+
+
+def _checkpoint_files(bench: Bench, name: str, step: int) -> list[Path]:
+    folder = next(path.parent for path in bench.run(name).glob("checkpoints/*/manifest.json") if _step(path) == step)
+    return [path for path in folder.rglob("*") if path.is_file() and path.name != "manifest.json"]
+
+
+def _step(manifest: Path) -> int:
+    return int(manifest.parent.name.split("-")[1])
+
+
+def _distance(bench: Bench, name: str) -> float:
+    """Of the trained parameters of a run from the undisturbed one's, relative to their norm."""
+    from safetensors.torch import load
+
+    ours, theirs = bench.weights(name), bench.weights(bench.undisturbed())
+    if not ours or not theirs:
+        return float("inf")
+    mine, other = load(ours), load(theirs)
+    keys = [key for key in other if other[key].is_floating_point() and "running_" not in key]
+    difference = sum(float((mine[key] - other[key]).double().square().sum()) for key in keys) ** 0.5
+    return difference / sum(float(other[key].double().square().sum()) for key in keys) ** 0.5
+
+
+def _shortened(message: str) -> str:
+    lines = message.splitlines()
+    return f"{lines[0]} (... {len(lines) - 1} lines of stack)" if len(lines) > 1 else message

@@ -1,0 +1,103 @@
+"""Multi-scale testing: every image looked at in several sizes, aspects and mirrored, and the boxes merged.
+
+An image is decoded once for all passes. Passes are batched by the size they warp to.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import torch
+from refinedet.model import RefineDet
+from refinedet.pipeline.config.spec import MergeRule, Multiscale, Pass
+from refinedet.pipeline.data.index import ShardSet
+from refinedet.pipeline.data.reading import EvaluationSamples
+from refinedet.pipeline.data.samples import Category, Sample
+from refinedet.pipeline.inference.detect import Found, as_table, batched, evaluating, look
+from refinedet.pipeline.inference.detections import DetectionTable
+from refinedet.pipeline.inference.merging import merge_boxes
+from refinedet.pipeline.inference.recipes import MERGE_RULES, resolve_passes, sides_of
+
+_BATCHES_DECODED = 4  # images held at once, in batches: enough to fill batches of landscape and of portrait ones
+
+
+def detect_by_rules(
+    model: RefineDet,
+    shards: ShardSet,
+    positions: Sequence[int],
+    *,
+    multiscale: Multiscale,
+    rules: Mapping[str, MergeRule] = MERGE_RULES,
+    autocast: torch.dtype | None = None,
+    max_bad_samples: int = 10,
+) -> dict[str, DetectionTable]:
+    """Detections of the samples at `positions` by each rule; every image is looked at once for all of them.
+
+    Otherwise as `detect_piece`.
+    """
+    samples = EvaluationSamples(shards, positions, max_bad_samples=max_bad_samples)
+    return detect_samples_by_rules(model, samples, shards.categories, multiscale, rules, autocast)
+
+
+def detect_samples_by_rules(
+    model: RefineDet,
+    samples: Iterable[Sample],
+    categories: Sequence[Category],
+    multiscale: Multiscale,
+    rules: Mapping[str, MergeRule] = MERGE_RULES,
+    autocast: torch.dtype | None = None,
+) -> dict[str, DetectionTable]:
+    """As `detect_by_rules`, of any samples."""
+    num_looks = sum(1 + one.flip for one in resolve_passes(multiscale, model.config))
+    tables: dict[str, list[DetectionTable]] = {name: [] for name in rules}
+    for batch, found in look_many_times(model, samples, multiscale, autocast):
+        for name, rule in rules.items():
+            merged = merge_boxes(rule, found.boxes, found.scores, found.labels, found.image, num_looks=num_looks)
+            tables[name].append(as_table(Found(*merged), batch, categories))
+    return {name: DetectionTable.concatenate(parts) for name, parts in tables.items()}
+
+
+def look_many_times(
+    model: RefineDet, samples: Iterable[Sample], multiscale: Multiscale, autocast: torch.dtype | None = None
+) -> Iterator[tuple[list[Sample], Found]]:
+    """Batches of samples, and what all passes found in them, not merged yet."""
+    passes = resolve_passes(multiscale, model.config)
+    with evaluating(model):
+        for batch in batched(samples, multiscale.batch_size * _BATCHES_DECODED):
+            looks = [found for one in passes for found in _look_once(model, batch, one, multiscale, autocast)]
+            yield (
+                batch,
+                Found(
+                    torch.cat([one.boxes for one in looks]),
+                    torch.cat([one.scores for one in looks]),
+                    torch.cat([one.labels for one in looks]),
+                    torch.cat([one.image for one in looks]),
+                ),
+            )
+
+
+def _look_once(
+    model: RefineDet, samples: Sequence[Sample], one: Pass, multiscale: Multiscale, autocast: torch.dtype | None
+) -> list[Found]:
+    """One pass over samples, in batches of one size; `image` is the place in `samples`."""
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for place, sample in enumerate(samples):
+        height, width = sample.image.shape[:2]
+        sides = sides_of(one)
+        by_size.setdefault(sides if width >= height else (sides[1], sides[0]), []).append(place)
+    num_images = max(1, multiscale.batch_size // (1 + one.flip))
+    parts = []
+    for size, places in by_size.items():
+        for start in range(0, len(places), num_images):
+            chosen = places[start : start + num_images]
+            images = [samples[place].image for place in chosen]
+            found = look(model, images, size, config=model.config, flip=one.flip, autocast=autocast)
+            sides = found.boxes[:, 2:] - found.boxes[:, :2] + 1  # the authors count inclusive pixels here
+            fits = torch.ones(len(sides), dtype=torch.bool)
+            if one.min_side_below is not None:
+                fits &= sides.amin(1) < one.min_side_below
+            if one.max_side_above is not None:
+                fits &= sides.amax(1) > one.max_side_above
+            found = found.select(fits.nonzero().squeeze(1))
+            parts.append(Found(found.boxes, found.scores, found.labels, torch.tensor(chosen)[found.image]))
+    return parts

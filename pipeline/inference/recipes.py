@@ -1,0 +1,133 @@
+"""Multi-scale recipes as data: those the RefineDet release's test code holds, and the one we derive for 1024.
+
+Sides are pixels; the rectangle is for landscape images, swapped for portrait ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from refinedet.model import RefineDetConfig
+from refinedet.pipeline.config.spec import MergeRule, Multiscale, Pass
+from refinedet.pipeline.runs.errors import UserError
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Passes for models of one input size, and how their boxes are merged."""
+
+    input_size: int
+    passes: tuple[Pass, ...]
+    merge: MergeRule
+
+
+def _small(*sizes_and_sides: tuple[int, int]) -> tuple[Pass, ...]:
+    """Enlarged passes: (size, keep boxes whose shorter side is below this)."""
+    return tuple(Pass(size=size, min_side_below=side) for size, side in sizes_and_sides)
+
+
+_VOTE = MergeRule(method="vote", iou=0.45, plus_one=True, max_detections=500)
+_SOFT_VOTE = MergeRule(method="soft_vote", iou=0.45, plus_one=True, max_detections=500)
+
+_PASSES_320 = (Pass(size=320), Pass(size=192, max_side_above=32), Pass(size=(192, 320)))
+_PASSES_512 = (Pass(size=512), Pass(size=256), Pass(size=384), Pass(size=(384, 512)))
+_PASSES_1024 = (Pass(size=1024), Pass(size=512), Pass(size=768), Pass(size=(768, 1024)))
+_SMALL_320 = ((384, 160), (448, 128), (512, 96), (576, 64), (704, 32))
+_SMALL_512 = ((768, 192), (896, 128))
+
+RECIPES: dict[str, Recipe] = {
+    "voc320": Recipe(320, _PASSES_320 + _small(*_SMALL_320), _VOTE),
+    "coco320": Recipe(320, _PASSES_320 + _small(*_SMALL_320, (640, 48)), _SOFT_VOTE),
+    "voc512": Recipe(512, _PASSES_512 + _small(*_SMALL_512), _VOTE),
+    "coco512": Recipe(512, _PASSES_512 + _small((640, 224), *_SMALL_512, (1024, 96), (1152, 64)), _SOFT_VOTE),
+    # Not published: coco512's sizes and limits, doubled; all sizes are multiples of the stride 128.
+    "coco1024": Recipe(
+        1024,
+        _PASSES_1024 + _small((1280, 448), (1536, 384), (1792, 256), (2048, 192), (2304, 128)),
+        _SOFT_VOTE,
+    ),
+}
+
+MERGE_RULES: dict[str, MergeRule] = {
+    "NMS 0.45": MergeRule(method="nms"),
+    "soft-NMS, linear": MergeRule(method="soft_nms_linear"),
+    "soft-NMS, Gaussian": MergeRule(method="soft_nms_gaussian"),
+    "box voting": MergeRule(method="vote"),
+    "soft box voting": MergeRule(method="soft_vote"),
+    "soft box voting, +1": MergeRule(method="soft_vote", plus_one=True),
+    "weighted box fusion": MergeRule(method="wbf"),
+}
+
+
+def resolve_passes(multiscale: Multiscale, config: RefineDetConfig) -> tuple[Pass, ...]:
+    """The passes of the recipe or the job's own; UserError where they are not for the model's size or strides."""
+    recipe = _recipe(multiscale)
+    if recipe and recipe.input_size != config.input_size:
+        fitting = [name for name, one in RECIPES.items() if one.input_size == config.input_size]
+        remedy = f"take {' or '.join(fitting)}" if fitting else f"give passes such as [{{size: {config.input_size}}}]"
+        raise UserError(
+            f"multiscale.recipe {multiscale.recipe} is for models of input size {recipe.input_size}, received "
+            f"model.input_size {config.input_size}; {remedy}"
+        )
+    passes = recipe.passes if recipe else multiscale.passes
+    if not passes:
+        raise UserError(
+            "multiscale has neither `recipe` nor `passes`: give a recipe "
+            f"({', '.join(sorted(RECIPES))}) or passes such as [{{size: {config.input_size}}}]"
+        )
+    stride = config.coarsest_stride
+    for one in passes:
+        if any(side % stride for side in sides_of(one)):
+            raise UserError(
+                f"multiscale: a pass's size must be a multiple of the model's coarsest stride {stride}, received "
+                f"{one.size}; take {max(stride, round(max(sides_of(one)) / stride) * stride)} for the longer side"
+            )
+    return passes
+
+
+def resolve_merge(multiscale: Multiscale) -> MergeRule:
+    """The job's merge rule, or the recipe's: vote in VOC's, soft voting in COCO's; soft voting for own passes."""
+    recipe = _recipe(multiscale)
+    return multiscale.merge or (recipe.merge if recipe else MergeRule(method="soft_vote"))
+
+
+def estimate_cost(passes: Sequence[Pass], *, input_size: int, num_images: int) -> dict[str, float]:
+    """What multi-scale testing costs: {"looks", "relative", "images"}.
+
+    looks     forward passes of one image
+    relative  pixels over those of one look at the input size, which is about how time compares
+    images    looks over all images
+    """
+    looks = sum(1 + one.flip for one in passes)
+    pixels = sum((1 + one.flip) * sides_of(one)[0] * sides_of(one)[1] for one in passes)
+    return {"looks": looks, "relative": pixels / input_size**2, "images": looks * num_images}
+
+
+def describe_cost(passes: Sequence[Pass], *, input_size: int, num_images: int) -> str:
+    """`estimate_cost` in one line, to print before it starts."""
+    cost = estimate_cost(passes, input_size=input_size, num_images=num_images)
+    return (
+        f"multi-scale: {len(passes)} passes, {cost['looks']:.0f} looks at each of {num_images} images "
+        f"({cost['images']:.0f} in all), about {cost['relative']:.1f} times the single-scale time"
+    )
+
+
+def rules_to_compare(multiscale: Multiscale) -> dict[str, MergeRule]:
+    """MERGE_RULES with the job's own score threshold and number of detections."""
+    own = resolve_merge(multiscale)
+    limits = {"score_threshold": own.score_threshold, "max_detections": own.max_detections}
+    return {name: rule.model_copy(update=limits) for name, rule in MERGE_RULES.items()}
+
+
+def sides_of(one: Pass) -> tuple[int, int]:
+    """Height and width for landscape images."""
+    return one.size if isinstance(one.size, tuple) else (one.size, one.size)
+
+
+def _recipe(multiscale: Multiscale) -> Recipe | None:
+    if multiscale.recipe is None:
+        return None
+    if multiscale.recipe not in RECIPES:
+        raise UserError(f"multiscale.recipe must be one of {', '.join(sorted(RECIPES))}, received {multiscale.recipe}")
+    return RECIPES[multiscale.recipe]

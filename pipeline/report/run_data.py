@@ -1,0 +1,188 @@
+"""A run as its folder tells it, for the report: whatever is missing or broken is left out, and said.
+
+Files: `spec.yaml`, `tracking.json`, `metrics.jsonl` (a line a step, and a line a validation), `metrics.json`
+({"single": ..., "multiscale": ..., "merge_rules": [...]}), `detections/single.json` and `detections/multiscale.json`,
+`ground_truth.json`, `ledger.json`, `environment.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import yaml
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.redaction import redact
+
+logger = logging.getLogger(__name__)
+
+METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+MODES = ("single", "multiscale")
+_RULES = ("coco", "voc2007", "voc2012")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """One evaluation. Values are 0..1, or None where there is no truth to measure by.
+
+    values     name -> value: the twelve of COCO, or mAP for VOC
+    per_class  class name -> name -> value
+    curves     IoU ("0.50") -> mean precision over classes at evenly spaced recalls from 0 to 1
+    """
+
+    values: dict[str, float | None]
+    per_class: dict[str, dict[str, float | None]]
+    curves: dict[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    path: str
+    name: str
+    spec: dict[str, Any]
+    """resolved and redacted; empty where there is none"""
+    tracking: dict[str, Any]
+    steps: list[dict[str, float]]
+    """ascending by step; a step that was taken twice counts as it was taken last"""
+    validations: list[dict[str, float]]
+    """ascending by step: {"step", "epoch", "AP", ...}"""
+    evaluations: dict[str, Evaluation]
+    """by mode, in the order of MODES"""
+    merge_rules: list[dict[str, Any]]
+    ledger: dict[str, Any]
+    environment: dict[str, Any]
+    missing: list[str]
+    """files that are not there or cannot be read"""
+    shards: str
+    """folder of the validation shards"""
+
+    @property
+    def status(self) -> str:
+        return str(self.tracking.get("status", "UNKNOWN"))
+
+
+def read_run(path: str) -> RunFolder:
+    """Read all but the pictures' files."""
+    missing: list[str] = []
+    spec = _read(path, "spec.yaml", missing, dict)
+    metrics = _read(path, "metrics.json", missing, dict)
+    steps, validations = _read_records(path, missing)
+    evaluations = {mode: _evaluation(metrics[mode]) for mode in MODES if isinstance(metrics.get(mode), Mapping)}
+    rules = metrics.get("merge_rules")
+    data = spec.get("data")
+    shards = data.get("shards") if isinstance(data, Mapping) else None
+    return RunFolder(
+        path=path,
+        name=str(spec.get("name") or path.rstrip("/").rsplit("/", 1)[-1]),
+        spec=redact(spec),
+        tracking=redact(_read(path, "tracking.json", missing, dict)),
+        steps=steps,
+        validations=validations,
+        evaluations=evaluations,
+        merge_rules=[
+            {**row, **_measured(row)} for row in (rules if isinstance(rules, list) else []) if isinstance(row, Mapping)
+        ],
+        ledger=_read(path, "ledger.json", missing, dict),
+        environment=redact(_read(path, "environment.json", missing, dict)),
+        missing=missing,
+        shards=storage.join(storage.absolute(str(shards)) if shards else storage.join(path, "shards"), "val"),
+    )
+
+
+def read_detections(path: str, mode: str) -> list[dict[str, Any]]:
+    """COCO result rows of one mode; empty where there are none."""
+    rows = _read(path, f"detections/{mode}.json", [], list)
+    return [row for row in rows if isinstance(row, dict) and {"image_id", "category_id", "bbox", "score"} <= set(row)]
+
+
+def read_ground_truth(path: str) -> dict[str, Any]:
+    """COCO instances of the validation images; empty where there are none."""
+    truth = _read(path, "ground_truth.json", [], dict)
+    return truth if {"images", "annotations", "categories"} <= set(truth) else {}
+
+
+def _read(path: str, name: str, missing: list[str], kind: type) -> Any:
+    file = storage.join(path, name)
+    try:
+        content = storage.read_bytes(file).decode()
+        value = yaml.safe_load(content) if name.endswith(".yaml") else json.loads(content)
+        if not isinstance(value, kind):
+            raise ValueError(f"holds a {type(value).__name__}")
+        return value
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        logger.warning("%s is left out of the report: %s", file, error)
+    missing.append(name)
+    return kind()
+
+
+def _read_records(path: str, missing: list[str]) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
+    file = storage.join(path, "metrics.jsonl")
+    try:
+        lines = storage.read_bytes(file).decode(errors="replace").splitlines()
+    except OSError:
+        missing.append("metrics.jsonl")
+        return [], []
+    steps: dict[float, dict[str, float]] = {}
+    validations: dict[float, dict[str, float]] = {}
+    for line in lines:
+        try:
+            record = json.loads(line)
+            step = float(record["step"])
+        except (ValueError, KeyError, TypeError):
+            continue  # a line that a crash cut short
+        if isinstance(record.get("validation"), Mapping):
+            values = record["validation"]
+            values = values.get("coco", values)
+            validations[step] = _numbers({"step": step, "epoch": record.get("epoch"), **values})
+        else:
+            steps[step] = _numbers(_flat_record(record))
+    return [steps[step] for step in sorted(steps)], [validations[step] for step in sorted(validations)]
+
+
+def _flat_record(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A step's record with its nested groups, `losses` and `times`, spelt out: "loss", "arm_box", "forward_s"."""
+    flat = {name: value for name, value in record.items() if not isinstance(value, Mapping | list)}
+    for name, value in (record.get("losses") or {}).items():
+        flat["loss" if name == "total" else name] = value
+    for name, value in (record.get("times") or {}).items():
+        flat["data_wait_s" if name == "data" else f"{name}_s"] = value
+    return flat
+
+
+def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
+    return {
+        name: float(value)
+        for name, value in record.items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and value == value
+    }
+
+
+def _evaluation(content: Mapping[str, Any]) -> Evaluation:
+    values = next((content[rule] for rule in _RULES if isinstance(content.get(rule), Mapping)), content)
+    rows = content.get("per_class") or {}
+    if isinstance(rows, list):  # [{"name": ..., "AP": ...}, ...]
+        rows = {str(row.get("name")): row for row in rows if isinstance(row, Mapping)}
+    per_class = {str(name): _measured(row if isinstance(row, Mapping) else {"AP": row}) for name, row in rows.items()}
+    return Evaluation(_measured(values), per_class, _mean_curves(content.get("curves")))
+
+
+def _measured(values: Mapping[str, Any]) -> dict[str, float | None]:
+    """Numbers only; COCO's -1, nothing to measure by, becomes None."""
+    return {name: value if value >= 0 else None for name, value in _numbers(values).items()}
+
+
+def _mean_curves(curves: Any) -> dict[str, list[float]]:
+    """Mean over classes of {"precision50": {class: [precision at each recall]}}, by IoU: {"0.50": [...]}."""
+    means: dict[str, list[float]] = {}
+    for name, by_class in curves.items() if isinstance(curves, Mapping) else ():
+        if not (str(name).startswith("precision") and isinstance(by_class, Mapping)):
+            continue
+        rows = [row for row in by_class.values() if isinstance(row, list) and row and min(row) >= 0]
+        if rows and len({len(row) for row in rows}) == 1:
+            means[f"0.{str(name).removeprefix('precision')}"] = [sum(col) / len(col) for col in zip(*rows, strict=True)]
+    return means

@@ -1,0 +1,1 @@
+"""The directory or URI of a run: storage, manifests, logs, errors, environment."""

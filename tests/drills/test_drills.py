@@ -1,0 +1,47 @@
+"""Every drill, as `refinedet drill` runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+from refinedet.pipeline.drills.bench import Bench
+from refinedet.pipeline.drills.cases import DRILLS
+from refinedet.pipeline.drills.faults import Fault, read_faults
+from refinedet.pipeline.runs.errors import UserError
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("RAY_AUTH_MODE", "disabled")
+        bench = Bench(tmp_path_factory.mktemp("drills"))
+        yield bench
+        bench.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DRILLS)
+def test_a_drill_passes(bench: Bench, name: str) -> None:
+    bench.checks.clear()
+    try:
+        DRILLS[name](bench)
+    finally:
+        bench.end_jobs()
+    assert bench.checks
+    failed = [
+        f"{check.what}: expected {check.expected}, seen {check.seen}" for check in bench.checks if not check.passed
+    ]
+    assert not failed, "\n".join(failed)
+
+
+def test_faults_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("REFINEDET_FAULT", raising=False)
+    assert read_faults() == []
+    monkeypatch.setenv("REFINEDET_FAULT", "nan:rank=1,step=3;slow:rank=0,seconds=0.5")
+    assert read_faults() == [Fault("nan", 1, 3), Fault("slow", 0, 0, 0.5)]
+    monkeypatch.setenv("REFINEDET_FAULT", "explode:rank=1")
+    with pytest.raises(UserError, match=r"KIND of .*received 'explode:rank=1'"):
+        read_faults()
