@@ -10,7 +10,7 @@ from refinedet.pipeline.config.files import dump_spec, load_spec, parse_spec
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs.errors import UserError
 
-REPOSITORY = Path(__file__).resolve().parent.parent
+REPOSITORY = Path(__file__).resolve().parents[2]
 JOBS = sorted(path for path in (REPOSITORY / "jobs").rglob("*.yaml") if path.parent.name != "base")
 QUICKSTART = str(REPOSITORY / "jobs" / "quickstart.yaml")
 
