@@ -10,12 +10,31 @@ from refinedet.pipeline.runs.errors import UserError
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """global_batch = micro_batch * accumulation * world_size"""
+    """The division of a global batch; images per rank and per micro-batch differ by at most one."""
 
     global_batch: int
     micro_batch: int
+    """the largest micro-batch of any rank"""
     accumulation: int
+    """micro-batches of each rank, the same on all of them"""
     world_size: int
+
+
+def divide_batch(global_batch: int, micro_batch: int | None, world_size: int) -> BatchPlan:
+    """Divide a global batch over ranks, and each share into as many micro-batches as the largest share needs.
+
+    micro_batch  largest number of images that a rank holds at once; None: its whole share. A limit of one image is
+                 exceeded by one where shares differ: the smaller share has too few images for as many micro-batches.
+    """
+    smallest, rest = divmod(global_batch, world_size)
+    if not smallest:
+        raise UserError(
+            f"training.global_batch {global_batch} has fewer images than the {world_size} workers that share it: "
+            f"choose at most {global_batch} workers, or training.global_batch={world_size}"
+        )
+    largest = smallest + (rest > 0)
+    accumulation = min(-(-largest // (micro_batch or largest)), smallest)
+    return BatchPlan(global_batch, -(-largest // accumulation), accumulation, world_size)
 
 
 def plan_batches(spec: Training, world_size: int) -> BatchPlan:
