@@ -82,12 +82,11 @@ def _vgg_names(backbone: ReducedVgg16, source: str) -> list[str]:
 
 def _copy_partly_(own: Tensor, value: Tensor, name: str) -> bool:
     """Copy into `own` what a tensor of another shape has for it; whether there was anything."""
-    if name.startswith(("adm.weights", "adm.biases")):
-        mine, theirs = own.view(NUM_ASPECTS, -1, *own.shape[1:]), value
+    if name.startswith("adm.cls"):
         if value.shape[0] % NUM_ASPECTS or value.shape[1:] != own.shape[1:]:
             return False
-        theirs = value.view(NUM_ASPECTS, -1, *value.shape[1:])
-        mine[:, :5].copy_(theirs[:, :5])  # location and background; the other classes mean something else
+        mine, theirs = (tensor.unflatten(0, (NUM_ASPECTS, -1)) for tensor in (own, value))
+        mine[:, :1].copy_(theirs[:, :1])  # background; the other classes mean something else
         return True
     if name.startswith("backbone.stages.5"):  # fc6, fc7: every 4th row, and for fc6 every 3rd of 7x7 positions
         side = {25088: 7, 4096: 1}.get(value.shape[-1] if value.dim() == 2 else 0)

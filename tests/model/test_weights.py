@@ -21,14 +21,16 @@ def test_own_weights_come_back_whole(build):
 
 def test_another_number_of_classes_keeps_location_and_background(build):
     source, model = build(num_classes=7), build(num_classes=3)
-    before = model.adm.weights[0].detach().clone()
-    source.adm.weights[0].data.normal_()
+    before = model.adm.cls[0].weight.detach().clone()
+    source.adm.cls[0].weight.data.normal_()
+    source.adm.box[0].weight.data.normal_()
     report = load_weights(model, source.state_dict())
     assert len(report.reshaped) == 8
     assert not report.left
-    ours, theirs = model.adm.weights[0].view(3, 8, -1), source.adm.weights[0].view(3, 12, -1)
-    assert torch.equal(ours[:, :5], theirs[:, :5])
-    assert torch.equal(ours[:, 5:], before.view(3, 8, -1)[:, 5:])
+    ours, theirs = model.adm.cls[0].weight.view(3, 4, -1), source.adm.cls[0].weight.view(3, 8, -1)
+    assert torch.equal(ours[:, :1], theirs[:, :1])
+    assert torch.equal(ours[:, 1:], before.view(3, 4, -1)[:, 1:])
+    assert torch.equal(model.adm.box[0].weight, source.adm.box[0].weight)
     assert "8 reshaped" in str(report)
 
 
@@ -74,8 +76,8 @@ def test_torchvision_vgg_is_subsampled():
 
 def test_what_does_not_fit_is_left(build):
     model = build()
-    before = model.arm.weights[0].detach().clone()
-    report = load_weights(model, {"arm.weights.0": torch.zeros(5, 5), "nonsense": torch.zeros(1)})
-    assert report.left == ("arm.weights.0", "nonsense")
-    assert "arm.weights.0" in report.missing
-    assert torch.equal(model.arm.weights[0], before)
+    before = model.arm.cls[0].weight.detach().clone()
+    report = load_weights(model, {"arm.cls.0.weight": torch.zeros(5, 5), "nonsense": torch.zeros(1)})
+    assert report.left == ("arm.cls.0.weight", "nonsense")
+    assert "arm.cls.0.weight" in report.missing
+    assert torch.equal(model.arm.cls[0].weight, before)
