@@ -8,12 +8,12 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from refinedet.pipeline.config.recipes import rules_to_compare
 from refinedet.pipeline.config.spec import JobSpec, MergeRule
 from refinedet.pipeline.evaluation.measures import Metrics, Rule, usual_rule
 from refinedet.pipeline.evaluation.submission import write_submission
 from refinedet.pipeline.evaluation.voc import write_voc_files
 from refinedet.pipeline.inference.detections import DetectionTable
-from refinedet.pipeline.inference.recipes import rules_to_compare
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.run import Run

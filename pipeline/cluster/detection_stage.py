@@ -20,12 +20,12 @@ from ray.exceptions import RayActorError, RayTaskError
 from refinedet.pipeline.cluster.detection_job import DetectionJob, write_results
 from refinedet.pipeline.cluster.detection_pool import DetectionPool
 from refinedet.pipeline.config.files import parse_spec
+from refinedet.pipeline.config.recipes import resolve_merge
 from refinedet.pipeline.evaluation.comparison import best_first
 from refinedet.pipeline.evaluation.measures import Metrics, accumulate_by_rule, match_by_rule
 from refinedet.pipeline.evaluation.pieces import Piece, merge_pieces, read_piece, split_into_pieces, write_piece
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.inference.detections import DetectionTable
-from refinedet.pipeline.inference.recipes import resolve_merge
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file

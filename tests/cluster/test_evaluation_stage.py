@@ -25,6 +25,7 @@ from refinedet.pipeline.cluster.detection_job import DetectionJob, make_detectio
 from refinedet.pipeline.cluster.evaluate import evaluate_run
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.files import dump_spec, parse_spec
+from refinedet.pipeline.config.recipes import MERGE_RULES
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.data.index import open_shards
 from refinedet.pipeline.data.reading import write_coco_annotations
@@ -36,7 +37,6 @@ from refinedet.pipeline.evaluation.submission import ROW_SCHEMA
 from refinedet.pipeline.evaluation.voc import evaluate_voc
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.inference.predict import predict_images
-from refinedet.pipeline.inference.recipes import MERGE_RULES
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.run import Run

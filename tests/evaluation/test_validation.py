@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from refinedet.model import RefineDet, RefineDetConfig
+from refinedet.pipeline.config.recipes import MERGE_RULES, resolve_merge
 from refinedet.pipeline.config.spec import Data, Evaluation, Multiscale, Pass, Split
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.reading import EvaluationSamples, write_coco_annotations
@@ -22,7 +23,6 @@ from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.evaluation.validation import validate
 from refinedet.pipeline.inference.detect import detect_piece
 from refinedet.pipeline.inference.multiscale import detect_by_rules
-from refinedet.pipeline.inference.recipes import MERGE_RULES, resolve_merge
 from refinedet.pipeline.runs.errors import UserError
 
 EVALUATION = Evaluation(batch_size=1)  # results of a convolution may differ in the last bit with the batch's size
