@@ -65,8 +65,8 @@ class RefineDet(nn.Module):
 
     def train(self, mode: bool = True) -> RefineDet:
         super().train(mode)
-        if self.config.norm == "frozen":
-            freeze_norms(self.backbone.body if isinstance(self.backbone, TimmBackbone) else self.backbone)
+        if self.config.norm == "frozen" and isinstance(self.backbone, TimmBackbone):  # VGG has none to freeze
+            freeze_norms(self.backbone.body)
         return self
 
     def forward(
