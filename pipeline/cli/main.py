@@ -14,7 +14,7 @@ from refinedet.pipeline.runs.errors import JobError, UserError, describe_end
 
 if TYPE_CHECKING:
     from refinedet.pipeline.cluster.jobs import JobsClient
-    from refinedet.pipeline.evaluation.measures import Metrics
+    from refinedet.pipeline.evaluation.metrics import Metrics
 
 app = typer.Typer(
     help="RefineDet++ as a distributed training pipeline.",

@@ -14,7 +14,8 @@ from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.files import load_spec
 from refinedet.pipeline.config.recipes import describe_cost, resolve_passes
 from refinedet.pipeline.evaluation.comparison import format_comparison
-from refinedet.pipeline.evaluation.measures import Metrics
+from refinedet.pipeline.evaluation.metrics import Metrics
+from refinedet.pipeline.evaluation.unreadable import name_images
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
@@ -53,6 +54,10 @@ def detect_and_measure(
     )
     if found.again:
         display.warn(f"done again, as damaged or of other settings: {_named(found.again)}")
+    if found.unreadable:
+        display.warn(
+            f"{len(found.unreadable)} images cannot be read and have no detections: {name_images(found.unreadable)}"
+        )
     display.done(f"{_outcome(found.metrics)}  {found.num_detections} detections{_for_server(job, found.files)}")
     return found
 

@@ -11,10 +11,10 @@ from refinedet.model import RefineDet
 from refinedet.pipeline.config.spec import Evaluation
 from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.reading import EvaluationSamples
-from refinedet.pipeline.evaluation.matching import Matches
-from refinedet.pipeline.evaluation.measures import Metrics, Rule, accumulate_by_rule, match_by_rule, usual_rule
+from refinedet.pipeline.evaluation.box_matching import Matches
+from refinedet.pipeline.evaluation.metrics import Metrics, Rule, accumulate_by_rule, match_by_rule, usual_rule
 from refinedet.pipeline.evaluation.truth import GroundTruth
-from refinedet.pipeline.evaluation.voc import VocMatches
+from refinedet.pipeline.evaluation.voc_metric import VocMatches
 from refinedet.pipeline.inference.detect import detect_samples
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
