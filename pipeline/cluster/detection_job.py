@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from refinedet.pipeline.config.recipes import rules_to_compare
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec, MergeRule
 from refinedet.pipeline.evaluation.metrics import Metrics, Rule, usual_rule
 from refinedet.pipeline.evaluation.server_files import write_submission, write_voc_files
@@ -16,7 +17,6 @@ from refinedet.pipeline.evaluation.unreadable import UnreadableImage, unreadable
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
-from refinedet.pipeline.runs.run import Run
 
 Mode = Literal["single", "multiscale"]
 _LAST_COCO_ID = 90

@@ -21,6 +21,7 @@ from refinedet.pipeline.cluster.detection_job import DetectionJob, write_results
 from refinedet.pipeline.cluster.detection_pool import DetectionPool
 from refinedet.pipeline.config.files import parse_spec
 from refinedet.pipeline.config.recipes import resolve_merge
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.evaluation.chunks import (
     Chunk,
     ChunkResult,
@@ -36,7 +37,6 @@ from refinedet.pipeline.evaluation.unreadable import UnreadableImage, sum_unread
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
-from refinedet.pipeline.runs.run import Run
 
 logger = logging.getLogger(__name__)
 

@@ -13,13 +13,13 @@ from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.files import load_spec
 from refinedet.pipeline.config.recipes import describe_cost, resolve_passes
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.evaluation.comparison import format_comparison
 from refinedet.pipeline.evaluation.metrics import Metrics
 from refinedet.pipeline.evaluation.unreadable import name_images
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
-from refinedet.pipeline.runs.run import Run
 
 if TYPE_CHECKING:
     from refinedet.pipeline.cluster.detection_pool import DetectionPool

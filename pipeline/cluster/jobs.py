@@ -26,9 +26,9 @@ from refinedet.pipeline.cluster.submission import (
     stage_code,
 )
 from refinedet.pipeline.config.checks import check_spec
+from refinedet.pipeline.config.identity import spec_difference
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs.errors import UserError
-from refinedet.pipeline.runs.run import spec_difference
 
 _ACTIVE = ("PENDING", "RUNNING")
 _POLL_S = 1.0

@@ -16,12 +16,13 @@ from refinedet.pipeline.cluster.capacity import gpus_of
 from refinedet.pipeline.cluster.progress import ProgressDisplay, summary_table
 from refinedet.pipeline.cluster.session import load_ray, ray_session, session_nodes
 from refinedet.pipeline.config.checks import check_spec
+from refinedet.pipeline.config.identity import lasting_part
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.environment import describe_environment
 from refinedet.pipeline.runs.errors import StoppedError, UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
-from refinedet.pipeline.runs.run import Run, lasting_part
 
 if TYPE_CHECKING:
     from refinedet.pipeline.cluster.detection_pool import DetectionPool
@@ -52,9 +53,9 @@ def launch(
     check_spec(spec)
     check_weights(spec)
     with ExitStack() as stack:
-        stack.enter_context(run.open())
-        log_to_file(os.path.join(log_folder(run.path), "launch.log"), who="driver")
         stop = stack.enter_context(stop_signals(display))
+        stack.enter_context(run.open(on_lost=lambda said: stop.set()))
+        log_to_file(os.path.join(log_folder(run.path), "launch.log"), who="driver")
         load_ray()
         # MLflow and Ray Train take seconds to load: beside the start of Ray, and the writing of shards.
         threading.Thread(target=_load_tracking, daemon=True).start()

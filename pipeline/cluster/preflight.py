@@ -13,12 +13,12 @@ from typing import Any
 
 from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.config.checks import check_spec
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.environment import package_versions
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
-from refinedet.pipeline.runs.run import Run
 from rich.markup import escape
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ import ray
 import ray.train
 from refinedet.pipeline.cluster.monitor import MonitorClient
 from refinedet.pipeline.config.files import parse_spec
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.drills.faults import Fault, with_faults
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
-from refinedet.pipeline.runs.run import Run
 from refinedet.pipeline.training.records import Event, StepRecord
 
 if TYPE_CHECKING:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from refinedet.model import RefineDet
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import Evaluation
 from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.reading import EvaluationSamples
@@ -18,7 +19,6 @@ from refinedet.pipeline.evaluation.voc_metric import VocMatches
 from refinedet.pipeline.inference.detect import detect_samples
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
-from refinedet.pipeline.runs.run import Run
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any, Protocol
 import torch
 from refinedet.model import RefineDet, detection_loss
 from refinedet.pipeline.config.batches import BatchPlan
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.samples import Cursor
 from refinedet.pipeline.data.stream import TrainingStream
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
-from refinedet.pipeline.runs.run import Run
 from refinedet.pipeline.training.checkpoint import find_checkpoint
 from refinedet.pipeline.training.initial_weights import load_initial_weights
 from refinedet.pipeline.training.loop import train

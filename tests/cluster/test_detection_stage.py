@@ -15,10 +15,10 @@ from refinedet.pipeline.cluster import detection_stage
 from refinedet.pipeline.cluster.detection_job import DetectionJob
 from refinedet.pipeline.cluster.detection_pool import DetectionPool
 from refinedet.pipeline.cluster.detection_stage import _work_through
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.evaluation.chunks import split_into_chunks
 from refinedet.pipeline.runs.errors import JobError
-from refinedet.pipeline.runs.run import Run
 
 
 class PlayedRay:

@@ -26,6 +26,7 @@ from refinedet.pipeline.cluster.evaluate import evaluate_run
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.files import dump_spec, parse_spec
 from refinedet.pipeline.config.recipes import MERGE_RULES
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.data.index import open_shards
 from refinedet.pipeline.data.reading import write_coco_annotations
@@ -39,7 +40,6 @@ from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.inference.predict import predict_images
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
-from refinedet.pipeline.runs.run import Run
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
-from refinedet.pipeline.runs.run import Run
 from refinedet.pipeline.training.job import Attempt, check_job, train_job
 from refinedet.pipeline.training.records import Event, StepRecord
 from refinedet.pipeline.training.world import World
