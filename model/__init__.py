@@ -13,13 +13,14 @@ if TYPE_CHECKING:
     from .config import RefineDetConfig
     from .detector import RefineDet
     from .inference import select_detections
-    from .loss import detection_loss
-    from .structures import Detections, Losses, Predictions, Targets
+    from .loss import detection_loss, sum_losses
+    from .structures import Detections, Losses, LossSums, Predictions, Targets
     from .weights import LoadReport, load_weights
 
 __all__ = [
     "Detections",
     "LoadReport",
+    "LossSums",
     "Losses",
     "Predictions",
     "RefineDet",
@@ -28,6 +29,7 @@ __all__ = [
     "detection_loss",
     "load_weights",
     "select_detections",
+    "sum_losses",
 ]
 
 _HOMES = {
@@ -35,7 +37,9 @@ _HOMES = {
     "RefineDet": "detector",
     "select_detections": "inference",
     "detection_loss": "loss",
+    "sum_losses": "loss",
     "Detections": "structures",
+    "LossSums": "structures",
     "Losses": "structures",
     "Predictions": "structures",
     "Targets": "structures",

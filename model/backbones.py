@@ -5,7 +5,8 @@ B images, F_l channels of level l, H_l W_l its cells: the input's sides over str
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -18,9 +19,9 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .config import VGG16_REDUCED, RefineDetConfig
+from .config import VGG16_REDUCED, MapNorm, RefineDetConfig
 from .layers import Bottleneck, L2Norm, build_conv
-from .norms import hold_statistics
+from .norms import BatchNorm, hold_statistics
 
 # Mean and standard deviation of RGB in 0..255, as torchvision's and timm's ImageNet weights expect them.
 IMAGENET_MEAN = (123.675, 116.28, 103.53)
@@ -32,11 +33,16 @@ CAFFE_MEAN, CAFFE_STD = (123.0, 117.0, 104.0), (1.0, 1.0, 1.0)
 # The paper's depths that timm does not name. (layers of the four stages, cardinality, base width)
 RESNETS = {"resnext152_32x4d": ((3, 8, 36, 3), 32, 4)}
 
+VGG_SCALES = (10.0, 8.0)  # of the L2 norms of conv4_3 and conv5_3 (section IV-B); the other two maps have none
+
 EXTRA_WIDTH, EXTRA_CHANNELS = 128, 512  # res6, and res7 alike: the paper gives res7 no size
 
 
 class TimmBackbone(nn.Module):
     """Any timm network with `features_only`, its maps at strides 8, 16 and 32, and residual blocks for coarser ones.
+
+    Maps are normalised on their way out: a network may end its stages with a linear layer whose channels differ in
+    scale by orders of magnitude, and the predictors' learning rate suits maps of unit scale only.
 
     `channels` holds the F_l; `mean` and `std` what the network expects of its input; `trained` begins the names of the
     tensors that weights of a classifier hold.
@@ -44,7 +50,7 @@ class TimmBackbone(nn.Module):
 
     trained = ("body.",)
 
-    def __init__(self, name: str, num_levels: int, checkpointing: bool = False) -> None:
+    def __init__(self, name: str, num_levels: int, map_norm: MapNorm, checkpointing: bool = False) -> None:
         super().__init__()
         body, self.mean, self.std = _create_body(name)
         self.body: Any = body  # timm declares no type for networks with `features_only`
@@ -57,12 +63,13 @@ class TimmBackbone(nn.Module):
         while len(self.channels) < num_levels:
             self.extra.append(Bottleneck(self.channels[-1], EXTRA_WIDTH, EXTRA_CHANNELS, stride=2))
             self.channels.append(EXTRA_CHANNELS)
+        self.norms = _build_norms(map_norm, self.channels, [math.sqrt(width) for width in self.channels])
         self.checkpointing = checkpointing
         if checkpointing and not isinstance(self.body, FeatureListNet):
             _checkpoint_blocks(self.body, name)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """x [B, 3, H, W], normalised -> maps [B, F_l, H_l, W_l], fine to coarse."""
+        """x [B, 3, H, W], normalised -> normalised maps [B, F_l, H_l, W_l], fine to coarse."""
         recompute = self.checkpointing and self.training and isinstance(self.body, FeatureListNet)
         features = self._run_by_blocks(x) if recompute else self.body(x)
         maps = []
@@ -74,7 +81,7 @@ class TimmBackbone(nn.Module):
             maps.append(y)
         for block in self.extra:
             maps.append(block(maps[-1]))
-        return maps
+        return [norm(y) for norm, y in zip(self.norms, maps, strict=True)]
 
     def _run_by_blocks(self, x: Tensor) -> list[Tensor]:
         """The body's forward, keeping of each residual block its input alone."""
@@ -94,13 +101,13 @@ class TimmBackbone(nn.Module):
 class ReducedVgg16(nn.Module):
     """VGG-16 with fc6 and fc7 as convolutions (DeepLab-LargeFOV), conv6 (and conv7) on top.
 
-    conv4_3 and conv5_3 are L2-normalised to 10 and 8; the normalised maps feed both the ARM and the TCBs.
+    `map_norm` "l2" normalises conv4_3 and conv5_3 to 10 and 8; the normalised maps feed both the ARM and the TCBs.
     """
 
     mean, std = IMAGENET_MEAN, IMAGENET_STD
     trained = tuple(f"stages.{number}." for number in range(6))
 
-    def __init__(self, num_levels: int, checkpointing: bool = False) -> None:
+    def __init__(self, num_levels: int, map_norm: MapNorm, checkpointing: bool = False) -> None:
         super().__init__()
         self.checkpointing = checkpointing
         self.stages = nn.ModuleList()
@@ -118,16 +125,24 @@ class ReducedVgg16(nn.Module):
             squeeze, stride = build_conv(self.channels[-1], 256, 1), build_conv(256, 512, 3, stride=2)
             self.stages.append(nn.Sequential(squeeze, nn.ReLU(inplace=True), stride, nn.ReLU(inplace=True)))
             self.channels.append(512)
-        self.norm4, self.norm5 = L2Norm(512, 10.0), L2Norm(512, 8.0)
+        self.norms = _build_norms(map_norm, self.channels, VGG_SCALES)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """x [B, 3, H, W], normalised -> maps [B, F_l, H_l, W_l], fine to coarse."""
+        """x [B, 3, H, W], normalised -> normalised maps [B, F_l, H_l, W_l], fine to coarse."""
         maps = []
         for number, stage in enumerate(self.stages):
             x = run_checkpointed(stage, x) if self.checkpointing and self.training else stage(x)
             if number >= 3:
                 maps.append(x)
-        return [self.norm4(maps[0]), self.norm5(maps[1]), *maps[2:]]
+        return [norm(y) for norm, y in zip(self.norms, maps, strict=True)]
+
+
+def _build_norms(kind: MapNorm, channels: Sequence[int], scales: Sequence[float]) -> nn.ModuleList:
+    """One norm for each map; "l2" normalises as many maps as there are scales."""
+    if kind == "batch":
+        return nn.ModuleList(BatchNorm(width) for width in channels)
+    l2 = [L2Norm(width, scale) for width, scale in zip(channels, scales, strict=False)] if kind == "l2" else []
+    return nn.ModuleList([*l2, *(nn.Identity() for _ in channels[len(l2) :])])
 
 
 def run_checkpointed(module: nn.Module, x: Tensor, forward: Callable[[Tensor], Tensor] | None = None) -> Tensor:
@@ -155,8 +170,8 @@ def _forward_block(block: nn.Module, forward: Callable[[Tensor], Tensor], x: Ten
 def build_backbone(config: RefineDetConfig) -> TimmBackbone | ReducedVgg16:
     """The backbone of a config, freshly initialised; `weights.load_weights` fills in trained ones."""
     if config.backbone == VGG16_REDUCED:
-        return ReducedVgg16(config.levels, config.activation_checkpointing)
-    return TimmBackbone(config.backbone, config.levels, config.activation_checkpointing)
+        return ReducedVgg16(config.levels, config.map_norm or "l2", config.activation_checkpointing)
+    return TimmBackbone(config.backbone, config.levels, config.map_norm or "batch", config.activation_checkpointing)
 
 
 def _create_body(name: str) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:

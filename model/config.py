@@ -11,6 +11,8 @@ from typing import ClassVar, Literal
 
 VGG16_REDUCED = "vgg16_reduced"
 
+MapNorm = Literal["batch", "l2", "none"]
+
 
 @dataclass(frozen=True)
 class RefineDetConfig:
@@ -31,6 +33,8 @@ class RefineDetConfig:
                               backbone keeps its imported statistics, new blocks are per worker
     normalization             of the input: "backbone", what the torchvision or timm weights expect, or "caffe":
                               BGR minus (104, 117, 123), for weights that came from Caffe (C)
+    map_norm                  of the backbone's maps, which the ARM and the TCBs read: "batch", or "l2", every cell's
+                              vector scaled to a learned length; None: "l2" for VGG's finest two (P), else "batch"
     prediction_block          a bottleneck, 256-256-1024, before every ARM and ADM predictor; P says nothing of it, C
                               has it for ResNet; None: on for all but VGG
     tcb_norm                  BN in the TCBs; None: on for all but VGG (C)
@@ -58,6 +62,7 @@ class RefineDetConfig:
     tcb_channels: int = 256
     norm: Literal["batch", "frozen", "sync"] = "batch"
     normalization: Literal["backbone", "caffe"] = "backbone"
+    map_norm: MapNorm | None = None
     prediction_block: bool | None = None
     tcb_norm: bool | None = None
     arm_iou: tuple[float, float] = (0.5, 0.5)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .anchors import tile_anchors
+from .anchors import count_anchors, tile_anchors
 from .backbones import CAFFE_MEAN, CAFFE_STD, TimmBackbone, build_backbone
 from .boxes import decode_boxes
 from .config import VGG16_REDUCED, RefineDetConfig
@@ -19,7 +19,7 @@ from .heads import AnchorRefinementHead, DetectionHead
 from .inference import select_detections
 from .matching import match_anchors
 from .norms import freeze_norms, synchronize_norms
-from .structures import Detections, Matches, Predictions, Targets
+from .structures import AnyTargets, Detections, Matches, Predictions, Targets, as_targets
 from .tcb import TransferConnection
 
 
@@ -65,20 +65,24 @@ class RefineDet(nn.Module):
 
     def train(self, mode: bool = True) -> RefineDet:
         super().train(mode)
-        if self.config.norm == "frozen":
-            freeze_norms(self.backbone.body if isinstance(self.backbone, TimmBackbone) else self.backbone)
+        if self.config.norm == "frozen" and isinstance(self.backbone, TimmBackbone):  # VGG has none to freeze
+            freeze_norms(self.backbone.body)
         return self
 
-    def forward(self, images: Tensor, targets: Sequence[Targets] | None = None, *, dense: bool = False) -> Predictions:
+    def forward(
+        self, images: Tensor, targets: Sequence[AnyTargets] | None = None, *, dense: bool = False
+    ) -> Predictions:
         """Predict for a batch.
 
         images   [B, 3, H, W]  RGB, 0..255, uint8 or float; normalised here
-        targets  of each image, in training: the ADM then computes what its loss can use, positives included;
-                 without them it computes the anchors that survive the negative filter
+        targets  of each image, in training, `Targets` or torchvision's dicts: the ADM then computes what its loss can
+                 use, positives included; without them it computes the anchors that survive the negative filter
         dense    compute every anchor in any case: all shapes are then known beforehand, as torch.compile and exports
                  need; the loss and the detections are the same
         """
         anchors = self.anchors(images)
+        if targets is not None:
+            targets = as_targets(targets, self.config.num_classes, batch=images.shape[0])
         features = self.backbone(self.normalize(images))
         arm_class = arm_box = None
         refined = anchors.expand(images.shape[0], -1, -1)
@@ -90,7 +94,8 @@ class RefineDet(nn.Module):
                 refined = decode_boxes(arm_box.detach(), anchors)
         index, matches = (None, None) if dense else self._choose_rows(arm_class, refined, targets)
         adm_box, adm_class = self.adm(transferred, refined, index)
-        return Predictions(anchors, refined, arm_class, arm_box, index, adm_class, adm_box, matches)
+        level_anchors = count_anchors(images.shape[-2], images.shape[-1], self.config.strides)
+        return Predictions(anchors, refined, arm_class, arm_box, index, adm_class, adm_box, matches, level_anchors)
 
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[Detections]:

@@ -5,6 +5,8 @@ B images, A anchors an image
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,11 @@ def select_survivors(arm_class: Tensor, theta: float) -> Tensor:
     scores = arm_class.detach().float()
     # Of two classes, softmax is the sigmoid of the difference; the object's side keeps its digits near theta = 1.
     return torch.sigmoid(scores[..., 1] - scores[..., 0]) >= 1.0 - theta
+
+
+def share_by_level(survivors: Tensor, level_anchors: Sequence[int]) -> Tensor:
+    """Share of each level's anchors that survive: [B, A] bool -> [levels], fp32."""
+    return torch.stack([level.float().mean() for level in survivors.split(list(level_anchors), dim=1)])
 
 
 def select_trained_rows(survivors: Tensor | None, matches: Matches) -> Tensor:

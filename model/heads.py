@@ -6,7 +6,8 @@ O outputs an anchor (4 deltas, then the classes, background first), N chosen anc
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 from .anchors import ASPECTS
-from .layers import Bottleneck, init_xavier_
+from .layers import Bottleneck, build_conv
 from .ops.align_conv import align_conv
 from .portable import align_conv_portable
 
@@ -25,8 +26,8 @@ BLOCK_WIDTH, BLOCK_CHANNELS = 256, 1024  # the Caffe release's bottleneck before
 class Head(nn.Module):
     """One predictor a level, nothing shared between levels; the part that the ARM and the ADM have in common.
 
-    A level's weights are those of a plain convolution, [aspects * O, F, K, K]: three filters of O outputs, one for each
-    anchor shape of a cell. Location and class outputs sit together, so that features are read once.
+    `cls` and `box` hold a convolution for each level, with NUM_ASPECTS * C and NUM_ASPECTS * 4 outputs. The two are
+    computed as one, so that features are read once.
     """
 
     def __init__(self, in_channels: Sequence[int], num_classes: int, kernel_size: int, block: bool) -> None:
@@ -35,22 +36,29 @@ class Head(nn.Module):
         self.blocks = nn.ModuleList(
             Bottleneck(width, BLOCK_WIDTH, BLOCK_CHANNELS) if block else nn.Identity() for width in in_channels
         )
-        widths = [BLOCK_CHANNELS if block else width for width in in_channels]
-        shapes = [(NUM_ASPECTS * self.num_outputs, width, kernel_size, kernel_size) for width in widths]
-        self.weights = nn.ParameterList(torch.empty(shape) for shape in shapes)
-        self.biases = nn.ParameterList(torch.zeros(shape[0]) for shape in shapes)
-        self.widths = widths
-        for weight in self.weights:
-            init_xavier_(weight)
+        self.widths = [BLOCK_CHANNELS if block else width for width in in_channels]
+        self.cls = nn.ModuleList(build_conv(width, NUM_ASPECTS * num_classes, kernel_size) for width in self.widths)
+        self.box = nn.ModuleList(build_conv(width, NUM_ASPECTS * 4, kernel_size) for width in self.widths)
 
     def transform(self, features: Sequence[Tensor]) -> list[Tensor]:
         return [block(x) for block, x in zip(self.blocks, features, strict=True)]
 
+    def join_filters(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Weights [aspects, O, F, K, K], channels innermost in memory, and biases [aspects, O] of each level."""
+        weights, biases = [], []
+        for pair in cast(Iterable[tuple[nn.Conv2d, nn.Conv2d]], zip(self.box, self.cls, strict=True)):
+            filters = [conv.weight.unflatten(0, (NUM_ASPECTS, -1)).permute(0, 1, 3, 4, 2) for conv in pair]
+            offsets = [cast(Tensor, conv.bias).unflatten(0, (NUM_ASPECTS, -1)) for conv in pair]
+            weights.append(torch.cat(filters, dim=1).permute(0, 1, 4, 2, 3))
+            biases.append(torch.cat(offsets, dim=1))
+        return weights, biases
+
     def predict_dense(self, features: Sequence[Tensor]) -> Tensor:
         """Every anchor by plain convolution: maps after `transform` -> [B, A, O], fp32."""
         outputs = []
-        for x, weight, bias in zip(features, self.weights, self.biases, strict=True):
-            outputs.append(flatten_outputs(F.conv2d(x, weight, bias, padding=self.kernel_size // 2), self.num_outputs))
+        for x, weight, bias in zip(features, *self.join_filters(), strict=True):
+            y = F.conv2d(x, weight.flatten(0, 1), bias.flatten(), padding=self.kernel_size // 2)
+            outputs.append(flatten_outputs(y, self.num_outputs))
         return torch.cat(outputs, dim=1)
 
 
@@ -107,9 +115,7 @@ class DetectionHead(Head):
         return split_outputs(outputs)
 
     def _predict_aligned(self, features: Sequence[Tensor], refined: Tensor, index: Tensor | None) -> Tensor:
-        size = self.kernel_size
-        weights = [w.view(NUM_ASPECTS, self.num_outputs, w.shape[1], size, size) for w in self.weights]
-        biases = [b.view(NUM_ASPECTS, self.num_outputs) for b in self.biases]
+        weights, biases = self.join_filters()
         if self.portable and index is None:
             return align_conv_portable(features, self.strides, refined, weights, biases).flatten(0, 1).float()
         boxes = refined.flatten(0, 1)
@@ -121,10 +127,10 @@ class DetectionHead(Head):
 
     def _predict_deformable(self, features: Sequence[Tensor]) -> Tensor:
         outputs = []
-        for x, offset, weight, bias in zip(features, self.offsets, self.weights, self.biases, strict=True):
-            half = self.kernel_size // 2
+        for x, offset, weight, bias in zip(features, self.offsets, *self.join_filters(), strict=True):
+            half, filters = self.kernel_size // 2, weight.flatten(0, 1).float()
             # In fp32, as autocast runs it on CUDA; torchvision's CPU kernel knows no bf16.
-            y = deform_conv2d(x.float(), offset(x).float(), weight.float(), bias.float(), padding=(half, half))
+            y = deform_conv2d(x.float(), offset(x).float(), filters, bias.flatten().float(), padding=(half, half))
             outputs.append(flatten_outputs(y, self.num_outputs))
         return torch.cat(outputs, dim=1)
 

@@ -1,5 +1,16 @@
 """The loss of RefineDet++: equation 1, with hard negative mining (section IV-E).
 
+    L = 1/N_arm * ( sum_i L_b(p_i, [l*_i >= 1]) + sum_i [l*_i >= 1] L_r(x_i, g*_i) )
+      + 1/N_adm * ( sum_i L_m(c_i, l*_i)        + sum_i [l*_i >= 1] L_r(t_i, g*_i) )
+
+N counts the positive anchors of the whole global batch. L_b and L_m are cross entropy over the positives and the mined
+negatives, L_r is smooth L1 over the positives. Four functions are the parts: `matching.match_anchors`,
+`mine_negatives`, `classification_loss` and `box_loss`.
+
+A process that holds a part of the global batch computes `sum_losses` for each part, adds up `LossSums.positives` over
+all parts and processes, and calls `LossSums.divide` with the total. `detection_loss` does both for a batch that is
+whole.
+
 B images, A anchors an image, C classes with background, N rows that the ADM computed, P of them positive
 """
 
@@ -13,47 +24,63 @@ from torch import Tensor
 
 from .boxes import encode_boxes
 from .config import RefineDetConfig
-from .filtering import select_survivors
+from .filtering import select_survivors, share_by_level
 from .matching import match_anchors
-from .structures import Losses, Matches, Predictions, Targets
+from .structures import AnyTargets, Losses, LossSums, Matches, Predictions, Targets, as_targets
 
 
-def detection_loss(predictions: Predictions, targets: Sequence[Targets], config: RefineDetConfig) -> Losses:
-    """Both modules' classification and regression losses.
+def detection_loss(
+    predictions: Predictions,
+    targets: Sequence[AnyTargets],
+    config: RefineDetConfig,
+    positives: Tensor | None = None,
+) -> Losses:
+    """Both modules' classification and regression losses, divided by their positives.
+
+    positives  [2], of the ARM and of the ADM, over the whole global batch; None: the positives of `targets`
+    """
+    return sum_losses(predictions, targets, config).divide(positives)
+
+
+def sum_losses(predictions: Predictions, targets: Sequence[AnyTargets], config: RefineDetConfig) -> LossSums:
+    """The four sums of equation 1 and the positives that divide them.
 
     The ARM learns (object or not, deltas to the tiled anchors); the ADM learns (class, deltas to the refined anchors,
-    which are matched anew). Each is a sum over its positives and its mined negatives, divided by its positives
-    (`loss_normalization: arm` divides both by the ARM's). An image without objects adds nothing, and neither does an
-    anchor that the ARM filtered, unless it is positive.
+    which are matched anew). An image without objects adds nothing, and neither does an anchor that the ARM filtered,
+    unless it is positive. `loss_normalization: arm` counts the ARM's positives for both.
+
+    targets  of each image: `Targets`, or torchvision's dicts with `boxes` and `labels`
     """
     p = predictions
+    targets = as_targets(targets, config.num_classes, batch=p.refined.shape[0], validate=p.matches is None)
     zero = p.adm_class.new_zeros(())
-    arm_class = arm_box = arm_positives = zero
+    arm = (zero, zero, zero)
     if p.arm_class is not None and p.arm_box is not None:
         matches = match_anchors(p.anchors, targets, config.arm_iou, binary=True)
-        arm_class, arm_box, arm_positives = _module_loss(
-            p.arm_class.flatten(0, 1), p.arm_box.flatten(0, 1), None, matches, matches.labels == 0, p.anchors, targets,
-            config.negatives_per_positive,
+        arm = _sum_module(
+            (p.arm_class.flatten(0, 1), p.arm_box.flatten(0, 1), None),
+            matches, matches.labels == 0, p.anchors, targets, config.negatives_per_positive,
         )  # fmt: skip
 
     matches = p.matches or match_anchors(p.refined, targets, config.adm_iou)
     eligible = matches.labels == 0
+    survivors = None
     if p.arm_class is not None:
-        eligible = eligible & select_survivors(p.arm_class, config.theta)
-    adm_class, adm_box, adm_positives = _module_loss(
-        p.adm_class, p.adm_box, p.index, matches, eligible, p.refined, targets, config.negatives_per_positive
+        survivors = select_survivors(p.arm_class, config.theta)
+        eligible = eligible & survivors
+    adm = _sum_module(
+        (p.adm_class, p.adm_box, p.index), matches, eligible, p.refined, targets, config.negatives_per_positive
+    )
+    by_arm = config.loss_normalization == "arm" and p.arm_class is not None
+    return LossSums(
+        *(*arm[:2], *adm[:2]),
+        positives=torch.stack([arm[2], arm[2] if by_arm else adm[2]]),
+        survivors=None if survivors is None else share_by_level(survivors, p.level_anchors),
     )
 
-    by_arm = config.loss_normalization == "arm" and p.arm_class is not None
-    arm_count = arm_positives.clamp(min=1)
-    adm_count = arm_count if by_arm else adm_positives.clamp(min=1)
-    return Losses(arm_class / arm_count, arm_box / arm_count, adm_class / adm_count, adm_box / adm_count)
 
-
-def _module_loss(
-    logits: Tensor,
-    deltas: Tensor,
-    index: Tensor | None,
+def _sum_module(
+    rows: tuple[Tensor, Tensor, Tensor | None],
     matches: Matches,
     eligible: Tensor,
     anchors: Tensor,
@@ -62,33 +89,42 @@ def _module_loss(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One module's sums: (cross entropy, smooth L1, number of positives).
 
-    logits    [N, C]     rows of the module, fp32
-    deltas    [N, 4]
-    index     [N]        image * A + anchor of each row; None: N = B * A
-    eligible  [B, A]     negatives that may be mined
+    rows      logits [N, C], deltas [N, 4], index [N]: image * A + anchor of each row; None: N = B * A
+    eligible  [B, A]  negatives that may be mined
     anchors   [A, 4] or [B, A, 4]  what the deltas are relative to
     """
-    logits, deltas = logits.float(), deltas.float()
-    row_labels = matches.labels.flatten() if index is None else matches.labels.flatten()[index]
-    positive_rows = (row_labels > 0).nonzero().squeeze(1)
-    entropy = F.cross_entropy(logits, row_labels.clamp(min=0), reduction="none")
+    logits, deltas, index = rows
+    labels = matches.labels.flatten() if index is None else matches.labels.flatten()[index]
+    entropy = F.cross_entropy(logits.float(), labels.clamp(min=0), reduction="none")
 
     hardness = entropy.detach()
     if index is not None:
         hardness = hardness.new_full((matches.labels.numel(),), -torch.inf).scatter_(0, index, hardness)
-    negatives = mine_negatives(hardness.view_as(eligible), eligible, (matches.labels > 0).sum(dim=1), ratio).flatten()
-    chosen = (row_labels > 0) | (negatives if index is None else negatives[index])
-    class_loss = torch.where(chosen, entropy, 0.0).sum()
+    count = (matches.labels > 0).sum(dim=1)
+    negatives = mine_negatives(hardness.view_as(eligible), eligible, count, ratio).flatten()
 
-    place = positive_rows if index is None else index[positive_rows]
-    num_anchors = matches.labels.shape[1]
-    image, anchor = place // num_anchors, place % num_anchors
-    first_box = torch.tensor([0, *[len(target.labels) for target in targets][:-1]], device=place.device).cumsum(0)
-    boxes = torch.cat([target.boxes for target in targets]).to(place.device)
-    wanted = boxes[first_box[image] + matches.boxes[image, anchor]]
-    reference = anchors[anchor] if anchors.dim() == 2 else anchors[image, anchor]
-    box_loss = F.smooth_l1_loss(deltas[positive_rows], encode_boxes(wanted, reference), reduction="sum")
-    return class_loss, box_loss, (matches.labels > 0).sum()
+    positive = (labels > 0).nonzero().squeeze(1)
+    place = positive if index is None else index[positive]
+    return (
+        classification_loss(entropy, labels > 0, negatives if index is None else negatives[index]),
+        box_loss(deltas[positive].float(), *_matched_pairs(place, matches, anchors, targets)),
+        count.sum().to(entropy.dtype),
+    )
+
+
+def classification_loss(entropy: Tensor, positive: Tensor, mined: Tensor) -> Tensor:
+    """L_b or L_m: the sum over positives and mined negatives of their cross entropy [N]."""
+    return torch.where(positive | mined, entropy, 0.0).sum()
+
+
+def box_loss(deltas: Tensor, boxes: Tensor, anchors: Tensor) -> Tensor:
+    """L_r: the sum of smooth L1 between predicted and wanted deltas of the positives.
+
+    deltas   [P, 4]  predicted, relative to `anchors`
+    boxes    [P, 4]  the object that each positive matches, xyxy pixels
+    anchors  [P, 4]  xyxy pixels
+    """
+    return F.smooth_l1_loss(deltas, encode_boxes(boxes, anchors), reduction="sum")
 
 
 def mine_negatives(hardness: Tensor, eligible: Tensor, positives: Tensor, ratio: float) -> Tensor:
@@ -103,3 +139,15 @@ def mine_negatives(hardness: Tensor, eligible: Tensor, positives: Tensor, ratio:
     order = hardness.masked_fill(~eligible, -torch.inf).sort(dim=1, descending=True, stable=True).indices
     taken = torch.arange(hardness.shape[1], device=hardness.device) < count[:, None]
     return torch.zeros_like(eligible).scatter_(1, order, taken) & eligible
+
+
+def _matched_pairs(
+    place: Tensor, matches: Matches, anchors: Tensor, targets: Sequence[Targets]
+) -> tuple[Tensor, Tensor]:
+    """Box and anchor, [P, 4] each, of the positives at `place` = image * A + anchor."""
+    num_anchors = matches.labels.shape[1]
+    image, anchor = place // num_anchors, place % num_anchors
+    first_box = torch.tensor([0, *[len(target.labels) for target in targets][:-1]], device=place.device).cumsum(0)
+    boxes = torch.cat([target.boxes for target in targets]).to(place.device)
+    wanted = boxes[first_box[image] + matches.boxes[image, anchor]]
+    return wanted, anchors[anchor] if anchors.dim() == 2 else anchors[image, anchor]

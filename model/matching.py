@@ -13,14 +13,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .boxes import paired_overlaps
 from .structures import Matches, Targets
 
 MIN_BIPARTITE_IOU = 1e-6
-ANCHOR_BITS, BOX_BITS = 21, 12
-PAIRS_AT_ONCE = 2**24  # bounds the memory of a crowded batch; an IoU matrix of this size takes 64 MiB
+ANCHOR_BITS, BOX_BITS = 20, 13  # beside them the 30 bits of an IoU in [0, 1]: 63 in all
+PAIRS_AT_ONCE = 2**22  # bounds the memory of a crowded batch: a pair's keys and its IoU take some 40 bytes
 
 
 def match_anchors(
@@ -62,32 +63,50 @@ def _match_images(
         boxes[image, : len(target.boxes)] = target.boxes  # padding has no area, hence overlaps nothing
         classes[image, : len(target.labels)] = 1 if binary else target.labels
 
-    keys = _pack(paired_overlaps(boxes, anchors))
-    best = keys.amax(dim=1)
+    best, candidates = _best_pairs(boxes, anchors)
     best_iou, _, matched = _unpack(best)
     labels = torch.where(best_iou >= iou[1], classes.gather(1, matched), torch.where(best_iou < iou[0], 0, -1))
 
-    owner = _match_bipartite(keys)
+    owner = _match_bipartite(candidates, anchors.shape[-2])
     matched = torch.where(owner >= 0, owner, matched)
     return torch.where(owner >= 0, classes.gather(1, matched), labels), matched
 
 
-def _match_bipartite(keys: Tensor) -> Tensor:
+def _best_pairs(boxes: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys of each anchor's best box [B, A], and of each box's best anchors [B, G, K], a part of the boxes at a time.
+
+    A box only ever gets one of its G best anchors, for the other boxes take at most G - 1; and none that it does not
+    overlap. K is the smaller bound.
+    """
+    num_images, num_boxes, num_anchors = *boxes.shape[:2], anchors.shape[-2]
+    best = torch.zeros(num_images, num_anchors, dtype=torch.int64, device=anchors.device)
+    most = min(num_boxes, num_anchors)
+    parts = []
+    step = max(1, PAIRS_AT_ONCE // (num_images * num_anchors))
+    for start in range(0, num_boxes, step):
+        overlaps = paired_overlaps(boxes[:, start : start + step], anchors)
+        apart = overlaps <= MIN_BIPARTITE_IOU
+        keys = _pack(overlaps, start)
+        best = torch.maximum(best, keys.amax(dim=1))
+        wanted = most if most <= 64 else min(most, num_anchors - int(apart.sum(dim=2).min()))
+        parts.append(keys.masked_fill_(apart, 0).topk(max(1, wanted), dim=2).values)
+    width = max(part.shape[2] for part in parts)
+    return best, torch.cat([F.pad(part, (0, width - part.shape[2])) for part in parts], dim=1)
+
+
+def _match_bipartite(candidates: Tensor, num_anchors: int) -> Tensor:
     """Give every box the best anchor that is still free, the best pair first; the box of each anchor, -1 for none.
 
-    Two shortcuts, neither of which changes the result. A box only ever gets one of its G best anchors, for the other
-    boxes take at most G - 1. And a pair that is the best for its box and for its anchor alike will be taken whatever
-    is taken before it; so each round takes all such pairs at once, and a few rounds do (each waits for the device).
+    A pair that is the best for its box and for its anchor alike will be taken whatever is taken before it. Each round
+    takes all such pairs at once, and a few rounds do (each waits for the device).
 
-    keys     [B, G, A]
-    returns  [B, A]
+    candidates  [B, G, K]  keys of the anchors that a box may get, 0: none
+    returns     [B, A]
     """
-    num_images, num_boxes, num_anchors = keys.shape
-    owner = torch.full((num_images, num_anchors), -1, dtype=torch.int64, device=keys.device)
-    candidates = keys.topk(min(num_boxes, num_anchors), dim=2).values
-    overlap, anchor, _ = _unpack(candidates)
-    candidates = candidates.masked_fill_(overlap <= MIN_BIPARTITE_IOU, 0).flatten(1)
-    anchor = anchor.flatten(1)
+    num_images, num_boxes = candidates.shape[:2]
+    owner = torch.full((num_images, num_anchors), -1, dtype=torch.int64, device=candidates.device)
+    candidates = candidates.flatten(1)
+    anchor = _unpack(candidates)[1].clamp_(max=num_anchors - 1)
     while True:
         best_of_box = candidates.view(num_images, num_boxes, -1).amax(dim=2)
         best_of_anchor = torch.zeros_like(owner).scatter_reduce_(1, anchor, candidates, "amax")
@@ -101,13 +120,14 @@ def _match_bipartite(keys: Tensor) -> Tensor:
         candidates = candidates.masked_fill(used.flatten(1), 0)
 
 
-def _pack(overlaps: Tensor) -> Tensor:
+def _pack(overlaps: Tensor, first_box: int) -> Tensor:
     """[B, G, A] IoU -> int64 keys; the bits of a positive float order like the float."""
     _, num_boxes, num_anchors = overlaps.shape
     anchor = 2**ANCHOR_BITS - 1 - torch.arange(num_anchors, device=overlaps.device)
-    box = 2**BOX_BITS - 1 - torch.arange(num_boxes, device=overlaps.device)
+    box = 2**BOX_BITS - 1 - torch.arange(first_box, first_box + num_boxes, device=overlaps.device)
     place = (anchor[None, :] << BOX_BITS) | box[:, None]
-    return (overlaps.contiguous().view(torch.int32).long() << (ANCHOR_BITS + BOX_BITS)).bitwise_or_(place)
+    keys = overlaps.contiguous().view(torch.int32).long()
+    return keys.bitwise_left_shift_(ANCHOR_BITS + BOX_BITS).bitwise_or_(place)
 
 
 def _unpack(keys: Tensor) -> tuple[Tensor, Tensor, Tensor]:

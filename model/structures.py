@@ -5,7 +5,9 @@ B images, A anchors an image, G boxes in one image, C classes with background, N
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -26,6 +28,57 @@ class Targets:
         return Targets(
             self.boxes.to(device, non_blocking=non_blocking), self.labels.to(device, non_blocking=non_blocking)
         )
+
+
+AnyTargets = Targets | Mapping[str, Tensor]
+"""Targets of one image: ours, or torchvision's dict with `boxes` and `labels`"""
+
+
+def as_targets(targets: Sequence[AnyTargets], num_classes: int, *, batch: int, validate: bool = True) -> list[Targets]:
+    """Targets of a batch from either form; a ValueError names the image and the box that cannot be meant.
+
+    batch     number of images, each of which needs targets
+    validate  check labels and coordinates; waits once for the device that holds them
+    """
+    if len(targets) != batch:
+        raise ValueError(f"every image needs targets, received {len(targets)} targets for {batch} images.")
+    ours = [_as_target(target, image) for image, target in enumerate(targets)]
+    if not validate or not any(len(target.labels) for target in ours):
+        return ours
+    boxes, labels = torch.cat([target.boxes for target in ours]), torch.cat([target.labels for target in ours])
+    wrong = (
+        ~boxes.isfinite().all(1) | (boxes[:, 2:] < boxes[:, :2]).any(1) | (labels < 1) | (labels > num_classes)
+    ).nonzero()
+    if not len(wrong):
+        return ours
+    row = int(wrong[0])
+    ends = list(accumulate(len(target.labels) for target in ours))
+    image = next(image for image, end in enumerate(ends) if row < end)
+    box, label = boxes[row].tolist(), int(labels[row])
+    name = f"box {row - ends[image] + len(ours[image].labels)} of image {image}"
+    if not 1 <= label <= num_classes:
+        raise ValueError(f"{name} must have a label in 1..{num_classes} (0 is background), received {label}.")
+    raise ValueError(f"{name} must be finite xyxy pixels with x1 <= x2 and y1 <= y2, received {box}.")
+
+
+def _as_target(target: AnyTargets, image: int) -> Targets:
+    if isinstance(target, Targets):
+        boxes, labels = target.boxes, target.labels
+    elif isinstance(target, Mapping) and {"boxes", "labels"} <= target.keys():
+        boxes, labels = target["boxes"], target["labels"]
+    else:
+        raise ValueError(
+            f"the targets of image {image} must be Targets or a dict with boxes and labels, received "
+            f"{sorted(target) if isinstance(target, Mapping) else type(target).__name__}."
+        )
+    if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != boxes.shape[:1]:
+        raise ValueError(
+            f"the boxes of image {image} must be [G, 4] and its labels [G], received {list(boxes.shape)} and "
+            f"{list(labels.shape)}."
+        )
+    if labels.is_floating_point():
+        raise ValueError(f"the labels of image {image} must be integers, received {labels.dtype}.")
+    return Targets(boxes.float(), labels.long())
 
 
 @dataclass(frozen=True)
@@ -52,6 +105,7 @@ class Predictions:
     adm_class  [N, C]     logits, background first
     adm_box    [N, 4]     deltas to `refined`
     matches    ADM matches, where the forward pass had to make them to choose its rows
+    level_anchors  anchors of each level in one image; they sum to A
     """
 
     anchors: Tensor
@@ -62,16 +116,21 @@ class Predictions:
     adm_class: Tensor
     adm_box: Tensor
     matches: Matches | None = None
+    level_anchors: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
 class Losses:
-    """The four sums of equation 1, each already divided by its positives; scalars."""
+    """The four terms of equation 1, each divided by its positives; scalars.
+
+    survivors  [levels] share of each level's anchors that pass the negative filter; None without an ARM
+    """
 
     arm_class: Tensor
     arm_box: Tensor
     adm_class: Tensor
     adm_box: Tensor
+    survivors: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -84,6 +143,30 @@ class Losses:
             "adm_class": self.adm_class,
             "adm_box": self.adm_box,
         }
+
+
+@dataclass(frozen=True)
+class LossSums:
+    """The four sums of equation 1 before division; scalars, fp32.
+
+    positives  [2] positive anchors of the ARM and of the ADM, fp32, without gradient; they add up over the parts of a
+               global batch
+    survivors  as in `Losses`
+    """
+
+    arm_class: Tensor
+    arm_box: Tensor
+    adm_class: Tensor
+    adm_box: Tensor
+    positives: Tensor
+    survivors: Tensor | None = None
+
+    def divide(self, positives: Tensor | None = None) -> Losses:
+        """Divide by the positives [2] of the whole global batch (default: these), of which 0 counts as 1."""
+        arm, adm = (self.positives if positives is None else positives).clamp(min=1).unbind()
+        return Losses(
+            self.arm_class / arm, self.arm_box / arm, self.adm_class / adm, self.adm_box / adm, self.survivors
+        )
 
 
 @dataclass(frozen=True)

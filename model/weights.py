@@ -11,9 +11,19 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .backbones import ReducedVgg16
+from .backbones import ReducedVgg16, TimmBackbone
 from .detector import RefineDet
 from .heads import NUM_ASPECTS
+
+# Layers of a block: efficientnet_pytorch's name -> timm's.
+_SQUEEZE = {"_se_reduce": "se.conv_reduce", "_se_expand": "se.conv_expand"}
+SEPARABLE_BLOCK = {
+    "_depthwise_conv": "conv_dw", "_bn1": "bn1", "_project_conv": "conv_pw", "_bn2": "bn2", **_SQUEEZE
+}  # fmt: skip
+EXPANDING_BLOCK = {
+    "_expand_conv": "conv_pw", "_bn0": "bn1", "_depthwise_conv": "conv_dw", "_bn1": "bn2",
+    "_project_conv": "conv_pwl", "_bn2": "bn3", **_SQUEEZE,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -42,7 +52,8 @@ class LoadReport:
 def load_weights(model: RefineDet, state: Mapping[str, Tensor]) -> LoadReport:
     """Copy what fits from `state` into `model`, and say what did and what did not.
 
-    state  of a RefineDet (any number of classes), of a torchvision or timm classifier, or of any part of one
+    state  of a RefineDet (any number of classes), of a torchvision, timm or efficientnet_pytorch classifier, or of any
+           part of one
     """
     own = model.state_dict()
     matched, reshaped, left = set(), set(), []
@@ -66,8 +77,25 @@ def _possible_names(model: RefineDet, source: str) -> list[str]:
     source = source.removeprefix("module.")
     if isinstance(model.backbone, ReducedVgg16):
         return [source, *_vgg_names(model.backbone, source)]
+    if source.startswith("_") and hasattr(model.backbone.body, "blocks"):
+        return _efficientnet_names(model.backbone, source)
     # timm flattens the first level of some networks: blocks.0 becomes blocks_0.
     return [source, f"backbone.body.{source}", f"backbone.body.{source.replace('.', '_', 1)}"]
+
+
+def _efficientnet_names(backbone: TimmBackbone, source: str) -> list[str]:
+    """Place of the tensors of efficientnet_pytorch and its lite variants, which number blocks across stages."""
+    layer, _, kind = source.rpartition(".")
+    if layer in ("_conv_stem", "_bn0"):
+        return [f"backbone.body.{'conv_stem' if layer == '_conv_stem' else 'bn1'}.{kind}"]
+    if not layer.startswith("_blocks."):
+        return []  # of the classifier
+    blocks = [(stage, block) for stage, blocks in enumerate(backbone.body.blocks) for block in range(len(blocks))]
+    number, _, name = layer.removeprefix("_blocks.").partition(".")
+    stage, block = blocks[int(number)]
+    expands = hasattr(backbone.body.blocks[stage][block], "conv_pwl")
+    place = EXPANDING_BLOCK if expands else SEPARABLE_BLOCK
+    return [f"backbone.body.blocks.{stage}.{block}.{place[name]}.{kind}"] if name in place else []
 
 
 def _vgg_names(backbone: ReducedVgg16, source: str) -> list[str]:
@@ -82,12 +110,11 @@ def _vgg_names(backbone: ReducedVgg16, source: str) -> list[str]:
 
 def _copy_partly_(own: Tensor, value: Tensor, name: str) -> bool:
     """Copy into `own` what a tensor of another shape has for it; whether there was anything."""
-    if name.startswith(("adm.weights", "adm.biases")):
-        mine, theirs = own.view(NUM_ASPECTS, -1, *own.shape[1:]), value
+    if name.startswith("adm.cls"):
         if value.shape[0] % NUM_ASPECTS or value.shape[1:] != own.shape[1:]:
             return False
-        theirs = value.view(NUM_ASPECTS, -1, *value.shape[1:])
-        mine[:, :5].copy_(theirs[:, :5])  # location and background; the other classes mean something else
+        mine, theirs = (tensor.unflatten(0, (NUM_ASPECTS, -1)) for tensor in (own, value))
+        mine[:, :1].copy_(theirs[:, :1])  # background; the other classes mean something else
         return True
     if name.startswith("backbone.stages.5"):  # fc6, fc7: every 4th row, and for fc6 every 3rd of 7x7 positions
         side = {25088: 7, 4096: 1}.get(value.shape[-1] if value.dim() == 2 else 0)

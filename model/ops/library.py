@@ -43,8 +43,16 @@ class LibraryStatus:
 
 @functools.cache
 def describe() -> LibraryStatus:
-    """Load the library where it is built, and say what it holds; never raises."""
+    """Load the library where it is built, and say what it holds; never raises.
+
+    A process can register the operators once. A second copy of this package, such as a packaged model of other code,
+    does not use the first one's operators, whose contract may differ: it runs the reference, and its reason says so.
+    """
     import torch  # not before: to submit a job only `find` is needed
+
+    if hasattr(torch.ops.refinedet, "align_conv"):
+        reason = "The operators belong to another copy of this package in this process; load one model a process."
+        return LibraryStatus(loaded=False, reason=reason)
 
     path = find()
     if path is None:
@@ -98,7 +106,7 @@ def is_loaded() -> bool:
     """Whether the compiled operators can be used; says once, as a warning, when they cannot."""
     status = describe()
     if not status.loaded:
-        logger.warning("%s Until then the slower PyTorch reference runs.", status.reason)
+        logger.warning("%s The slower PyTorch reference runs instead.", status.reason)
     return status.loaded
 
 

@@ -14,7 +14,7 @@ from refinedet.pipeline.runs.errors import JobError, UserError, describe_end
 
 if TYPE_CHECKING:
     from refinedet.pipeline.cluster.jobs import JobsClient
-    from refinedet.pipeline.evaluation.measures import Metrics
+    from refinedet.pipeline.evaluation.metrics import Metrics
 
 app = typer.Typer(
     help="RefineDet++ as a distributed training pipeline.",
@@ -164,9 +164,9 @@ def plan(
 def shard(job: Job, overrides: Overrides = None) -> None:
     """Write a job's data set as shards (data.shards, or the run's folder), without a cluster."""
     from refinedet.pipeline.cluster.progress import ProgressDisplay
+    from refinedet.pipeline.config.run import Run
     from refinedet.pipeline.data.shards import prepare_shards
     from refinedet.pipeline.runs import storage
-    from refinedet.pipeline.runs.run import Run
 
     run = Run(load_spec(job, overrides or ()))
     with ProgressDisplay() as display:

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
+from refinedet.pipeline.config.recipes import rules_to_compare
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec, MergeRule
-from refinedet.pipeline.evaluation.measures import Metrics, Rule, usual_rule
-from refinedet.pipeline.evaluation.submission import write_submission
-from refinedet.pipeline.evaluation.voc import write_voc_files
+from refinedet.pipeline.evaluation.metrics import Metrics, Rule, usual_rule
+from refinedet.pipeline.evaluation.server_files import write_submission, write_voc_files
+from refinedet.pipeline.evaluation.unreadable import UnreadableImage, unreadable_to_json
 from refinedet.pipeline.inference.detections import DetectionTable
-from refinedet.pipeline.inference.recipes import rules_to_compare
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
-from refinedet.pipeline.runs.run import Run
 
 Mode = Literal["single", "multiscale"]
 _LAST_COCO_ID = 90
@@ -148,6 +148,7 @@ def write_results(
     detections: DetectionTable,
     metrics: Metrics | None,
     by_merge_rule: Mapping[str, Metrics],
+    unreadable: tuple[UnreadableImage, ...] = (),
 ) -> list[str]:
     """Write the detections, what a server takes, and metrics.json; returns the files but the last, below `output`.
 
@@ -159,7 +160,7 @@ def write_results(
     known = storage.read_json(path) if storage.exists(path) else {}
     known.pop(job.mode, None)
     if metrics is not None:
-        known[job.mode] = metrics.to_json()
+        known[job.mode] = {**metrics.to_json(), "unreadable": unreadable_to_json(unreadable)}
     if job.mode == "multiscale":
         known.pop("merge_rules", None)
         if by_merge_rule:

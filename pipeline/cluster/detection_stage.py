@@ -20,16 +20,23 @@ from ray.exceptions import RayActorError, RayTaskError
 from refinedet.pipeline.cluster.detection_job import DetectionJob, write_results
 from refinedet.pipeline.cluster.detection_pool import DetectionPool
 from refinedet.pipeline.config.files import parse_spec
+from refinedet.pipeline.config.recipes import resolve_merge
+from refinedet.pipeline.config.run import Run
+from refinedet.pipeline.evaluation.chunks import (
+    Chunk,
+    ChunkResult,
+    merge_chunks,
+    read_chunk,
+    split_into_chunks,
+    write_chunk,
+)
 from refinedet.pipeline.evaluation.comparison import best_first
-from refinedet.pipeline.evaluation.measures import Metrics, accumulate_by_rule, match_by_rule
-from refinedet.pipeline.evaluation.pieces import Piece, merge_pieces, read_piece, split_into_pieces, write_piece
+from refinedet.pipeline.evaluation.metrics import Metrics, accumulate_by_rule, match_by_rule
 from refinedet.pipeline.evaluation.truth import GroundTruth
-from refinedet.pipeline.inference.detections import DetectionTable
-from refinedet.pipeline.inference.recipes import resolve_merge
+from refinedet.pipeline.evaluation.unreadable import UnreadableImage, sum_unreadable
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
-from refinedet.pipeline.runs.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -46,6 +53,7 @@ class Detected:
     num_detections in the results file
     files          written, relative to the job's output
     again          files of pieces that were there, but damaged or of another evaluation, and were done again
+    unreadable     images that could not be decoded, and have no detections
     """
 
     metrics: Metrics | None
@@ -53,6 +61,7 @@ class Detected:
     num_detections: int
     files: Sequence[str]
     again: Sequence[str]
+    unreadable: tuple[UnreadableImage, ...]
 
 
 @dataclass(frozen=True)
@@ -61,6 +70,7 @@ class _Answer:
 
     matches: dict[str, Any] = field(default_factory=dict)
     again: str | None = None
+    unreadable: tuple[UnreadableImage, ...] = ()
 
 
 def run_detection(
@@ -78,13 +88,14 @@ def run_detection(
     """
     instances = storage.read_json(job.truth)
     truth = GroundTruth.of(instances) if instances["annotations"] else None
-    pieces = split_into_pieces(len(job.image_ids), run.spec.evaluation.images_per_piece)
+    pieces = split_into_chunks(len(job.image_ids), run.spec.evaluation.images_per_piece)
     answers: dict[int, _Answer] = {}
-    done = 0
+    done, unreadable = 0, ()
     with DetectionPool() if pool is None else nullcontext(pool) as workers:
         for piece, answer in _work_through(run, job, truth, pieces, stop_requested, workers):
             done += len(piece.positions)
             answers[piece.index] = answer
+            unreadable = sum_unreadable((one.unreadable for one in answers.values()), run.spec.data.max_bad_samples)
             on_progress(done, len(job.image_ids))
     ordered = [answers[piece.index] for piece in pieces]
 
@@ -95,26 +106,27 @@ def run_detection(
 
     tables = []
     for piece in pieces:
-        table = read_piece(job.folder, piece, fingerprint=job.fingerprint)
-        if table is None:
+        result = read_chunk(job.folder, piece, fingerprint=job.fingerprint)
+        if result is None:
             raise JobError(f"{storage.join(job.folder, piece.name)} was damaged after it was committed; run it again")
-        tables.append(table)
-    merged = merge_pieces(tables, job.image_ids)
+        tables.append(result.detections)
+    merged = merge_chunks(tables, job.image_ids)
     metrics = measure(_OWN)
     compared = {name: measure(name) for name in job.merge_rules}
     by_rule = best_first({name: one for name, one in compared.items() if one is not None})
-    files = write_results(job, instances, merged, metrics, by_rule)
-    return Detected(metrics, by_rule, len(merged), files, [answer.again for answer in ordered if answer.again])
+    files = write_results(job, instances, merged, metrics, by_rule, unreadable)
+    again = [answer.again for answer in ordered if answer.again]
+    return Detected(metrics, by_rule, len(merged), files, again, unreadable)
 
 
 def _work_through(
     run: Run,
     job: DetectionJob,
     truth: GroundTruth | None,
-    pieces: Sequence[Piece],
+    pieces: Sequence[Chunk],
     stop: threading.Event,
     pool: DetectionPool,
-) -> Iterator[tuple[Piece, _Answer]]:
+) -> Iterator[tuple[Chunk, _Answer]]:
     """Yield (piece, what its worker said), in the order of pieces finished.
 
     A piece goes to a worker that has started: where the cluster holds fewer workers than were asked for, those that
@@ -125,7 +137,7 @@ def _work_through(
     shared_truth = ray.put(truth)
     waiting = deque(pieces)
     idle: list[tuple[int, Any]] = []  # by number, and the worker
-    held: dict[Any, tuple[int, Any, Piece | None]] = {}  # by what the worker is to answer; no piece: that it started
+    held: dict[Any, tuple[int, Any, Chunk | None]] = {}  # by what the worker is to answer; no piece: that it started
     failures, seen = 0, time.monotonic()  # when a worker was last there, idle or at work
 
     def start_worker(number: int) -> None:
@@ -200,7 +212,7 @@ class _DetectionWorker:
         log_to_file(os.path.join(log_folder(self._run.path), f"{job.mode}-{number}.log"), who=f"worker {number}")
         self._job, self._truth = job, truth
 
-    def work(self, piece: Piece) -> _Answer:
+    def work(self, piece: Chunk) -> _Answer:
         """Commit a piece; returns its matches with the truth."""
         job = self._job
         tables, again = self._committed(piece)
@@ -208,43 +220,48 @@ class _DetectionWorker:
             logger.info("%s: detecting on %d images", piece.name, len(piece.positions))
             tables = self._detect(piece)
             for name in job.merge_rules:
-                write_piece(job.rule_folder(name), piece, tables[name], fingerprint=job.rule_fingerprint(name))
-            write_piece(job.folder, piece, tables[_OWN], fingerprint=job.fingerprint)  # last: it says that all are
+                write_chunk(job.rule_folder(name), piece, tables[name], fingerprint=job.rule_fingerprint(name))
+            write_chunk(job.folder, piece, tables[_OWN], fingerprint=job.fingerprint)  # last: it says that all are
             logger.info("%s: committed", piece.name)
+        unreadable = tables[_OWN].unreadable
         if self._truth is None:
-            return _Answer(again=again)
+            return _Answer(again=again, unreadable=unreadable)
         ids = job.image_ids[piece.start : piece.stop]
-        found = {name: match_by_rule(job.measure, self._truth, table, ids) for name, table in tables.items()}
-        return _Answer(found, again)
+        found = {
+            name: match_by_rule(job.measure, self._truth, result.detections, ids) for name, result in tables.items()
+        }
+        return _Answer(found, again, unreadable)
 
-    def _committed(self, piece: Piece) -> tuple[dict[str, DetectionTable] | None, str | None]:
+    def _committed(self, piece: Chunk) -> tuple[dict[str, ChunkResult] | None, str | None]:
         """The piece's detections by merge rule, None where one is not there; and the file that is there but no good."""
         job = self._job
         places = {_OWN: (job.folder, job.fingerprint)}
         places |= {name: (job.rule_folder(name), job.rule_fingerprint(name)) for name in job.merge_rules}
         tables = {}
         for name, (folder, fingerprint) in places.items():
-            table = read_piece(folder, piece, fingerprint=fingerprint)
+            table = read_chunk(folder, piece, fingerprint=fingerprint)
             if table is None:
                 path = storage.join(folder, piece.name)
                 return None, path if storage.exists(path) else None
             tables[name] = table
         return tables, None
 
-    def _detect(self, piece: Piece) -> dict[str, DetectionTable]:
+    def _detect(self, piece: Chunk) -> dict[str, ChunkResult]:
         from refinedet.pipeline.data.index import open_shards
-        from refinedet.pipeline.inference.detect import detect_piece
-        from refinedet.pipeline.inference.multiscale import detect_by_rules
+        from refinedet.pipeline.evaluation.chunk_work import detect_chunk
 
         spec, shards, model = self._run.spec, open_shards(self._job.shards), self._loaded_model()
-        limit = spec.data.max_bad_samples
         if self._job.mode == "single":
-            found = detect_piece(model, shards, piece.positions, evaluation=spec.evaluation, max_bad_samples=limit)
-            return {_OWN: found}
+            return detect_chunk(model, shards, piece.positions, evaluation=spec.evaluation)
         assert spec.multiscale is not None
-        rules = {_OWN: resolve_merge(spec.multiscale), **self._job.merge_rules}
-        return detect_by_rules(
-            model, shards, piece.positions, multiscale=spec.multiscale, rules=rules, max_bad_samples=limit
+        methods = {_OWN: resolve_merge(spec.multiscale), **self._job.merge_rules}
+        return detect_chunk(
+            model,
+            shards,
+            piece.positions,
+            evaluation=spec.evaluation,
+            multiscale=spec.multiscale,
+            merge_methods=methods,
         )
 
     def _loaded_model(self) -> Any:

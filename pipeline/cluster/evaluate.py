@@ -10,15 +10,16 @@ from typing import TYPE_CHECKING
 from refinedet.pipeline.cluster.detection_job import DetectionJob, Mode, make_detection_job
 from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.cluster.session import ray_session
+from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.files import load_spec
-from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.recipes import describe_cost, resolve_passes
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.evaluation.comparison import format_comparison
-from refinedet.pipeline.evaluation.measures import Metrics
-from refinedet.pipeline.inference.recipes import describe_cost, resolve_passes
+from refinedet.pipeline.evaluation.metrics import Metrics
+from refinedet.pipeline.evaluation.unreadable import name_images
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
-from refinedet.pipeline.runs.run import Run
 
 if TYPE_CHECKING:
     from refinedet.pipeline.cluster.detection_pool import DetectionPool
@@ -53,6 +54,10 @@ def detect_and_measure(
     )
     if found.again:
         display.warn(f"done again, as damaged or of other settings: {_named(found.again)}")
+    if found.unreadable:
+        display.warn(
+            f"{len(found.unreadable)} images cannot be read and have no detections: {name_images(found.unreadable)}"
+        )
     display.done(f"{_outcome(found.metrics)}  {found.num_detections} detections{_for_server(job, found.files)}")
     return found
 
@@ -82,7 +87,7 @@ def evaluate_run(
     spec = load_spec(path, [f"runs={parent}", f"name={name}", *overrides])
     if mode == "multiscale" and spec.multiscale is None:
         raise UserError("The run's spec has no `multiscale`; give a recipe, as in multiscale.recipe=coco512.")
-    check_passes(spec)
+    check_spec(spec)
     changes = [override for override in overrides if not override.strip().startswith(_HARMLESS)]
     if (weights or shards or changes) and not output:
         raise UserError("Other weights, shards or settings need --output FOLDER, so that the run's own results stay.")
@@ -103,12 +108,6 @@ def evaluate_run(
         if found.by_merge_rule:
             display.note(f"\n{format_comparison(found.by_merge_rule)}\n")
     return found.metrics
-
-
-def check_passes(spec: JobSpec) -> None:
-    """UserError where the job's multi-scale passes do not fit its model: said before it trains for days."""
-    if spec.multiscale is not None:
-        resolve_passes(spec.multiscale, spec.model)
 
 
 def _outcome(metrics: Metrics | None) -> str:

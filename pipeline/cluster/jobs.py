@@ -18,7 +18,6 @@ from refinedet.pipeline.cluster.capacity import check_capacity
 from refinedet.pipeline.cluster.dashboard import connect, dashboard_address, said_clearly
 from refinedet.pipeline.cluster.submission import (
     ENTRYPOINT,
-    check_spec,
     describe_job,
     described_run,
     described_spec,
@@ -26,9 +25,10 @@ from refinedet.pipeline.cluster.submission import (
     runtime_environment,
     stage_code,
 )
+from refinedet.pipeline.config.checks import check_spec
+from refinedet.pipeline.config.identity import spec_difference
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs.errors import UserError
-from refinedet.pipeline.runs.run import spec_difference
 
 _ACTIVE = ("PENDING", "RUNNING")
 _POLL_S = 1.0
@@ -66,7 +66,7 @@ class JobsClient:
         Raises UserError where the run is being worked on, where its name stands for another spec, where the cluster
         cannot hold it, or where its paths mean nothing on a cluster.
         """
-        check_spec(spec)
+        check_spec(spec, "cluster")
         home = home_of(spec)
         jobs = self.list()
         for job in jobs:

@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, Any, Literal
 from refinedet.pipeline.cluster.capacity import gpus_of
 from refinedet.pipeline.cluster.progress import ProgressDisplay, summary_table
 from refinedet.pipeline.cluster.session import load_ray, ray_session, session_nodes
+from refinedet.pipeline.config.checks import check_spec
+from refinedet.pipeline.config.identity import lasting_part
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.environment import describe_environment
 from refinedet.pipeline.runs.errors import StoppedError, UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
-from refinedet.pipeline.runs.run import Run, lasting_part
 
 if TYPE_CHECKING:
     from refinedet.pipeline.cluster.detection_pool import DetectionPool
@@ -49,10 +51,11 @@ def launch(
         raise UserError(f"There is no stage {unknown[0]!r}; the stages are {', '.join(STAGES)}.")
     run = Run(spec)
     check_spec(spec)
+    check_weights(spec)
     with ExitStack() as stack:
-        stack.enter_context(run.open())
-        log_to_file(os.path.join(log_folder(run.path), "launch.log"), who="driver")
         stop = stack.enter_context(stop_signals(display))
+        stack.enter_context(run.open(on_lost=lambda said: stop.set()))
+        log_to_file(os.path.join(log_folder(run.path), "launch.log"), who="driver")
         load_ray()
         # MLflow and Ray Train take seconds to load: beside the start of Ray, and the writing of shards.
         threading.Thread(target=_load_tracking, daemon=True).start()
@@ -100,15 +103,8 @@ def _begin_tracking(run: Run) -> RunTracker:
     return tracker
 
 
-def check_spec(spec: JobSpec) -> None:
-    """What can be known to be wrong before a worker starts, and without the data."""
-    from refinedet.pipeline.cluster.submission import refuse_secrets
-    from refinedet.pipeline.config.batches import possible_world_sizes
-
-    refuse_secrets(spec)
-    possible_world_sizes(spec.training, spec.cluster.min_workers, spec.cluster.max_workers)
-    if not spec.data.train:
-        raise UserError("data.train is empty: name at least one split to train on.")
+def check_weights(spec: JobSpec) -> None:
+    """UserError where the weights to start from do not exist."""
     weights = spec.training.init_weights
     if weights and not storage.exists(storage.absolute(weights)):
         raise UserError(f"training.init_weights: there is no {weights!r}; give a file or URI of weights.")
@@ -237,10 +233,6 @@ class _Job:
         validated = storage.join(self.run.shards, "val")
         if self.spec.data.val and storage.exists(storage.join(validated, "index.json")):
             check_same_categories(shards, open_shards(validated))
-        if self.spec.multiscale is not None:  # only then: evaluation is many seconds of imports
-            from refinedet.pipeline.cluster.evaluate import check_passes
-
-            check_passes(self.spec)
         inputs = {
             "shards": shards.digest,
             "spec": storage.digest_json(lasting_part(self.spec.model_dump(mode="json"))),

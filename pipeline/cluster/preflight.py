@@ -12,12 +12,13 @@ from contextlib import suppress
 from typing import Any
 
 from refinedet.pipeline.cluster.progress import ProgressDisplay
+from refinedet.pipeline.config.checks import check_spec
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.environment import package_versions
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
-from refinedet.pipeline.runs.run import Run
 from rich.markup import escape
 
 logger = logging.getLogger(__name__)
@@ -31,11 +32,12 @@ def preflight(spec: JobSpec, *, address: str | None, display: ProgressDisplay) -
     Nothing of it is kept: the same spec, or a mended one, may be launched afterwards.
     Raises UserError, once all is printed, where something is at fault.
     """
-    from refinedet.pipeline.cluster.launch import check_spec, stop_signals  # it imports this module
+    from refinedet.pipeline.cluster.launch import check_weights, stop_signals  # it imports this module
     from refinedet.pipeline.cluster.session import ray_session
 
     run = Run(spec)
     check_spec(spec)
+    check_weights(spec)
     log_to_file(os.path.join(log_folder(run.path), "preflight.log"), who="driver")
     with stop_signals(display) as stop, ray_session(spec.cluster, address):
         from refinedet.pipeline.cluster.monitor import Monitor

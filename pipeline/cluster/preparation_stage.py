@@ -10,9 +10,9 @@ import ray
 from ray.exceptions import RayTaskError
 from refinedet.pipeline.cluster.monitor import Monitor, MonitorClient
 from refinedet.pipeline.config.files import parse_spec
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
-from refinedet.pipeline.runs.run import Run
 
 CPUS = 1
 """of the task that writes a part's shards; Ray keeps it off nodes with GPUs while others have room"""

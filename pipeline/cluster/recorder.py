@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from refinedet.pipeline.cluster.gauges import TrainingGauges
 from refinedet.pipeline.cluster.progress import ProgressDisplay
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.runs import storage
-from refinedet.pipeline.runs.run import Run
 from refinedet.pipeline.training.goodput import read_goodput
 from rich.markup import escape
 

@@ -20,9 +20,9 @@ from refinedet.pipeline.cluster.submission import (
     RUN_KEY,
     STOP_MARGIN_S,
     home_of,
-    refuse_secrets,
     stop_environment,
 )
+from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.files import dump_spec
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs.errors import UserError
@@ -117,17 +117,7 @@ def _check(spec: JobSpec, options: KubeRay) -> None:
     ):
         if value not in known:
             raise UserError(f"{name} must be one of {', '.join(filter(None, known))}, received {value!r}")
-    refuse_secrets(spec)
-    # Stricter than `check_spec`: an absolute path too is no pod's, but for what is below the claimed volume.
-    paths = {"runs": spec.runs, "data.shards": spec.data.shards, "training.init_weights": spec.training.init_weights}
-    if spec.data.format != "shapes":
-        paths["data.root"] = spec.data.root
-    for key, path in paths.items():
-        if path and "://" not in path and not (options.volume_claim and path.startswith(f"{SHARED}/")):
-            raise UserError(
-                f"{key} is {path!r}, which the next cluster would not find; give a URI (s3://...), or claim a volume "
-                f"(--volume-claim) and put it below {SHARED}/"
-            )
+    check_spec(spec, "pods", volume=SHARED if options.volume_claim else None)
     gpus = workers_per_pod(spec, options) * spec.cluster.gpus_per_worker
     if gpus > options.gpus_per_node:
         raise UserError(

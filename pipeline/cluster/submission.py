@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from pathlib import Path
@@ -57,34 +56,6 @@ def described_spec(metadata: dict[str, str]) -> JobSpec | None:
         return None
 
 
-def refuse_secrets(spec: JobSpec) -> None:
-    """UserError where the spec holds one: it is kept in the run, in checkpoints and in MLflow."""
-    from refinedet.pipeline.runs.redaction import redact
-
-    plain = spec.model_dump(mode="json")
-    hidden = redact(plain)
-    if hidden != plain:
-        raise UserError(
-            f"{_first_difference(plain, hidden)} holds what looks like a secret (a password or key), and a spec is "
-            "kept where many can read it; take it out, and set it in the job's environment "
-            "(AWS_SECRET_ACCESS_KEY, MLFLOW_TRACKING_PASSWORD and the like)."
-        )
-
-
-def check_spec(spec: JobSpec) -> None:
-    """Refuse what could not work on a cluster: relative paths, and secrets, which everybody there could read."""
-    refuse_secrets(spec)
-    paths = {"runs": spec.runs, "data.shards": spec.data.shards, "training.init_weights": spec.training.init_weights}
-    if spec.data.format != "shapes":
-        paths["data.root"] = spec.data.root
-    for key, path in paths.items():
-        if path and "://" not in path and not os.path.isabs(path):
-            raise UserError(
-                f"{key} is the relative path {path!r}, which means nothing on a cluster; give a URI (s3://...) or an "
-                "absolute path that every node sees."
-            )
-
-
 def stage_code(folder: Path, spec: JobSpec) -> None:
     """Fill an empty folder with all that a job needs of this checkout."""
     from refinedet.model.ops import library
@@ -116,16 +87,3 @@ def stop_environment(spec: JobSpec) -> dict[str, str]:
 
 def _python() -> str:
     return ".".join(platform.python_version_tuple()[:2])
-
-
-def _first_difference(value: Any, other: Any, key: str = "") -> str:
-    """The dotted key at which two JSON values differ first."""
-    if isinstance(value, dict) and isinstance(other, dict):
-        for name in value:
-            if value[name] != other[name]:
-                return _first_difference(value[name], other[name], f"{key}.{name}" if key else name)
-    if isinstance(value, list | tuple) and isinstance(other, list | tuple):
-        for index, pair in enumerate(zip(value, other, strict=True)):
-            if pair[0] != pair[1]:
-                return _first_difference(*pair, f"{key}[{index}]")
-    return key

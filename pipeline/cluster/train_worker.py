@@ -1,4 +1,4 @@
-"""What one Ray Train worker does: check that all is there, then hand detector and stream to the loop."""
+"""One Ray Train worker: the job of `pipeline.training.job` with a link to the driver."""
 
 from __future__ import annotations
 
@@ -6,24 +6,35 @@ import dataclasses
 import functools
 import os
 import socket
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ray
 import ray.train
 from refinedet.pipeline.cluster.monitor import MonitorClient
 from refinedet.pipeline.config.files import parse_spec
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.drills.faults import Fault, with_faults
-from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
-from refinedet.pipeline.runs.run import Run
+from refinedet.pipeline.training.records import Event, StepRecord
 
 if TYPE_CHECKING:
-    import torch
-    from refinedet.pipeline.data.index import ShardSet
-    from refinedet.pipeline.training.preflight import PreflightReport
     from refinedet.pipeline.training.world import World
+
+
+class MonitorLink:
+    """The job's link over the driver's monitor."""
+
+    def __init__(self, monitor: MonitorClient) -> None:
+        self._monitor = monitor
+
+    @property
+    def stop_requested(self) -> bool:
+        return self._monitor.stop_requested
+
+    def push(self, message: StepRecord | Event, *, wait: bool = False) -> None:
+        kind = "step" if isinstance(message, StepRecord) else "event"
+        self._monitor.push(kind, dataclasses.asdict(message), wait=wait)
 
 
 def train_worker(config: dict[str, Any]) -> dict[str, Any]:
@@ -55,136 +66,28 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(run: Run, monitor: MonitorClient, config: dict[str, Any]) -> dict[str, Any]:
-    import torch
-    from refinedet.model import RefineDet, detection_loss
-    from refinedet.pipeline.config.batches import BatchPlan
-    from refinedet.pipeline.data.samples import Cursor
-    from refinedet.pipeline.data.stream import TrainingStream
-    from refinedet.pipeline.training.checkpoint import find_checkpoint
-    from refinedet.pipeline.training.initial_weights import load_initial_weights
-    from refinedet.pipeline.training.loop import train
-    from refinedet.pipeline.training.records import Event
-    from refinedet.pipeline.training.watchdog import StallVerdict, exit_process
+    from refinedet.model import detection_loss
+    from refinedet.pipeline.evaluation.validation import prepare_validation
+    from refinedet.pipeline.training.job import Attempt, check_job, train_job
     from refinedet.pipeline.training.world import open_world
 
     restore_loggers()
     spec = run.spec
-    shards = _open_shards(run)
-    faults = [Fault(**fault) for fault in config["faults"]]
-
+    link = MonitorLink(monitor)
     # Without a GPU of its own a worker would take those that Ray has lent to others.
     with open_world(None if spec.cluster.gpus_per_worker else "cpu") as world:
-        tell = monitor.push if world.is_main else lambda kind, content: None
-        preflight = _check(run, world, shards, config["estimate_memory"])
-        tell("event", dataclasses.asdict(Event("preflight", 0, str(preflight), dataclasses.asdict(preflight))))
+        memory_bytes = None
+        if config["estimate_memory"]:
+            memory_bytes = world.broadcast_object(_memory_estimate(run, world) if world.is_main else None)
+        attempt = Attempt(config["attempt"], config["began_at"], memory_bytes)
         if config["preflight_only"]:
-            return {"status": "checked", "report": dataclasses.asdict(preflight)}
-        _raise_faults(preflight, again=config["attempt"] > 0)
-        assert shards is not None
-        torch.manual_seed(spec.seed)
-        detector = RefineDet(spec.model)
-        if spec.training.init_weights and world.broadcast_object(world.is_main and not find_checkpoint(run.path)[0]):
-            load_initial_weights(detector, spec.training.init_weights)
-
-        def make_stream(start: Cursor, plan: BatchPlan) -> TrainingStream:
-            return TrainingStream(
-                shards,
-                input_size=spec.model.input_size,
-                augmentation=spec.data.augmentation,
-                seed=spec.seed,
-                global_batch=plan.global_batch,
-                micro_batch=plan.micro_batch,
-                rank=world.rank,
-                world_size=world.size,
-                workers=spec.data.loader_workers,
-                start=start,
-                shuffle_window=spec.data.shuffle_window,
-                canonical_streams=spec.data.canonical_streams,
-                cache_dir=spec.data.cache_dir,
-                cache_bytes=spec.data.cache_bytes,
-                max_bad_samples=spec.data.max_bad_samples,
-                include_difficult=spec.data.include_difficult,
-            )
-
-        def on_stall(verdict: StallVerdict) -> None:
-            facts = {"ranks": list(verdict.ranks), "hosts": list(verdict.hosts)}
-            event = Event("stalled", verdict.step, str(verdict), facts)
-            monitor.push("event", dataclasses.asdict(event), wait=True)
-            exit_process(verdict)
-
-        result = train(
-            spec.training,
-            seed=spec.seed,
-            world=world,
-            detector=detector,
-            loss=with_faults(functools.partial(detection_loss, config=spec.model), faults, world.rank, run.path),
-            make_stream=make_stream,
-            run_dir=run.path,
-            observer=lambda record: tell("step", dataclasses.asdict(record)),
-            on_event=lambda event: tell("event", dataclasses.asdict(event)),
-            validate=_validation(run, world) if spec.training.validate_every_epochs else None,
-            stop_requested=lambda: monitor.stop_requested,
-            on_stall=on_stall,
-            began_at=config["began_at"],
-            facts={"spec": spec.model_dump(mode="json"), "shards": shards.digest},
-        )
-        return dataclasses.asdict(result)
-
-
-def _raise_faults(preflight: PreflightReport, *, again: bool) -> None:
-    """A mistake of the user at the first attempt; later, what was in order before may be so again."""
-    try:
-        preflight.raise_faults()
-    except UserError as error:
-        if again:
-            raise RuntimeError(str(error)) from error
-        raise
-
-
-def _validation(run: Run, world: World) -> Callable[[torch.nn.Module, int], dict[str, float]]:
-    from refinedet.pipeline.data.index import open_shards
-    from refinedet.pipeline.evaluation.measures import usual_rule
-    from refinedet.pipeline.evaluation.truth import GroundTruth
-    from refinedet.pipeline.evaluation.validation import validate
-
-    part = run.spec.training.validate_on
-    shards = open_shards(storage.join(run.shards, part))
-    splits = run.spec.data.train if part == "train" else run.spec.data.val
-    image_set = shards.sets[0] if shards.sets else splits[0].set
-    rule = run.spec.evaluation.rule or usual_rule(shards.format, image_set)
-    truth = GroundTruth.of(run.ground_truth(part))
-
-    def measure(detector: torch.nn.Module, epochs_done: int) -> dict[str, float]:
-        return validate(
-            detector,  # type: ignore[arg-type] - the detector that was handed to `train`
-            shards,
-            truth,
-            rank=world.rank,
-            world_size=world.size,
-            all_gather=world.all_gather_object,
-            evaluation=run.spec.evaluation,
-            measure=rule,
-            max_bad_samples=run.spec.data.max_bad_samples,
-        ).values
-
-    return measure
-
-
-def _open_shards(run: Run) -> ShardSet | None:
-    """The training shards; None where they are not written yet, as before a first launch."""
-    from refinedet.pipeline.data.index import open_shards
-
-    url = storage.join(run.shards, "train")
-    return open_shards(url) if storage.exists(storage.join(url, "index.json")) else None
-
-
-def _check(run: Run, world: World, shards: ShardSet | None, estimate_memory: bool) -> PreflightReport:
-    from refinedet.pipeline.training.preflight import check_workers
-
-    memory_bytes = None
-    if estimate_memory:
-        memory_bytes = world.broadcast_object(_memory_estimate(run, world) if world.is_main else None)
-    return check_workers(world, run.path, shards, memory_bytes=memory_bytes)
+            return {"status": "checked", "report": check_job(run, world, link, attempt).facts()}
+        faults = [Fault(**fault) for fault in config["faults"]]
+        loss = with_faults(functools.partial(detection_loss, config=spec.model), faults, world.rank, run.path)
+        validate = None
+        if spec.training.validate_every_epochs:
+            validate = prepare_validation(run, world.rank, world.size, world.all_gather_object)
+        return dataclasses.asdict(train_job(run, world, link, attempt=attempt, loss=loss, validate=validate))
 
 
 def _memory_estimate(run: Run, world: World) -> float:

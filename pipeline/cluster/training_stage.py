@@ -19,10 +19,10 @@ from refinedet.pipeline.cluster.monitor import Monitor
 from refinedet.pipeline.cluster.placement import Placement, worker_resources
 from refinedet.pipeline.cluster.train_worker import train_worker
 from refinedet.pipeline.config.batches import possible_world_sizes
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.drills.faults import read_faults
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
-from refinedet.pipeline.runs.run import Run
 from refinedet.pipeline.training.records import Event
 
 _POLL_S = 0.3

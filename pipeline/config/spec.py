@@ -1,7 +1,7 @@
 """The job spec: what a YAML file in `jobs/` may say, its types, defaults and checks.
 
 `JobSpec` is the whole; every component receives its own section, never the whole. A leaf: of this project it
-imports only the torch-free `model.config`. Reading files and overrides is in `spec_files.py`.
+imports only the torch-free `model.config`. Reading files and overrides is in `files.py`.
 """
 
 from __future__ import annotations
@@ -99,8 +99,8 @@ class Data(Section):
 class Training(Section):
     global_batch: PositiveInt = 32
     micro_batch: PositiveInt | None = None
-    """images a worker holds at once; default: all of its share of the global batch. `norm: batch` takes its statistics
-    from them: set it where the number of workers may change and the training is to stay the same"""
+    """most images that a worker holds at once; default: its whole share of the global batch. `norm: batch` takes its
+    statistics over them"""
     epochs: PositiveInt = 110
     learning_rate: PositiveFloat = 4e-3
     """at `reference_batch`; scaled linearly when global_batch differs"""
@@ -147,10 +147,6 @@ class Training(Section):
             raise ValueError(
                 f"training.zero_stage must be 0, 1 or 2, received {self.zero_stage}: stage 3 needs the same module "
                 "calls on every rank, which a head that computes only surviving anchors does not make"
-            )
-        if self.micro_batch and self.global_batch % self.micro_batch:
-            raise ValueError(
-                f"training.micro_batch must divide global_batch {self.global_batch}, received {self.micro_batch}"
             )
         return self
 

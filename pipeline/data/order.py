@@ -5,9 +5,9 @@ each part samples are shuffled within blocks, and the sequence takes one sample 
 of the sequence, window / streams of each part, are therefore shuffled among one another. A window that covers the
 data set shuffles it whole.
 
-Global batch b is the sequence's [b * size, (b + 1) * size). Its samples are dealt to the ranks in the order of their
-part, so that ranks of one node keep to the same parts: where the number of nodes divides `streams`, a node reads
-1 / nodes of the bytes of an epoch (and a shard at each cut twice).
+Global batch b is the sequence's [b * size, (b + 1) * size). Its samples are dealt to the ranks as evenly as they go, in
+the order of their part, so that ranks of one node keep to the same parts: where the number of nodes divides `streams`,
+a node reads 1 / nodes of the bytes of an epoch (and a shard at each cut twice).
 """
 
 from __future__ import annotations
@@ -72,9 +72,21 @@ class EpochOrder:
 
 
 def share_of_rank(start: int, stop: int, streams: int, rank: int, world_size: int) -> np.ndarray:
-    """Which of a global batch's places [start, stop) in the sequence are a rank's, in the order of their stream."""
+    """Places of a global batch [start, stop), from its start, that are a rank's, in the order of their stream.
+
+    Shares differ by at most one image; the first ranks have the larger ones.
+    """
     places = np.arange(start, stop)
-    dealt = places[np.argsort(places % streams, kind="stable")]
-    share = (stop - start) // world_size
-    assert share * world_size == stop - start
-    return dealt[rank * share : (rank + 1) * share] - start
+    dealt = places[np.argsort(places % streams, kind="stable")] - start
+    return _cut_evenly(dealt, rank, world_size)
+
+
+def micro_batch_of_share(share: np.ndarray, part: int, accumulation: int) -> np.ndarray:
+    """One of the `accumulation` micro-batches of a rank's share; they differ by at most one image."""
+    return _cut_evenly(share, part, accumulation)
+
+
+def _cut_evenly(values: np.ndarray, number: int, pieces: int) -> np.ndarray:
+    length, longer = divmod(len(values), pieces)
+    start = number * length + min(number, longer)
+    return values[start : start + length + (number < longer)]

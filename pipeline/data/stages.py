@@ -14,12 +14,13 @@ import cv2
 import numpy as np
 import torch
 from refinedet.model.structures import Targets
+from refinedet.pipeline.config.batches import BatchPlan
 from refinedet.pipeline.config.spec import Augmentation
 from refinedet.pipeline.data.augmentation import augment
 from refinedet.pipeline.data.cache import ShardCache, prefetch
 from refinedet.pipeline.data.images import resize_image, stack_images
 from refinedet.pipeline.data.index import ShardSet
-from refinedet.pipeline.data.order import EpochOrder, share_of_rank
+from refinedet.pipeline.data.order import EpochOrder, micro_batch_of_share, share_of_rank
 from refinedet.pipeline.data.randomness import keyed_generator
 from refinedet.pipeline.data.reading import SampleReader
 from refinedet.pipeline.data.samples import BadSample, Batch, Cursor, Sample
@@ -33,21 +34,15 @@ class Plan:
 
     shards: ShardSet
     seed: int
-    global_batch: int
-    micro_batch: int
+    batch: BatchPlan
     rank: int
-    world_size: int
     epochs: int | None
     window: int
     streams: int
 
     @property
     def batches_per_epoch(self) -> int:
-        return self.shards.num_samples // self.global_batch
-
-    @property
-    def accumulation(self) -> int:
-        return self.global_batch // (self.micro_batch * self.world_size)
+        return self.shards.num_samples // self.batch.global_batch
 
 
 class Turn(NamedTuple):
@@ -99,18 +94,18 @@ class Schedule(IterableDataset):
         epoch, first = self.start
         while plan.epochs is None or epoch < plan.epochs:
             for index in range(first, plan.batches_per_epoch):
-                for part in range(plan.accumulation):
+                for part in range(plan.batch.accumulation):
                     yield epoch, index, part
             epoch, first = epoch + 1, 0
 
     def _turns(self, order: EpochOrder, index: int, part: int) -> Iterator[Turn]:
         plan = self.plan
-        begin = index * plan.global_batch
-        end = begin + plan.global_batch
-        share = share_of_rank(begin, end, order.streams, plan.rank, plan.world_size)
-        share = share[part * plan.micro_batch : (part + 1) * plan.micro_batch]
-        for at, position in enumerate(order.positions(begin, end)[share]):
-            yield Turn(int(position), order.epoch, index, part, at == plan.micro_batch - 1)
+        begin = index * plan.batch.global_batch
+        end = begin + plan.batch.global_batch
+        share = share_of_rank(begin, end, order.streams, plan.rank, plan.batch.world_size)
+        chosen = micro_batch_of_share(share, part, plan.batch.accumulation)
+        for left, position in zip(range(len(chosen) - 1, -1, -1), order.positions(begin, end)[chosen], strict=True):
+            yield Turn(int(position), order.epoch, index, part, left == 0)
 
 
 def copy_ahead(turns: Iterable[Turn], cache: ShardCache, ahead: int) -> Iterator[Turn]:

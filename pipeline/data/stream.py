@@ -10,6 +10,7 @@ from functools import partial
 from multiprocessing.context import BaseContext
 
 import torch
+from refinedet.pipeline.config.batches import divide_batch
 from refinedet.pipeline.config.spec import Augmentation
 from refinedet.pipeline.data.cache import node_cache
 from refinedet.pipeline.data.faults import FaultLog
@@ -23,7 +24,9 @@ from webdataset.pipeline import DataPipeline
 
 
 class TrainingStream:
-    """This rank's micro-batches, `accumulation` of them for every global batch.
+    """This rank's micro-batches, `accumulation` of them for every global batch, the same number on all ranks.
+
+    Micro-batches differ by at most one image where the numbers of ranks and parts do not divide the global batch.
 
     Iterating yields `Batch`es ordered by (epoch, index, part); iterating again, or in another process with
     `start=stream.cursor`, goes on with exactly what has not been delivered, at any world size and number of workers.
@@ -62,21 +65,13 @@ class TrainingStream:
         max_bad_samples: int = 10,
         include_difficult: bool = True,
     ) -> None:
-        share, rest = divmod(global_batch, world_size)
-        micro_batch = micro_batch or share
-        if rest or share % micro_batch:
-            raise UserError(
-                f"global batch {global_batch} is not micro batch {micro_batch} x whole number x {world_size} workers: "
-                "choose training.global_batch, training.micro_batch and cluster.workers so that it is"
-            )
+        batch = divide_batch(global_batch, micro_batch, world_size)
         if shards.num_samples < global_batch:
             raise UserError(
                 f"{shards.url} has {shards.num_samples} images, fewer than one global batch of {global_batch}: "
                 "lower training.global_batch"
             )
-        self._plan = Plan(
-            shards, seed, global_batch, micro_batch, rank, world_size, epochs, shuffle_window, canonical_streams
-        )
+        self._plan = Plan(shards, seed, batch, rank, epochs, shuffle_window, canonical_streams)
         self._augment = Augmenter(input_size, seed, augmentation, include_difficult)
         self._workers = workers
         self._cache = node_cache(shards, cache_dir, cache_bytes)
@@ -96,7 +91,7 @@ class TrainingStream:
     @property
     def accumulation(self) -> int:
         """Micro-batches of this rank in a global batch."""
-        return self._plan.accumulation
+        return self._plan.batch.accumulation
 
     @property
     def bad_samples(self) -> tuple[BadSample, ...]:
@@ -133,7 +128,7 @@ class TrainingStream:
 
     def _loader(self) -> WebLoader:
         plan = self._plan
-        ahead = plan.window // (plan.world_size * max(1, self._workers))
+        ahead = plan.window // (plan.batch.world_size * max(1, self._workers))
         pipeline = DataPipeline(
             Schedule(plan, self._cursor),
             partial(copy_ahead, cache=self._cache, ahead=ahead) if self._cache else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from refinedet.pipeline.evaluation.measures import Metrics, check_rule, evaluate_by_rule
+from refinedet.pipeline.evaluation.metrics import Metrics, check_rule, evaluate_by_rule
 from refinedet.pipeline.evaluation.truth import GroundTruth, read_json_file
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.runs.errors import UserError

@@ -8,14 +8,16 @@ from typing import Any
 
 import torch
 from refinedet.model import RefineDet
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import Evaluation
-from refinedet.pipeline.data.index import ShardSet
+from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.reading import EvaluationSamples
-from refinedet.pipeline.evaluation.matching import Matches
-from refinedet.pipeline.evaluation.measures import Metrics, Rule, accumulate_by_rule, match_by_rule
+from refinedet.pipeline.evaluation.box_matching import Matches
+from refinedet.pipeline.evaluation.metrics import Metrics, Rule, accumulate_by_rule, match_by_rule, usual_rule
 from refinedet.pipeline.evaluation.truth import GroundTruth
-from refinedet.pipeline.evaluation.voc import VocMatches
+from refinedet.pipeline.evaluation.voc_metric import VocMatches
 from refinedet.pipeline.inference.detect import detect_samples
+from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
 
@@ -70,3 +72,33 @@ def validate(
         kind = UserError if any(part.of_user for part in failed.values()) else RuntimeError
         raise kind(f"validation failed on {len(failed)} of {world_size} ranks: {said}") from failure
     return accumulate_by_rule(measure, truth, parts)
+
+
+def prepare_validation(
+    run: Run, rank: int, world_size: int, all_gather: Callable[[Any], list[Any]]
+) -> Callable[[torch.nn.Module, int], dict[str, float]]:
+    """The validation of a run's training: (detector in eval mode, epochs done) -> metrics, the same on every rank.
+
+    all_gather  as in `validate`
+    """
+    part = run.spec.training.validate_on
+    shards = open_shards(storage.join(run.shards, part))
+    splits = run.spec.data.train if part == "train" else run.spec.data.val
+    rule = run.spec.evaluation.rule or usual_rule(shards.format, shards.sets[0] if shards.sets else splits[0].set)
+    truth = GroundTruth.of(run.ground_truth(part))
+
+    def measure(detector: torch.nn.Module, epochs_done: int) -> dict[str, float]:
+        assert isinstance(detector, RefineDet)
+        return validate(
+            detector,
+            shards,
+            truth,
+            rank=rank,
+            world_size=world_size,
+            all_gather=all_gather,
+            evaluation=run.spec.evaluation,
+            measure=rule,
+            max_bad_samples=run.spec.data.max_bad_samples,
+        ).values
+
+    return measure

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from refinedet.model import RefineDet
+from refinedet.pipeline.config.recipes import MERGE_RULES, resolve_passes, sides_of
 from refinedet.pipeline.config.spec import MergeRule, Multiscale, Pass
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.reading import EvaluationSamples
@@ -16,7 +17,6 @@ from refinedet.pipeline.data.samples import Category, Sample
 from refinedet.pipeline.inference.detect import Found, as_table, batched, evaluating, look
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.inference.merging import merge_boxes
-from refinedet.pipeline.inference.recipes import MERGE_RULES, resolve_passes, sides_of
 
 _BATCHES_DECODED = 4  # images held at once, in batches: enough to fill batches of landscape and of portrait ones
 

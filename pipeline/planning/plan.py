@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from refinedet.model.config import RefineDetConfig
 from refinedet.model.cost import ModelCost, count_cost
 from refinedet.pipeline.config.batches import BatchPlan, plan_batches
+from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.schedule import make_schedule
 from refinedet.pipeline.config.spec import JobSpec, Training
 from refinedet.pipeline.runs.durations import describe_duration
@@ -109,7 +110,7 @@ def estimate(
     tflops = device.tflops * (1.0 if half else device.fp32_share)
     activations = cost.activation_bytes * batch.micro_batch * (_HALF_PRECISION_ACTIVATIONS if half else 1.0)
     gflops = cost.total_gflops * (1 + _BACKWARD) + (cost.gflops["backbone"] if model.activation_checkpointing else 0.0)
-    images = batch.micro_batch * batch.accumulation
+    images = math.ceil(batch.global_batch / batch.world_size)
     communication = 0.0
     if batch.world_size > 1:
         within = math.ceil(batch.world_size / nodes)
@@ -136,8 +137,9 @@ def print_plan(
 
     `nodes` alone are full ones: eight GPUs each.
 
-    Raises UserError where the batch does not divide or the device is unknown.
+    Raises UserError for a spec that `launch` refuses, too many workers for the batch, and an unknown device.
     """
+    check_spec(spec)
     console = console or Console(highlight=False, soft_wrap=True)
     known = DEVICES.get((device or ("A100" if spec.cluster.gpus_per_worker else "CPU")).upper())
     if known is None:
@@ -158,8 +160,9 @@ def print_plan(
     console.print(_cost_table(cost))
     levels = "  ".join(f"stride {s}: {n:,}" for s, n in zip(spec.model.strides, cost.anchors, strict=True))
     console.print(f"\nAnchors      {cost.num_anchors:,}  ({levels})")
+    upto = "up to " * (batch.micro_batch * batch.accumulation * batch.world_size > batch.global_batch)
     console.print(
-        f"Batch        {batch.global_batch} = {batch.micro_batch} images x {batch.accumulation} accumulated x "
+        f"Batch        {batch.global_batch} = {upto}{batch.micro_batch} images x {batch.accumulation} accumulated x "
         f"{batch.world_size} workers, on {known.name}, {machines} node{'s' * (machines > 1)}"
     )
     _print_schedule(console, spec, found.step_s)

@@ -1,49 +1,91 @@
-"""What may be shown: a spec without its secrets, flattened to the parameters of a tracked run."""
+"""What may be shown: texts and specs without secrets, and a spec flattened to the parameters of a tracked run.
+
+A secret is recognised by its form (`PATTERNS`, the kept list), by the name that it stands under, or because the
+environment holds it under such a name. Where a form is ambiguous, as a slash in a password is, too much is masked.
+"""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 MASK = "***"
 
-_SECRET_NAME = re.compile(
-    r"(?i)(pass(word|wd|phrase)?|secret|token|credential|api[_-]?key|access[_-]?key|private[_-]?key|authorization)"
+_NAMES = (
+    r"(?:pass(?:word|wd|phrase)|(?<![a-z])pass(?![a-z])|secret|token(?!i)|credential|authorization"
+    r"|(?:api|access|private|account)[_-]?key)"
 )
-_URI_CREDENTIALS = re.compile(r"(?<=://)[^/\s@]+@")
-_URI_SIGNATURE = re.compile(
-    r"(?i)([?&][^=&\s#]*(?:sig|signature|token|key|secret|credential|password)[^=&\s#]*=)[^&\s#]+"
+_SECRET_NAME = re.compile(rf"(?i){_NAMES}")
+
+PATTERNS: tuple[tuple[str, str, str], ...] = (
+    # (what, pattern, replacement); applied in this order
+    ("user and password in a URI", r"""(?<=://)(?:[^/\s@:"'<>]*:(?:(?!://)[^\s"'<>])*|[^/\s@"'<>]+)@""", f"{MASK}@"),
+    (
+        "signed query value",
+        r"(?i)([?&][^=&\s#]*(?:sig|signature|token|key|secret|credential|password)[^=&\s#]*=)[^&\s#]+",
+        rf"\g<1>{MASK}",
+    ),
+    (
+        "Authorization header",
+        r"(?i)(authorization[\"']?\s*[:=]\s*[\"']?)(?:(?:bearer|basic|token|digest)\s+)?[^\s\"',;]+",
+        rf"\g<1>{MASK}",
+    ),
+    ("bearer token", r"(?i)\b(bearer\s+)[A-Za-z0-9._~+/=-]{8,}", rf"\g<1>{MASK}"),
+    ("assignment to a secret name", rf"(?i)(\b[\w-]*{_NAMES}[\w-]*\s?=\s?[\"']?)[^\s\"'&;,]+", rf"\g<1>{MASK}"),
+    ("private key", r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", MASK),
+    ("AWS access key id", r"(?:AKIA|ASIA)[0-9A-Z]{16}", MASK),
+    ("GitHub token", r"gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}", MASK),
+    ("GitLab token", r"gl(?:pat|dt|rt|ptt|cbt)-[A-Za-z0-9_.-]{16,}", MASK),
+    ("Hugging Face token", r"hf_[A-Za-z0-9]{20,}", MASK),
+    ("Databricks token", r"dapi[0-9a-fA-F]{16,}(?:-\d+)?", MASK),
+    ("Slack token", r"xox[abeprs]-[A-Za-z0-9-]{10,}|xapp-[A-Za-z0-9-]{10,}", MASK),
+    ("OpenAI, Anthropic or Stripe key", r"(?<![A-Za-z0-9])[rs]k[-_](?=[A-Za-z_-]*\d)[A-Za-z0-9_-]{16,}", MASK),
+    ("Google key", r"AIza[0-9A-Za-z_-]{35}|ya29\.[0-9A-Za-z_.-]{20,}|GOCSPX-[0-9A-Za-z_-]{20,}", MASK),
+    ("npm, PyPI or DigitalOcean token", r"npm_[A-Za-z0-9]{30,}|pypi-[A-Za-z0-9_-]{40,}|do[op]_v1_[0-9a-f]{40,}", MASK),
+    ("JSON web token", r"eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{5,}", MASK),
 )
-_SECRET_VALUE = re.compile(
-    r"(?:AKIA|ASIA)[0-9A-Z]{16}"  # AWS access key id
-    r"|gh[pousr]_[A-Za-z0-9]{20,}|hf_[A-Za-z0-9]{20,}|xox[abpr]-[A-Za-z0-9-]{10,}"  # GitHub, Hugging Face, Slack
-    r"|AIza[0-9A-Za-z_-]{35}"  # Google API key
-    r"|eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{5,}"  # JSON web token
-    r"|-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)"
-)
+_COMPILED = tuple((re.compile(pattern), replacement) for _, pattern, replacement in PATTERNS)
+_SHORTEST_SECRET = 6  # a shorter value of the environment occurs in ordinary text
 
 
 def redact_text(text: str) -> str:
-    """`text` without user and password in URIs, signed query values, and well-known forms of keys."""
-    text = _URI_CREDENTIALS.sub(f"{MASK}@", text)
-    text = _URI_SIGNATURE.sub(rf"\g<1>{MASK}", text)
-    return _SECRET_VALUE.sub(MASK, text)
+    """`text` with every secret masked: known forms, and what the environment holds under a secret's name."""
+    for secret in _environment_secrets():
+        text = text.replace(secret, MASK)
+    for pattern, replacement in _COMPILED:
+        text = pattern.sub(replacement, text)
+    return text
 
 
 def redact(value: Any, name: str = "") -> Any:
-    """A copy of a JSON-like value in which nothing that looks like a secret is left.
+    """A copy of a JSON-like value in which every secret is masked, also in the keys of mappings.
 
-    A value is a secret by the name it stands under (password, token, ...) or by its own form. Numbers, booleans and
-    nothing are left alone under any name: `max_tokens: 5` is no secret.
+    Every text below a secret's name (password, token, ...) is a secret. Numbers, booleans and None are kept under any
+    name: `max_tokens: 5` is no secret.
     """
+    secret = bool(_SECRET_NAME.search(name))
     if isinstance(value, Mapping):
-        return {key: redact(item, str(key)) for key, item in value.items()}
+        return {
+            redact_text(key) if isinstance(key, str) else key: redact(item, name if secret else str(key))
+            for key, item in value.items()
+        }
     if isinstance(value, str):
-        return MASK if value and _SECRET_NAME.search(name) else redact_text(value)
+        return MASK if value and secret else redact_text(value)
     if isinstance(value, Sequence) and not isinstance(value, bytes | bytearray):
         return [redact(item, name) for item in value]
     return value
+
+
+def _environment_secrets() -> list[str]:
+    """Values of variables with a secret's name, longest first; paths are none."""
+    values = {
+        value
+        for name, value in os.environ.items()
+        if len(value) >= _SHORTEST_SECRET and not value.startswith(("/", "~")) and _SECRET_NAME.search(name)
+    }
+    return sorted(values, key=lambda value: (-len(value), value))
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, Any]:

@@ -32,7 +32,7 @@ class FileDigest:
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
     """The file system that serves `path`, and the path as that file system knows it."""
-    return fsspec.core.url_to_fs(path)
+    return fsspec.core.url_to_fs(path, use_listings_cache=False)  # other processes write there too
 
 
 def is_local(path: str) -> bool:
@@ -62,7 +62,6 @@ def make_folder(path: str) -> None:
 def list_folder(path: str) -> list[str]:
     """Names in a folder, sorted; empty where there is no such folder."""
     fs, name = filesystem(path)
-    fs.invalidate_cache()
     if not fs.isdir(name):
         return []
     return sorted(posixpath.basename(entry.rstrip("/")) for entry in fs.ls(name, detail=False))
@@ -77,8 +76,7 @@ def remove(path: str) -> None:
 
 def read_bytes(path: str) -> bytes:
     fs, name = filesystem(path)
-    with fs.open(name, "rb") as file:
-        return bytes(file.read())  # type: ignore[arg-type] - fsspec types its files as text or bytes
+    return bytes(fs.cat_file(name))  # type: ignore[arg-type] - fsspec types it as text or bytes
 
 
 def write_bytes(path: str, content: bytes) -> None:
@@ -100,6 +98,21 @@ def write_bytes(path: str, content: bytes) -> None:
     else:  # an object store shows an object only once its upload is complete
         with fs.open(name, "wb") as file:
             file.write(content)  # type: ignore[arg-type]
+
+
+def create(path: str, content: bytes) -> bool:
+    """Write a file only where none exists, atomically; whether it was written. Of several processes, one succeeds."""
+    fs, name = filesystem(path)
+    try:
+        if isinstance(fs, LocalFileSystem):
+            os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+            with open(name, "xb") as file:
+                file.write(content)
+        else:
+            fs.pipe_file(name, content, mode="create")
+    except FileExistsError:
+        return False
+    return True
 
 
 def read_json(path: str) -> Any:

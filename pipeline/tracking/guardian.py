@@ -1,23 +1,26 @@
-"""The last word of a process that could not say it: a small child that outlives its parent and marks the run.
+"""Subprocess that marks the MLflow run KILLED if its parent dies without setting a status.
 
-SIGKILL, the kernel's memory killer and a crash of the interpreter leave an MLflow run RUNNING for ever. The child
-waits, holding nothing but a pipe; if the parent is gone without having said "done", it sets the run's status to KILLED,
-unless another process has taken the run over meanwhile.
+SIGKILL, the kernel's out-of-memory killer and a crash of the interpreter leave an MLflow run RUNNING for ever. The
+child waits on a pipe. If the parent ends without dismissing it, the child sets the run's status to KILLED, unless
+another process has taken the run over.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import select
 import subprocess
 import sys
 
+from refinedet.pipeline.tracking.identity import OWNER_TAG, REASON_TAG
+
 _POLL_S = 1.0
 
 
 class Guardian:
-    """Watches over this process until `dismiss`. Nothing happens where the child cannot be started."""
+    """Watch over this process until `dismiss`; does nothing where the child cannot be started."""
 
     def __init__(self, *, uri: str, run_id: str, owner: str) -> None:
         self._child: subprocess.Popen[bytes] | None = None
@@ -30,22 +33,20 @@ class Guardian:
                 start_new_session=True,  # what ends the parent's group must not end the child
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
             )
-            self._tell(json.dumps({"uri": uri, "run_id": run_id, "owner": owner, "parent": os.getpid()}))
+            self._send(json.dumps({"uri": uri, "run_id": run_id, "owner": owner, "parent": os.getpid()}))
         except OSError:
             self.dismiss()
 
     def dismiss(self) -> None:
-        """The status is set: nothing is left to do."""
+        """End the child: the run's status is set."""
         child, self._child = self._child, None
         if child is not None and child.stdin is not None:
-            try:
+            with contextlib.suppress(OSError):
                 child.stdin.write(b"done\n")
                 child.stdin.close()
-            except OSError:
-                pass
             child.wait()
 
-    def _tell(self, line: str) -> None:
+    def _send(self, line: str) -> None:
         assert self._child is not None
         assert self._child.stdin is not None
         self._child.stdin.write(line.encode() + b"\n")
@@ -58,18 +59,25 @@ def _watch() -> None:
         if select.select([sys.stdin], [], [], _POLL_S)[0]:
             if sys.stdin.buffer.raw.readline() == b"done\n":  # type: ignore[union-attr]
                 return
-            break  # the pipe closed without a word
+            break  # the pipe closed without "done"
     _mark(orders["uri"], orders["run_id"], orders["owner"])
 
 
 def _mark(uri: str, run_id: str, owner: str) -> None:
-    from refinedet.pipeline.tracking.runs import OWNER_TAG, REASON_TAG, MlflowClient
+    # Only now: the child waits for hours, and should hold little memory.
+    from refinedet.pipeline.tracking.stores import configure_mlflow
+
+    configure_mlflow()
+    from mlflow import MlflowClient
 
     client = MlflowClient(uri)
     run = client.get_run(run_id)
     if run.info.status == "RUNNING" and run.data.tags.get(OWNER_TAG) == owner:
-        client.set_tag(run_id, REASON_TAG, "the process ended without a word")
-        client.set_terminated(run_id, status="KILLED")
+        children = client.search_runs([run.info.experiment_id], f"tags.`mlflow.parentRunId` = '{run_id}'")
+        running = [child.info.run_id for child in children if child.info.status == "RUNNING"]
+        for one in (*running, run_id):
+            client.set_tag(one, REASON_TAG, "the process ended without setting a status")
+            client.set_terminated(one, status="KILLED")
 
 
 if __name__ == "__main__":

@@ -1,10 +1,14 @@
-"""A detector as a folder that MLflow loads anywhere: our code as code, weights as safetensors, no pickle.
+"""A detector as a directory that MLflow loads anywhere: our code as code, weights as safetensors, no pickle.
 
-`mlflow.pyfunc.load_model(folder)` works in a process that has the requirements and nothing of this repository.
+`mlflow.pyfunc.load_model(directory)` works in a process that has the requirements and nothing of this repository. The
+detector's sources travel under a name of their own, `refinedet_model_<digest>`. A process may therefore load models of
+different code, and have a `model` or a `refinedet` of its own.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import importlib.metadata
 import os
 import shutil
@@ -15,7 +19,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import refinedet.model as detector_package
+import cv2
+import numpy as np
+import refinedet.model
 from refinedet.model.config import RefineDetConfig
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.tracking import stores
@@ -26,32 +32,46 @@ import mlflow.pyfunc  # noqa: E402
 from mlflow.models import ModelSignature  # noqa: E402
 from mlflow.types.schema import AnyType, Array, ColSpec, DataType, ParamSchema, ParamSpec, Schema  # noqa: E402
 
-_REQUIREMENTS = ("mlflow", "numpy", "opencv-python-headless", "safetensors", "timm", "torch", "torchvision")
+_REQUIREMENTS = ("mlflow", "numpy", "opencv-python-headless", "pillow", "safetensors", "timm", "torch", "torchvision")
 
 
 def package_model(
-    folder: str,
+    directory: str,
     *,
     config: RefineDetConfig,
     weights: str,
     categories: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any] | None = None,
+    input_example: np.ndarray | None = None,
+    sources: Path | None = None,
 ) -> str:
-    """Write the detector as an MLflow pyfunc model into a local folder, replacing what is there. Returns the folder.
+    """Write the detector as an MLflow pyfunc model into a local directory, replacing what exists.
 
-    weights     safetensors file or URI with the detector's whole state
-    categories  {"id", "name"} of classes 1..C, in that order; ids are the data set's own
-    facts       kept with the model, for example the run's name, step and AP
+    weights        safetensors file or URI with the detector's whole state
+    categories     {"id", "name"} of classes 1..C, in that order; ids are the data set's own
+    facts          metadata of the model, for example the run's name, step and AP
+    input_example  uint8 [H, W, 3] RGB, saved as a PNG in base64
+    sources        package of the detector; default: the one that is installed
+    returns        the directory
     """
     stores.quiet_mlflow()
-    partial = f"{folder}.partial"
+    partial = f"{directory}.partial"
     shutil.rmtree(partial, ignore_errors=True)
+    example: dict[str, Any] = {}
+    if input_example is not None:
+        example["input_example"] = {"image": [_base64_png(input_example)]}
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # advice on input examples, in colour
+        code = _copied_sources(sources or Path(refinedet.model.__file__).parent, Path(scratch))
         description = os.path.join(scratch, "detector.json")
         storage.write_json(
             description,
-            {"config": asdict(config), "categories": [dict(entry) for entry in categories], "facts": dict(facts or {})},
+            {
+                "package": code.name,
+                "config": asdict(config),
+                "categories": [dict(entry) for entry in categories],
+                "facts": dict(facts or {}),
+            },
         )
         state = os.path.join(scratch, "weights.safetensors")
         storage.write_bytes(state, storage.read_bytes(weights))
@@ -59,22 +79,32 @@ def package_model(
             partial,
             python_model=str(Path(__file__).with_name("served_detector.py")),
             artifacts={"weights": state, "description": description},
-            code_paths=[str(Path(_sources_of(detector_package, scratch)).parent)],
+            code_paths=[str(code)],
             signature=_signature(),
+            **example,
             pip_requirements=_pinned(_REQUIREMENTS),
             metadata={"task": "object-detection", **dict(facts or {})},
         )
-    shutil.rmtree(folder, ignore_errors=True)
-    os.replace(partial, folder)
-    return folder
+    shutil.rmtree(directory, ignore_errors=True)
+    os.replace(partial, directory)
+    return directory
 
 
-def _sources_of(package: Any, scratch: str) -> str:
-    """A copy of a package's sources: no caches, and no compiled library, which other machines could not load."""
-    copy = os.path.join(scratch, *package.__name__.split("."))
-    ignored = shutil.ignore_patterns("__pycache__", "*.pyc", "*.so", "*.so.*", "*.pyd", "*.dylib")
-    shutil.copytree(os.path.dirname(package.__file__), copy, ignore=ignored)
+def _copied_sources(package: Path, scratch: Path) -> Path:
+    """A copy of a package's sources, `refinedet_model_<digest of them>`: no caches, and no compiled library."""
+    digest = hashlib.sha256()
+    files = sorted(file.relative_to(package) for file in package.rglob("*.py"))
+    for file in files:
+        digest.update(f"{file.as_posix()}\0".encode() + (package / file).read_bytes() + b"\0")
+    copy = scratch / f"refinedet_model_{digest.hexdigest()[:12]}"
+    for file in files:
+        (copy / file).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(package / file, copy / file)
     return copy
+
+
+def _base64_png(image: np.ndarray) -> str:
+    return base64.b64encode(cv2.imencode(".png", cv2.cvtColor(image, cv2.COLOR_RGB2BGR))[1].tobytes()).decode()
 
 
 def _signature() -> ModelSignature:

@@ -8,7 +8,10 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
+import urllib.error
+import urllib.request
 
+import sqlalchemy
 from refinedet.pipeline.config.spec import Tracking
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -18,8 +21,10 @@ logger = logging.getLogger(__name__)
 
 DATABASE = "mlflow.db"
 ARTIFACTS = "mlflow-artifacts"
+_CHECK_TIMEOUT_S = 5.0
 
 _MLFLOW_ENVIRONMENT = {
+    "MLFLOW_CONFIGURE_LOGGING": "false",  # no handlers of its own: its records go where the root logger's go
     "MLFLOW_DISABLE_TELEMETRY": "true",  # nothing about a run leaves the machine unasked
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the terminal belongs to the progress bar
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
@@ -36,13 +41,10 @@ def configure_mlflow() -> None:
 
 
 def quiet_mlflow() -> None:
-    """Take MLflow's and its libraries' own handlers off the terminal: their records go where the root logger's go."""
+    """Log only warnings of MLflow and its libraries."""
     for name in ("mlflow", "alembic", "sqlalchemy.engine", "huey"):
-        library = logging.getLogger(name)
-        library.handlers = []
-        library.propagate = True
-        library.setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # the outbox says once that a server is away
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # the outbox logs once that a server is away
 
 
 def tracking_uri(tracking: Tracking, runs: str) -> str:
@@ -87,8 +89,58 @@ def prepare_store(uri: str) -> None:
     except (OSError, sqlite3.Error) as error:
         raise UserError(
             f"MLflow's store {path} cannot be opened ({error}); "
-            "mend or move the file, or set tracking.uri to a server or another file"
+            "repair or move the file, or set tracking.uri to a server or another file"
         ) from error
+
+
+def check_store(tracking: Tracking, runs: str) -> None:
+    """Raise UserError where MLflow's store cannot be used: no server, no driver, no such kind. Takes no MLflow.
+
+    Called before anything of a job starts. A server that answers at all is accepted here.
+    """
+    uri = tracking_uri(tracking, runs)
+    scheme = uri.partition(":")[0] if "://" in uri else ""
+    try:
+        if scheme in ("http", "https"):
+            _check_server(uri)
+        elif scheme == "sqlite":
+            prepare_store(uri)
+        elif scheme not in ("", "file", "databricks", "uc"):
+            engine = sqlalchemy.create_engine(uri)
+            with engine.connect():
+                pass
+            engine.dispose()
+    except UserError:
+        raise
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"MLflow's store {redact_text(uri)} needs the driver {error.name}, which is not installed; install it "
+            f"(postgresql: `pip install psycopg2-binary`), or set tracking.uri to a server"
+        ) from error
+    except Exception as error:  # drivers of databases raise kinds of their own
+        raise UserError(unreachable(uri, error)) from error
+
+
+def _check_server(uri: str) -> None:
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=_CHECK_TIMEOUT_S):
+            pass
+    except urllib.error.HTTPError as error:  # it answers; a proxy before it may keep /health to itself
+        if error.code >= 500:
+            raise
+
+
+def unreachable(uri: str, error: BaseException) -> str:
+    """One sentence: no store answers at `uri`, and what to do."""
+    return (
+        f"no MLflow store answers at {redact_text(uri)} ({first_line(error)}); start it, or set "
+        "tracking.uri (without one, a SQLite file in the runs directory is used)"
+    )
+
+
+def first_line(error: BaseException | None) -> str:
+    text = redact_text(str(error)).strip()
+    return text.splitlines()[0][:300] if text else type(error).__name__
 
 
 def settle_store(uri: str) -> None:

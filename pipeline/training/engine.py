@@ -50,7 +50,7 @@ def deepspeed_config(
         zero["overlap_comm"] = spec.zero_stage == 2 and device.type == "cuda" and plan.world_size > 1
         zero["compute_grad_norm"] = spec.gradient_clip is not None  # the loop computes it for its own check
     return {
-        "train_batch_size": plan.global_batch,
+        "train_batch_size": plan.micro_batch * plan.accumulation * plan.world_size,  # more where shares differ
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": spec.gradient_clip or 0.0,  # DeepSpeed's own default is 1

@@ -18,8 +18,8 @@ import uuid
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -80,6 +80,10 @@ class PreflightReport:
     @property
     def faults(self) -> list[str]:
         return [fault for finding in self.findings for fault in finding.faults]
+
+    def facts(self) -> dict[str, Any]:
+        """JSON values."""
+        return asdict(self)
 
     def raise_faults(self) -> None:
         """UserError with every fault and its remedy, where there is one."""

@@ -31,11 +31,12 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "evaluation")]
 
 from random_truth import random_truth  # noqa: E402
-from refinedet.pipeline.evaluation.coco import accumulate, evaluate_coco  # noqa: E402
-from refinedet.pipeline.evaluation.judge import judge_by_faster_coco_eval, judge_by_pycocotools  # noqa: E402
-from refinedet.pipeline.evaluation.matching import match  # noqa: E402
+from refinedet.pipeline.evaluation.box_matching import match  # noqa: E402
+from refinedet.pipeline.evaluation.coco_metric import accumulate, evaluate_coco  # noqa: E402
 from refinedet.pipeline.evaluation.truth import GroundTruth  # noqa: E402
 from refinedet.pipeline.inference.detections import DetectionTable  # noqa: E402
+
+from tests.evaluation.judges import judge_by_faster_coco_eval, judge_by_pycocotools  # noqa: E402
 
 
 def measure(run: Callable[[], Any], repeats: int) -> tuple[list[float], Any]:

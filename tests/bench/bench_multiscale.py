@@ -32,11 +32,11 @@ sys.path.insert(0, str(ROOT))
 
 from refinedet.model import RefineDet, RefineDetConfig, load_weights  # noqa: E402
 from refinedet.model.ops import library  # noqa: E402
+from refinedet.pipeline.config.recipes import describe_cost, resolve_merge  # noqa: E402
 from refinedet.pipeline.config.spec import Data, Multiscale, Pass, Split  # noqa: E402
 from refinedet.pipeline.data.index import open_shards  # noqa: E402
 from refinedet.pipeline.data.shards import prepare_shards  # noqa: E402
 from refinedet.pipeline.inference.multiscale import detect_by_rules  # noqa: E402
-from refinedet.pipeline.inference.recipes import describe_cost, resolve_merge  # noqa: E402
 
 
 def main() -> None:

@@ -15,10 +15,10 @@ from refinedet.pipeline.cluster import detection_stage
 from refinedet.pipeline.cluster.detection_job import DetectionJob
 from refinedet.pipeline.cluster.detection_pool import DetectionPool
 from refinedet.pipeline.cluster.detection_stage import _work_through
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
-from refinedet.pipeline.evaluation.pieces import split_into_pieces
+from refinedet.pipeline.evaluation.chunks import split_into_chunks
 from refinedet.pipeline.runs.errors import JobError
-from refinedet.pipeline.runs.run import Run
 
 
 class PlayedRay:
@@ -64,7 +64,7 @@ def work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, played: PlayedRay) -> 
             "cluster": {"workers": 2, "resource_timeout_s": 0.3, "max_failures": 1},
         }
     )
-    job, pieces = cast(DetectionJob, None), split_into_pieces(6, 2)
+    job, pieces = cast(DetectionJob, None), split_into_chunks(6, 2)
     answers = _work_through(Run(spec), job, None, pieces, threading.Event(), cast(DetectionPool, played))
     return [(piece.index, cast(str, answer)) for piece, answer in answers]
 

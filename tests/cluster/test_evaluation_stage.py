@@ -25,21 +25,21 @@ from refinedet.pipeline.cluster.detection_job import DetectionJob, make_detectio
 from refinedet.pipeline.cluster.evaluate import evaluate_run
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.files import dump_spec, parse_spec
+from refinedet.pipeline.config.recipes import MERGE_RULES
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.data.index import open_shards
 from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.drills.bench import SPEC
-from refinedet.pipeline.evaluation.coco import evaluate_coco
-from refinedet.pipeline.evaluation.submission import ROW_SCHEMA
-from refinedet.pipeline.evaluation.voc import evaluate_voc
+from refinedet.pipeline.evaluation.coco_metric import evaluate_coco
+from refinedet.pipeline.evaluation.server_files import ROW_SCHEMA
+from refinedet.pipeline.evaluation.voc_metric import evaluate_voc
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.inference.predict import predict_images
-from refinedet.pipeline.inference.recipes import MERGE_RULES
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
-from refinedet.pipeline.runs.run import Run
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
@@ -127,7 +127,7 @@ def test_a_killed_worker_and_a_cut_file_cost_a_piece_each_and_no_digit(cluster, 
     alone = with_workers(shapes_run, 1)
     job, inputs = make_detection_job(alone, "single")
     undisturbed = detect(alone, job)
-    names = [f"piece-{index:05d}.json" for index in range(NUM_IMAGES // IMAGES_PER_PIECE)]
+    names = [f"chunk-{index:05d}.json" for index in range(NUM_IMAGES // IMAGES_PER_PIECE)]
     assert pieces_begun(shapes_run) == names
     results, measured = Path(job.detections), Path(shapes_run.file("metrics.json"))
     whole, numbers = results.read_bytes(), measured.read_bytes()
@@ -156,7 +156,7 @@ def test_a_killed_worker_and_a_cut_file_cost_a_piece_each_and_no_digit(cluster, 
     disturbed = detect(many, same_job)
     killer.join()
     assert killer.killed, "nobody was killed, so that this shows nothing"
-    assert "died with piece-" in caplog.text
+    assert "died with chunk-" in caplog.text
     assert disturbed.again == [str(cut)]
     assert len(names) - 1 <= len(pieces_begun(shapes_run)) - len(names) <= len(names), "at most one piece twice"
     assert kept.stat().st_mtime_ns == written
@@ -202,7 +202,7 @@ def test_a_voc_job_is_measured_by_its_years_rule_and_by_every_merge_rule(cluster
     assert sum(one["difficult"] for one in truth["annotations"]) == 1
     expected = evaluate_voc(truth, rows, rule="voc2007")
     metrics = json.loads(Path(run.file("metrics.json")).read_text())
-    assert metrics["multiscale"] == expected.to_json()
+    assert metrics["multiscale"] == {**expected.to_json(), "unreadable": {"count": 0, "images": []}}
     assert metrics["multiscale"]["voc2007"]["mAP"] > 0
     assert expected.mean != evaluate_voc(truth, rows, rule="voc2012").mean
 
@@ -212,7 +212,7 @@ def test_a_voc_job_is_measured_by_its_years_rule_and_by_every_merge_rule(cluster
     assert next(row["mAP"] for row in table if row["rule"] == "box voting") == expected.mean
     pieces = [*Path(job.folder).glob("*.json"), *Path(job.folder).glob("*/*.json")]
     assert len(pieces) == 2 * (1 + len(MERGE_RULES))
-    assert len({len(path.read_bytes()) for path in pieces if path.name == "piece-00000.json"}) >= len(MERGE_RULES) - 1
+    assert len({len(path.read_bytes()) for path in pieces if path.name == "chunk-00000.json"}) >= len(MERGE_RULES) - 1
 
     folder = Path(run.path, "submission", "multiscale", "results", "VOC2007", "Main")
     written = sorted(path.name for path in folder.iterdir())

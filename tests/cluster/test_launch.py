@@ -123,13 +123,16 @@ def test_a_job_is_stopped_goes_on_to_the_end_and_is_not_done_twice(bench: Bench,
 
 MISTAKES = [
     (["model.input_sise=64"], "did you mean `input_size`?"),
-    (["training.global_batch=9", "training.micro_batch=null"], "cannot be shared by 2 workers"),
+    (["training.global_batch=1", "training.micro_batch=null"], "global_batch 1 has fewer images than the 2 workers"),
     (["data.format=coco", "data.train=[{images: a, annotations: nowhere.json}]", "data.root=."], "nowhere.json"),
     (["data.format=coco", "data.train=[{images: a, annotations: job.yaml}]", "data.root=."], "job.yaml"),
     (["model.num_classes=3"], "set model.num_classes=10"),
     (["cluster.workers=64", "training.global_batch=64", "training.micro_batch=null"], "64 CPU"),
     (["training.init_weights=nowhere.pth"], "nowhere.pth"),
-    (["cluster.workers={min: 5, max: 7}", "training.global_batch=4"], "no number of workers from 5 to 7"),
+    (
+        ["cluster.workers={min: 5, max: 7}", "training.global_batch=4"],
+        "fewer images than the 7 workers",
+    ),
     (
         [
             "data.format=coco",

@@ -12,9 +12,9 @@ from refinedet.pipeline.cluster import training_stage
 from refinedet.pipeline.cluster.monitor import Monitor
 from refinedet.pipeline.cluster.placement import NODE_LABEL, Placement
 from refinedet.pipeline.cluster.training_stage import _Attempt, _TrainingJob
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import Cluster, JobSpec
 from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
-from refinedet.pipeline.runs.run import Run
 
 DIED = {"error": RuntimeError("worker died\n  of old age")}
 FINISHED = {"result": {"status": "finished", "step": 40}}

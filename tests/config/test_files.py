@@ -41,7 +41,7 @@ def test_every_job_opens_with_what_a_user_needs(path: Path) -> None:
         ("data.train=[{cont: 3}]", ["data.train.0.cont", "did you mean `count`?"]),
         ("training.zero_stage=3", ["training.zero_stage", "0, 1 or 2", "received 3"]),
         ("training.global_batch=10 ", ["nothing is wrong"]),
-        ("training.micro_batch=7", ["micro_batch", "divide global_batch", "7"]),
+        ("training.micro_batch=0", ["training.micro_batch", "greater than 0", "0"]),
         ("name=../elsewhere", ["name", "'../elsewhere'"]),
         ("data.format=coco", ["data.train", "images", "annotations"]),
         ("seed=-1", ["seed", "greater than or equal to 0", "-1"]),

@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import pytest
-from refinedet.pipeline.config.batches import BatchPlan, plan_batches, possible_world_sizes
 from refinedet.pipeline.config.schedule import make_schedule
 from refinedet.pipeline.config.spec import Training
-from refinedet.pipeline.runs.errors import UserError
 
 
 def test_the_papers_schedule() -> None:
@@ -27,30 +25,3 @@ def test_the_rate_follows_the_global_batch() -> None:
 
 def test_without_warmup_the_first_step_has_the_full_rate() -> None:
     assert make_schedule(Training(warmup_epochs=0), 10).learning_rate(0) == pytest.approx(4e-3)
-
-
-@pytest.mark.parametrize(
-    ("micro_batch", "world_size", "expected"),
-    [(None, 1, BatchPlan(32, 32, 1, 1)), (None, 4, BatchPlan(32, 8, 1, 4)), (4, 2, BatchPlan(32, 4, 4, 2))],
-)
-def test_the_global_batch_is_what_the_spec_says(micro_batch: int | None, world_size: int, expected: BatchPlan) -> None:
-    plan = plan_batches(Training(micro_batch=micro_batch), world_size)
-    assert plan == expected
-    assert plan.micro_batch * plan.accumulation * plan.world_size == plan.global_batch
-
-
-def test_a_batch_that_does_not_divide_is_a_users_mistake() -> None:
-    with pytest.raises(UserError, match="global_batch 32 cannot be shared by 3 workers"):
-        plan_batches(Training(), 3)
-    with pytest.raises(UserError, match=r"micro_batch 16 does not divide .* share 8 .*choose one of 1, 2, 4, 8"):
-        plan_batches(Training(micro_batch=16), 4)
-
-
-def test_an_elastic_job_takes_only_sizes_that_share_the_batch() -> None:
-    assert possible_world_sizes(Training(), 1, 8) == [8, 4, 2, 1]
-    assert possible_world_sizes(Training(micro_batch=8), 1, 8) == [4, 2, 1]
-    assert possible_world_sizes(Training(), 4, 4) == [4]
-    with pytest.raises(UserError, match="shared by no number of workers from 5 to 7"):
-        possible_world_sizes(Training(), 5, 7)
-    with pytest.raises(UserError, match="global_batch 32 cannot be shared by 3 workers"):
-        possible_world_sizes(Training(), 3, 3)

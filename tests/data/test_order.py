@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from itertools import islice
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from refinedet.pipeline.config.batches import divide_batch
 from refinedet.pipeline.data import stages
-from refinedet.pipeline.data.order import EpochOrder, share_of_rank
+from refinedet.pipeline.data.order import EpochOrder, micro_batch_of_share, share_of_rank
 from refinedet.pipeline.data.samples import Cursor
 from refinedet.pipeline.data.stages import Plan, Schedule, Turn
 
 from tests.data.conftest import make_index
 
 shard_sizes = st.lists(st.integers(1, 60), min_size=1, max_size=30)
-WORLD_SIZES = (1, 2, 3, 4, 8)
-BATCH = 24  # what all those world sizes divide
+WORLD_SIZES = (1, 2, 3, 4, 5, 7, 8)
+BATCH = 24
 
 
 class _Worker:
@@ -41,10 +41,15 @@ def turns_of_rank(plan: Plan, start: Cursor, workers: int, monkeypatch: pytest.M
     sources = [of_worker(number) for number in range(max(1, workers))]
     while True:
         for source in sources:
-            micro_batch = list(islice(source, plan.micro_batch))
+            micro_batch = []
+            for turn in source:
+                micro_batch.append(turn)
+                if turn.last:
+                    break
             if not micro_batch:
                 return
-            assert [turn.last for turn in micro_batch] == [False] * (plan.micro_batch - 1) + [True]
+            assert micro_batch[-1].last
+            assert plan.batch.micro_batch - 1 <= len(micro_batch) <= plan.batch.micro_batch
             yield micro_batch
 
 
@@ -56,7 +61,7 @@ def global_batches(
     gathered: dict[Cursor, list[int]] = {}
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(world_size):
-            plan = Plan(index, seed, BATCH, micro_batch, rank, world_size, 2, window, 16)
+            plan = Plan(index, seed, divide_batch(BATCH, micro_batch, world_size), rank, 2, window, 16)
             last = Cursor(*start)
             for micro in turns_of_rank(plan, start, workers, patch):
                 cursor = Cursor(micro[0].epoch, micro[0].index)
@@ -106,8 +111,7 @@ def test_stopped_and_resumed_anywhere_gives_exactly_the_rest(
     def draw_how() -> tuple[int, int, int]:
         world_size = data.draw(st.sampled_from(WORLD_SIZES))
         workers = data.draw(st.sampled_from((0, 2, 5)))
-        shares = [size for size in range(1, BATCH // world_size + 1) if BATCH // world_size % size == 0]
-        return world_size, workers, data.draw(st.sampled_from(shares))
+        return world_size, workers, data.draw(st.integers(1, BATCH))
 
     world_size, workers, micro_batch = draw_how()
     whole = global_batches(sizes, seed, Cursor(0, 0), world_size, workers, micro_batch, window)
@@ -139,8 +143,19 @@ def test_a_node_reads_its_share_of_the_shards(nodes: int) -> None:
 @pytest.mark.parametrize("world_size", WORLD_SIZES)
 def test_ranks_partition_a_global_batch(world_size: int) -> None:
     shares = [share_of_rank(48, 48 + BATCH, 16, rank, world_size) for rank in range(world_size)]
-    assert {len(share) for share in shares} == {BATCH // world_size}
+    lengths = [len(share) for share in shares]
+    assert max(lengths) - min(lengths) <= 1
+    assert lengths == sorted(lengths, reverse=True)
     assert sorted(np.concatenate(shares)) == list(range(BATCH))
+
+
+@given(share=st.integers(1, 60), data=st.data())
+def test_micro_batches_partition_a_share(share: int, data: st.DataObject) -> None:
+    accumulation = data.draw(st.integers(1, share))
+    parts = [micro_batch_of_share(np.arange(share), part, accumulation) for part in range(accumulation)]
+    assert np.concatenate(parts).tolist() == list(range(share))
+    assert max(map(len, parts)) - min(map(len, parts)) <= 1
+    assert min(map(len, parts)) >= 1
 
 
 def test_ten_million_samples_are_within_reach() -> None:

@@ -10,13 +10,13 @@ import pytest
 from jsonschema import validate
 from refinedet.pipeline.cli.main import app
 from refinedet.pipeline.evaluation.files import evaluate_files
-from refinedet.pipeline.evaluation.judge import judge_by_pycocotools
-from refinedet.pipeline.evaluation.submission import ROW_SCHEMA, write_submission
-from refinedet.pipeline.evaluation.voc import evaluate_voc
+from refinedet.pipeline.evaluation.server_files import ROW_SCHEMA, write_submission
+from refinedet.pipeline.evaluation.voc_metric import evaluate_voc
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.runs.errors import UserError
 from typer.testing import CliRunner
 
+from .judges import judge_by_pycocotools
 from .random_truth import random_truth
 
 

@@ -10,9 +10,10 @@ from refinedet.pipeline.config.spec import Data, Split
 from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
-from refinedet.pipeline.evaluation.coco import evaluate_coco
-from refinedet.pipeline.evaluation.judge import judge_by_pycocotools
+from refinedet.pipeline.evaluation.coco_metric import evaluate_coco
 from refinedet.pipeline.runs.errors import UserError
+
+from .judges import judge_by_pycocotools
 
 
 def write_split(root: Path, name: str, *, seed: int, first_image_id: int) -> Split:

@@ -8,21 +8,21 @@ from typing import Any
 import pytest
 import torch
 from refinedet.model import RefineDet, RefineDetConfig
+from refinedet.pipeline.config.recipes import MERGE_RULES, resolve_merge
 from refinedet.pipeline.config.spec import Data, Evaluation, Multiscale, Pass, Split
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.reading import EvaluationSamples, write_coco_annotations
 from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
-from refinedet.pipeline.evaluation.coco import accumulate, evaluate_coco
+from refinedet.pipeline.evaluation.box_matching import match
+from refinedet.pipeline.evaluation.chunks import merge_chunks, split_into_chunks
+from refinedet.pipeline.evaluation.coco_metric import accumulate, evaluate_coco
 from refinedet.pipeline.evaluation.comparison import best_first, format_comparison
-from refinedet.pipeline.evaluation.matching import match
-from refinedet.pipeline.evaluation.measures import evaluate_by_rule, usual_rule
-from refinedet.pipeline.evaluation.pieces import merge_pieces, split_into_pieces
+from refinedet.pipeline.evaluation.metrics import evaluate_by_rule, usual_rule
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.evaluation.validation import validate
 from refinedet.pipeline.inference.detect import detect_piece
 from refinedet.pipeline.inference.multiscale import detect_by_rules
-from refinedet.pipeline.inference.recipes import MERGE_RULES, resolve_merge
 from refinedet.pipeline.runs.errors import UserError
 
 EVALUATION = Evaluation(batch_size=1)  # results of a convolution may differ in the last bit with the batch's size
@@ -176,11 +176,11 @@ def test_a_users_mistake_on_one_rank_is_one_on_all(model, damaged, truth):
 
 
 def test_pieces_matched_apart_equal_the_whole(model, shards, truth):
-    pieces = split_into_pieces(shards.num_samples, 3)
+    pieces = split_into_chunks(shards.num_samples, 3)
     ids = [[sample.image_id for sample in EvaluationSamples(shards, piece.positions)] for piece in pieces]
     tables = [detect_piece(model, shards, piece.positions, evaluation=EVALUATION) for piece in pieces]
     apart = accumulate(truth, [match(truth, table, part) for table, part in zip(tables, ids, strict=True)])
-    together = merge_pieces(tables, [image for part in ids for image in part])
+    together = merge_chunks(tables, [image for part in ids for image in part])
     assert apart.values == evaluate_coco(truth, together).values
     assert len(together) > 0
 

@@ -9,11 +9,11 @@ import pytest
 import refinedet.pipeline.inference.detect as detect_module
 import torch
 from refinedet.model import Detections, RefineDetConfig
+from refinedet.pipeline.config.recipes import RECIPES, describe_cost, estimate_cost, resolve_merge, resolve_passes
 from refinedet.pipeline.config.spec import Evaluation, MergeRule, Multiscale, Pass
 from refinedet.pipeline.data.samples import Category, Sample
 from refinedet.pipeline.inference.detect import detect_samples
 from refinedet.pipeline.inference.multiscale import detect_samples_by_rules
-from refinedet.pipeline.inference.recipes import RECIPES, describe_cost, estimate_cost, resolve_merge, resolve_passes
 from refinedet.pipeline.runs.errors import UserError
 from torch import Tensor, nn
 

@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import math
+
 import pytest
 import timm
 import torch
 from refinedet.model import RefineDet, RefineDetConfig
 from refinedet.model.cost import count_cost
+from refinedet.model.loss import detection_loss
+
+from tests.model.cases import random_images, random_targets
 
 BACKBONES = (
     "vgg16_reduced", "resnet18", "resnet50", "resnet101", "resnet152", "resnext101_32x4d", "resnext152_32x4d",
@@ -26,6 +31,49 @@ def test_maps_have_the_strides_of_the_anchors(name):
         (2, channels, side, side) for channels, side in zip(model.backbone.channels, sides, strict=True)
     ]
     assert predictions.adm_class.shape == (2 * len(predictions.anchors), 81)
+
+
+FAMILIES = (
+    "resnet10t", "resnext26ts", "regnetx_002", "mobilenetv3_small_050", "ghostnet_050", "tf_efficientnet_lite0",
+    "convnext_atto",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("map_norm", [None, "l2"])
+def test_the_scale_of_a_backbone_does_not_reach_the_heads(build, name, map_norm):
+    """Maps as large as some trained networks', channels alike or not, give the losses of maps of unit scale."""
+    generator = torch.Generator().manual_seed(3)
+    images = random_images(generator, 4)
+    targets = [random_targets(generator, 3, num_classes=20) for _ in range(4)]
+    model = build(backbone=name, num_classes=20, map_norm=map_norm)
+    losses = []
+    for scale in (1.0, 100.0):
+        hook = model.backbone.body.register_forward_hook(lambda _, __, maps, s=scale: [s * y for y in maps])
+        losses.append(detection_loss(model(images, targets), targets, model.config))
+        hook.remove()
+    assert losses[1].total.item() == pytest.approx(losses[0].total.item(), rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["vgg16_reduced", *FAMILIES])
+def test_the_loss_begins_where_guessing_does(build, name):
+    """A positive and three negatives, each log(classes) to a guess; predictors of unit scale may double that."""
+    generator = torch.Generator().manual_seed(3)
+    targets = [random_targets(generator, 3, num_classes=80) for _ in range(4)]
+    model = build(backbone=name, num_classes=80)
+    losses = detection_loss(model(random_images(generator, 4), targets), targets, model.config)
+    guess = (1 + model.config.negatives_per_positive) * (math.log(2) + math.log(81))
+    assert losses.arm_class.item() + losses.adm_class.item() < 2 * guess
+    assert losses.arm_box.item() + losses.adm_box.item() < 12
+
+
+def test_the_norms_of_the_paper_and_of_the_others(build):
+    vgg, other = build(backbone="vgg16_reduced"), build(backbone="tf_efficientnet_lite0")
+    assert [type(norm).__name__ for norm in vgg.backbone.norms] == ["L2Norm", "L2Norm", "Identity", "Identity"]
+    assert [norm.weight[0].item() for norm in vgg.backbone.norms[:2]] == [10, 8]
+    assert [type(norm).__name__ for norm in other.backbone.norms] == ["BatchNorm"] * 4
+    none = build(backbone="tf_efficientnet_lite0", map_norm="none")
+    assert [type(norm).__name__ for norm in none.backbone.norms] == ["Identity"] * 4
 
 
 def test_channels_of_the_paper():

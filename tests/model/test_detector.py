@@ -58,7 +58,7 @@ def test_every_head_learns_under_autocast(build, head):
         predictions = model(images, targets)
     detection_loss(predictions, targets, model.config).total.backward()
     assert all(p.grad is None or p.grad.isfinite().all() for p in model.adm.parameters())
-    assert model.adm.weights[0].grad is not None
+    assert model.adm.cls[0].weight.grad is not None
 
 
 def test_batched_equals_single(build):

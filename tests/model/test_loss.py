@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from refinedet.model import detection_loss
+from refinedet.model import detection_loss, sum_losses
 from refinedet.model.boxes import encode_boxes
 from refinedet.model.loss import mine_negatives
 from refinedet.model.matching import match_anchors
@@ -158,8 +158,8 @@ def test_negative_filtering_never_drops_a_positive(build, batch):
     model = build(theta=0.99).eval()
     images, targets = batch
     with torch.no_grad():
-        for bias in model.arm.biases:
-            bias.view(3, 6)[:, 4] += 50.0  # every anchor surely background: nothing survives
+        for cls in model.arm.cls:
+            cls.bias.view(3, 2)[:, 0] += 50.0  # every anchor surely background: nothing survives
     predictions = model(images, targets)
     positive = (predictions.matches.labels > 0).flatten().nonzero().squeeze(1)
     assert len(positive) > 0
@@ -200,3 +200,38 @@ def test_adm_loss_gives_the_arm_no_gradient(build, batch):
     shared = [parameter.grad for parameter in model.backbone.parameters()]
     assert all(grad is not None for grad in shared)
     assert sum(grad.abs().sum() for grad in shared) > 0
+
+
+@pytest.mark.parametrize("normalization", ["per_module", "arm"])
+def test_sums_of_the_parts_are_those_of_the_whole(build, batch, normalization):
+    """What a global batch in parts needs: sums and positives add up, and one division gives equation 1."""
+    model = build(loss_normalization=normalization).eval()
+    images, targets = batch
+    whole = detection_loss(model(images, targets), targets, model.config)
+    sums = [
+        sum_losses(model(images[part], targets[part]), targets[part], model.config)
+        for part in (slice(0, 1), slice(1, 2), slice(2, 3))
+    ]
+    positives = torch.stack([part.positives for part in sums]).sum(0)
+    assert not positives.requires_grad
+    assert torch.equal(positives, sum_losses(model(images, targets), targets, model.config).positives)
+    divided = [part.divide(positives) for part in sums]
+    for name, part in whole.parts().items():
+        assert sum(one.parts()[name] for one in divided).item() == pytest.approx(part.item(), rel=1e-4)
+    first = detection_loss(model(images[:1], targets[:1]), targets[:1], model.config, positives)
+    assert torch.equal(first.total, divided[0].total)
+
+
+def test_survivors_are_counted_by_level(build, batch):
+    model = build(theta=0.6).eval()
+    images, targets = batch
+    predictions = model(images, targets)
+    losses = detection_loss(predictions, targets, model.config)
+    survives = predictions.arm_class.softmax(-1)[..., 0] <= 0.6
+    counts = [len(model.anchors(images)) * share for share in (64 / 85, 16 / 85, 4 / 85, 1 / 85)]
+    assert list(predictions.level_anchors) == [round(count) for count in counts]
+    expected = [part.float().mean().item() for part in survives.split(predictions.level_anchors, dim=1)]
+    assert losses.survivors.tolist() == pytest.approx(expected, abs=1e-6)
+    assert detection_loss(predictions, targets, build(theta=1.0).config).survivors.tolist() == [1.0] * 4
+    plain = build(head="vanilla", theta=1.0, cascade=False, tcb=False).eval()
+    assert detection_loss(plain(images, targets), targets, plain.config).survivors is None

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from refinedet.model import Targets
@@ -125,6 +128,31 @@ def test_binary_labels_and_chunks_do_not_change_the_matches(monkeypatch):
 
 
 def test_too_many_boxes_is_an_error():
-    boxes = torch.zeros(4096, 4)
-    with pytest.raises(ValueError, match="4096"):
-        match_anchors(tile_anchors(64, 64, (64,)), [Targets(boxes, torch.ones(4096, dtype=torch.int64))], (0.5, 0.5))
+    boxes = torch.zeros(8192, 4)
+    with pytest.raises(ValueError, match="8192"):
+        match_anchors(tile_anchors(64, 64, (64,)), [Targets(boxes, torch.ones(8192, dtype=torch.int64))], (0.5, 0.5))
+
+
+CROWD = """
+import resource, torch
+from refinedet.model import Targets
+from refinedet.model.anchors import tile_anchors
+from refinedet.model.matching import match_anchors
+generator = torch.Generator().manual_seed(0)
+anchors = tile_anchors(1024, 1024, (8, 16, 32, 64, 128))
+corner = torch.rand(4096, 2, generator=generator) * 900
+boxes = torch.cat([corner, corner + 4 + torch.rand(4096, 2, generator=generator) * 120], dim=1)
+match = lambda count: match_anchors(
+    anchors, [Targets(boxes[:count], torch.ones(count, dtype=torch.int64))], (0.5, 0.5))
+match(3)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+labels = match(4096).labels
+assert (labels > 0).sum() >= 4000, labels
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_four_thousand_objects_cost_at_most_a_gigabyte():
+    done = subprocess.run([sys.executable, "-c", CROWD], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1e9

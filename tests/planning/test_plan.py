@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from refinedet.model.config import RefineDetConfig
 from refinedet.model.cost import ModelCost
-from refinedet.pipeline.cluster.submission import check_spec
 from refinedet.pipeline.config.batches import plan_batches
+from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.files import load_spec
 from refinedet.pipeline.config.spec import Training
 from refinedet.pipeline.planning.plan import DEVICES, Device, estimate, print_plan
@@ -143,7 +143,7 @@ def test_the_command_a_job_opens_with_is_taken(path: Path) -> None:
     command = header_of(path)["Command"]
     spec = load_spec(str(path), re.findall(r"\S+=\S+", command))
     if "refinedet submit" in command:
-        check_spec(spec)
+        check_spec(spec, "cluster")
 
 
 @pytest.mark.parametrize("path", SPECS, ids=lambda path: path.stem)

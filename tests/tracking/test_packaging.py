@@ -2,15 +2,22 @@ from __future__ import annotations
 
 import base64
 import json
+import shutil
+import struct
 import subprocess
 import sys
 import textwrap
+import zlib
+from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+import refinedet.model
 import torch
+from mlflow.exceptions import MlflowException
 from refinedet.model import RefineDet, RefineDetConfig
+from refinedet.model.ops import library
 from refinedet.pipeline.config.spec import Tracking
 from refinedet.pipeline.tracking.packaging import package_model
 from refinedet.pipeline.tracking.runs import RunTracker
@@ -19,23 +26,40 @@ from safetensors.torch import save_file
 CATEGORIES = [{"id": 1, "name": "disc"}, {"id": 18, "name": "ring"}, {"id": 90, "name": "bar"}]
 
 
+HALVED = """
+
+_select = select_detections
+
+
+def select_detections(predictions, config):
+    return [Detections(found.boxes, found.scores / 2, found.labels) for found in _select(predictions, config)]
+"""
+CONFIG = RefineDetConfig(
+    num_classes=3, input_size=64, backbone="resnet18", tcb_channels=16, score_threshold=0.0, adm_iou=(0.4, 0.5)
+)
+
+
 @pytest.fixture(scope="module")
-def packaged(tmp_path_factory):
+def packaged(tmp_path_factory, image):
     folder = tmp_path_factory.mktemp("packaged")
-    config = RefineDetConfig(
-        num_classes=3, input_size=64, backbone="resnet18", tcb_channels=16, score_threshold=0.0, adm_iou=(0.4, 0.5)
-    )
     torch.manual_seed(0)
-    detector = RefineDet(config).eval()
+    detector = RefineDet(CONFIG).eval()
     save_file({name: value.contiguous() for name, value in detector.state_dict().items()}, folder / "w.safetensors")
-    package_model(
-        str(folder / "packaged_model"),
-        config=config,
-        weights=str(folder / "w.safetensors"),
-        categories=CATEGORIES,
-        facts={"AP": 0.4},
-    )
+    _package(folder / "packaged_model", folder / "w.safetensors", facts={"AP": 0.4}, input_example=image)
     return folder / "packaged_model", detector
+
+
+def _package(folder, weights, **more) -> None:
+    package_model(str(folder), config=CONFIG, weights=str(weights), categories=CATEGORIES, **more)
+
+
+def _run(code: str, folder) -> str:
+    """Output of a process that has the requirements, and of this repository at most what is installed."""
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code)], cwd=folder, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
 
 
 @pytest.fixture(scope="module")
@@ -87,11 +111,69 @@ def test_a_batch_gives_each_image_its_own_boxes(loaded, image):
         np.testing.assert_allclose(row["scores"], alone["scores"], atol=1e-5)
 
 
-def test_what_is_no_image_is_said(loaded):
-    with pytest.raises(ValueError, match="5 bytes are no image"):
-        loaded.predict([{"image": b"hello"}])
-    with pytest.raises(ValueError, match=r"uint8 \[H, W, 3\], received float64 \[4, 4\]"):
-        loaded.predict([{"image": np.zeros((4, 4))}])
+def _png(width: int, height: int) -> bytes:
+    """A PNG of that many pixels, in few bytes: what a decompression bomb is."""
+    rows = zlib.compress(b"\0" * ((width * 3 + 1) * height), 9)
+    chunks = ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", rows), (b"IEND", b""))
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body)) for name, body in chunks
+    )
+
+
+@pytest.mark.parametrize(
+    ("sent", "sentence"),
+    [
+        (b"hello", "5 bytes are no image"),
+        (b"", "0 bytes are no image"),
+        (np.zeros((4, 4)), r"uint8 \[H, W, 3\], received float64 \[4, 4\]"),
+        (np.zeros((0, 4, 3), np.uint8), "4 x 0 pixels"),
+        ("no base64!", "is no base64 text"),
+        (None, "received object"),
+        (float("nan"), "received float64"),
+        ({"image": 3}, "received object"),
+        (_png(8000, 8000), "8000 x 8000 pixels"),
+        (_png(64, 64)[:60], "are no image"),
+        (b"\xff" * (20 * 2**20 + 1), "20971521 bytes; at most 20971520"),
+        ("A" * (28 * 2**20), "characters; at most"),
+    ],
+    ids=lambda value: value if isinstance(value, str) and len(value) < 60 else "",
+)
+def test_what_is_no_image_is_refused_before_it_is_decoded(loaded, sent, sentence):
+    with pytest.raises(MlflowException, match=sentence) as refused:
+        loaded.predict([{"image": sent}])
+    assert refused.value.get_http_status_code() == 400
+
+
+def test_a_photo_that_is_cut_short_is_refused(loaded):
+    noise = np.random.default_rng(0).integers(0, 255, (200, 200, 3), np.uint8)
+    content = cv2.imencode(".jpg", noise)[1].tobytes()
+    assert loaded.predict([{"image": content}])
+    with pytest.raises(MlflowException, match="send a whole JPEG"):
+        loaded.predict([{"image": content[: len(content) // 2]}])
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"batch_size": -1},
+        {"batch_size": 0},
+        {"batch_size": 10**6},
+        {"score_threshold": float("nan")},
+        {"score_threshold": float("inf")},
+        {"score_threshold": -0.1},
+        {"score_threshold": 1.5},
+    ],
+    ids=str,
+)
+def test_parameters_out_of_range_are_refused(loaded, image, params):
+    with pytest.raises(MlflowException, match=f"{next(iter(params))} must be") as refused:
+        loaded.predict([{"image": image}], params=params)
+    assert refused.value.get_http_status_code() == 400
+
+
+def test_too_many_images_are_refused(loaded, image):
+    with pytest.raises(MlflowException, match="At most 64 images a request, received 65"):
+        loaded.predict([{"image": image}] * 65)
 
 
 def test_the_signature_and_the_requirements_are_those_of_a_detector(packaged, loaded):
@@ -99,6 +181,8 @@ def test_the_signature_and_the_requirements_are_those_of_a_detector(packaged, lo
     assert signature.inputs.input_names() == ["image"]
     assert signature.outputs.input_names() == ["boxes", "scores", "labels", "names"]
     assert [spec.name for spec in signature.params.params] == ["score_threshold", "batch_size"]
+    example = loaded.metadata.load_input_example(str(packaged[0]))
+    assert loaded.predict(example, params={"score_threshold": 0.0})[0]["boxes"]
     requirements = (packaged[0] / "requirements.txt").read_text()
     assert "torch==" in requirements
     assert "+" not in requirements
@@ -112,22 +196,70 @@ def test_it_loads_from_its_run_in_a_process_without_this_repository(packaged, ru
     models = tracker.client.search_logged_models([tracker.experiment_id])
     assert [str(model.status) for model in models] == ["READY"], "the same weights are one model"
     np.save(tmp_path / "image.npy", image)
-    code = f"""
-        import json, sys
-        sys.meta_path = [finder for finder in sys.meta_path if "skbc" not in type(finder).__module__]  # an editable one
-        import mlflow, numpy as np
+    printed = _run(
+        f"""
+        import sys
+        sys.path.insert(0, "elsewhere")
+        import json, mlflow, numpy as np
         mlflow.set_tracking_uri({tracker.uri!r})
         detector = mlflow.pyfunc.load_model("models:/{models[0].model_id}")
         image = np.load({str(tmp_path / "image.npy")!r})
         rows = detector.predict([{{"image": image}}], params={{"score_threshold": 0.2}})
-        import refinedet.model
-        assert "refinedet.pipeline" not in sys.modules
-        print(json.dumps([refinedet.model.__file__, rows[0]]))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], cwd=tmp_path, capture_output=True, text=True, timeout=240
+        (package,) = [name for name in sys.modules if name.startswith("refinedet_model_") and "." not in name]
+        assert not [name for name in sys.modules if name.split(".")[0] == "refinedet"]
+        print(json.dumps([sys.modules[package].__file__, rows[0]]))
+        """,
+        tmp_path,
     )
-    assert done.returncode == 0, done.stderr
-    file, row = json.loads(done.stdout.splitlines()[-1])
-    assert "/artifacts/code/refinedet/model/" in file or "/code/refinedet/model/" in file
+    file, row = json.loads(next(line for line in printed.splitlines() if line.startswith("[")))
+    assert "/code/refinedet_model_" in file
     assert len(row["boxes"]) > 0
+
+
+def test_models_of_different_code_run_in_one_process_beside_a_model_of_its_own(packaged, tmp_path):
+    """The second version finds its scores halved, so that whose code ran is seen in the result."""
+    changed = tmp_path / "changed"
+    ignored = shutil.ignore_patterns("__pycache__", "*.so")
+    shutil.copytree(Path(refinedet.model.__file__).parent, changed, ignore=ignored)
+    selection = changed / "inference.py"
+    selection.write_text(selection.read_text() + HALVED)
+    _package(tmp_path / "second", packaged[0].parent / "w.safetensors", sources=changed)
+    (tmp_path / "model.py").write_text("OWN = True\n")
+    printed = _run(
+        f"""
+        import sys
+        sys.path.insert(0, {str(tmp_path)!r})
+        import mlflow.pyfunc, numpy as np, model
+        image = np.random.default_rng(0).integers(0, 255, (48, 96, 3), np.uint8)
+        loaded = [mlflow.pyfunc.load_model(folder) for folder in ({str(packaged[0])!r}, {str(tmp_path / "second")!r})]
+        best = [one.predict([{{"image": image}}], params={{"score_threshold": 0.0}})[0]["scores"][0] for one in loaded]
+        assert best[0] > 0
+        assert abs(best[1] - best[0] / 2) < 1e-6, best
+        assert model.OWN
+        assert "refinedet" not in sys.modules
+        print("both ran")
+        """,
+        tmp_path,
+    )
+    assert "both ran" in printed
+
+
+def test_a_packaged_model_beside_the_installed_detector_says_that_it_runs_the_reference(packaged, tmp_path):
+    """The operators can be registered once a process: the second copy of the code runs without them, with a warning."""
+    if library.find() is None:
+        pytest.skip("the operators are not built")
+    printed = _run(
+        f"""
+        import logging
+        logging.basicConfig(level=logging.WARNING)
+        import mlflow.pyfunc, numpy as np, torch
+        from refinedet.model.ops import library
+        assert library.is_loaded()
+        image = np.random.default_rng(0).integers(0, 255, (48, 96, 3), np.uint8)
+        (row,) = mlflow.pyfunc.load_model({str(packaged[0])!r}).predict([{{"image": image}}])
+        print("boxes", len(row["boxes"]))
+        """,
+        tmp_path,
+    )
+    assert "belong to another copy of this package" in printed
+    assert "boxes " in printed

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import os
 import signal
 import subprocess
 import sys
@@ -10,7 +9,10 @@ import time
 import pytest
 from refinedet.pipeline.config.spec import Tracking
 from refinedet.pipeline.runs.errors import UserError
-from refinedet.pipeline.tracking.runs import MlflowClient, RunTracker
+from refinedet.pipeline.tracking import stores
+from refinedet.pipeline.tracking.node_metrics import NodeSampler
+from refinedet.pipeline.tracking.runs import MlflowClient, RunTracker, evaluation_run
+from refinedet.pipeline.tracking.writer import evaluation_metrics
 
 
 def _open(runs, name="job", **tracking) -> RunTracker:
@@ -139,6 +141,157 @@ def test_a_store_that_is_no_database_is_a_user_error(runs):
         _open(runs)
 
 
+METRICS = {
+    "coco": {"AP": 0.5, "AP50": 0.7, "APl": -1.0, "APs": None},
+    "per_class": {"hot dog": {"AP": 0.25}, "../etc": {"AP": 0.5}, "..\\etc": {"AP": 0.75}, "none": {"AP": -1}},
+}
+
+
+def test_undefined_numbers_are_left_out_and_any_class_name_becomes_a_metric():
+    assert evaluation_metrics("single", METRICS) == {
+        "single/AP": 0.5,
+        "single/AP50": 0.7,
+        "single/class AP/hot dog": 0.25,
+        "single/class AP/___etc": 0.5,
+        "single/class AP/___etc_": 0.75,
+    }
+
+
+def test_results_are_logged_at_their_step_in_the_run_and_in_a_child(runs):
+    with _open(runs) as tracker:
+        tracker.log_evaluation(372, "single", METRICS)
+        tracker.log_metrics(10, {"validation/APl": -1.0, "validation/AP": 0.1, "loss/total": float("inf")})
+        child = tracker.child("evaluate")
+        child.log_evaluation(372, "single", METRICS)
+        assert child.finish("FINISHED")
+    assert _history(tracker, "single/AP") == [(372, 0.5)]
+    assert _history(tracker, "validation/AP") == [(10, 0.1)]
+    assert not {"single/APl", "validation/APl", "loss/total"} & set(tracker.client.get_run(tracker.run_id).data.metrics)
+    children = _children(tracker)
+    assert set(children) == {"attempt 1", "evaluate"}
+    assert children["evaluate"].data.metrics["single/class AP/hot dog"] == 0.25
+    assert {child.info.status for child in children.values()} == {"FINISHED"}
+
+
+def _children(tracker):
+    found = tracker.client.search_runs([tracker.experiment_id], f"tags.`mlflow.parentRunId` = '{tracker.run_id}'")
+    return {run.info.run_name: run for run in found}
+
+
+def test_every_start_is_an_attempt_with_its_own_end(runs):
+    with pytest.raises(RuntimeError), _open(runs):
+        raise RuntimeError("boom")
+    with _open(runs) as tracker:
+        pass
+    statuses = {name: run.info.status for name, run in _children(tracker).items()}
+    assert statuses == {"attempt 1": "FAILED", "attempt 2": "FINISHED"}
+
+
+def test_an_evaluation_of_an_old_run_is_logged_to_it_once(runs):
+    with _open(runs) as tracker:
+        pass
+    for value in (0.4, 0.5):
+        run = evaluation_run(Tracking(), run_dir=str(runs / "job"), runs=str(runs), name="evaluate")
+        run.log_metrics(7, {"single/AP": value}, time_s=1000.0)
+        assert run.finish("FINISHED")
+    children = _children(tracker)
+    assert set(children) == {"attempt 1", "evaluate"}
+    assert children["evaluate"].data.metrics["single/AP"] == 0.5
+    assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
+    (runs / "other").mkdir()
+    assert evaluation_run(Tracking(), run_dir=str(runs / "other"), runs=str(runs), name="evaluate") is None
+
+
+def test_the_page_of_a_run_says_who_started_it_from_what_and_how(runs):
+    tracker = RunTracker(
+        Tracking(),
+        name="job",
+        run_dir=str(runs / "job"),
+        runs=str(runs),
+        command=["refinedet", "launch", "a job.yaml", "password=hunter2"],
+    )
+    tracker.set_description("RefineDet++ on shapes")
+    tracker.finish("FINISHED")
+    tags = tracker.client.get_run(tracker.run_id).data.tags
+    assert tags["mlflow.source.name"] == "refinedet launch 'a job.yaml' password=***"
+    assert tags["mlflow.user"]
+    assert tags["mlflow.note.content"] == "RefineDet++ on shapes"
+
+
+def test_a_node_is_sampled_under_mlflows_names():
+    samples: list[dict[str, float]] = []
+    sampler = NodeSampler(lambda step, values: samples.append(dict(values)), interval_s=0.01, node="host-1")
+    deadline = time.monotonic() + 60
+    while not samples and time.monotonic() < deadline:
+        time.sleep(0.01)
+    sampler.close()
+    assert 0 < samples[0]["system/host-1/system_memory_usage_percentage"] <= 100
+    assert all(name.startswith("system/host-1/") for name in samples[0])
+
+
+def test_a_better_model_becomes_champion_and_only_on_the_same_data(runs, tmp_path):
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "MLmodel").write_text("flavors: {}\n")
+    models = [("a", 0.5, "d1"), ("b", 0.4, "d1"), ("c", 0.6, "d1"), ("d", 0.9, "d2"), ("c", 0.6, "d1")]
+    champions = []
+    with _open(runs) as tracker:
+        for digest, score, data in models:
+            tracker.log_model(
+                str(tmp_path / "model"),
+                name="shapes/detector",
+                digest=digest,
+                step=5,
+                metrics={"single/AP": score},
+                data_digest=data,
+            )
+            assert tracker.flush()
+            version = tracker.client.get_model_version_by_alias("shapes-detector", "champion")
+            champions.append(version.tags["weights.sha256"])
+    assert champions == ["a", "a", "c", "c", "c"]
+    assert len(tracker.client.search_model_versions("name = 'shapes-detector'")) == 4
+    logged = tracker.client.search_logged_models([tracker.experiment_id])
+    assert {metric.value for model in logged for metric in model.metrics or []} == {0.5, 0.4, 0.6, 0.9}
+
+
+@pytest.mark.parametrize(
+    ("uri", "sentence"),
+    [
+        ("http://127.0.0.1:9", "no MLflow store answers"),
+        ("nosuchdatabase://host/db", "nosuchdatabase"),
+        ("mysql+nosuchdriver://host/db", "nosuchdriver"),
+        ("postgresql://m:a/b@127.0.0.1:9/db", "no MLflow store answers|needs the driver"),
+    ],
+)
+def test_a_store_that_cannot_be_used_is_met_before_anything_starts(uri, sentence, tmp_path):
+    with pytest.raises(UserError, match=sentence) as met:
+        stores.check_store(Tracking(uri=uri), str(tmp_path))
+    assert "a/b" not in str(met.value)
+
+
+def test_a_store_that_can_be_used_passes_the_check(runs):
+    stores.check_store(Tracking(), str(runs))
+    stores.check_store(Tracking(uri=f"sqlite:///{runs}/new/other.db"), str(runs))
+
+
+def test_the_guardian_marks_children_too(runs):
+    code = f"""
+        import os, signal
+        from refinedet.pipeline.config.spec import Tracking
+        from refinedet.pipeline.tracking.runs import RunTracker
+        tracker = RunTracker(Tracking(), name="job", run_dir={str(runs / "job")!r}, runs={str(runs)!r})
+        child = tracker.child("evaluate")
+        print(tracker.experiment_id, tracker.run_id, child.run_id, flush=True)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120)
+    _, run_id, child_id = killed.stdout.split()
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    deadline = time.monotonic() + 120
+    while client.get_run(run_id).info.status == "RUNNING" and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert client.get_run(child_id).info.status == "KILLED"
+
+
 def test_importing_the_package_does_not_import_mlflow():
-    code = "import sys, pipeline.tracking as t; t.draw_detections; assert 'mlflow' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.getcwd()})
+    code = "import sys, refinedet.pipeline.tracking; assert 'mlflow' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

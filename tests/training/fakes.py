@@ -115,6 +115,7 @@ SMALL_REFINEDET = RefineDetConfig(
     tcb_channels=16,
     prediction_block=False,
     norm="frozen",
+    map_norm="none",
     tcb_norm=False,
 )
 """A real detector of the smallest size, 0.1 s a step. Statistics of two images on 1 x 1 cells would be chaos."""

@@ -162,11 +162,9 @@ def test_the_biases_are_those_of_convolutions_not_of_norms(options: dict[str, An
     groups = group_parameters(detector, Training(bias_lr_multiplier=2, bias_decay_multiplier=0))
     found = {id(parameter) for parameter in groups[1]["params"]}
     biases, norms = set(), set()
-    for name, module in detector.named_modules():
+    for module in detector.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.ConvTranspose2d) and module.bias is not None:
             biases.add(id(module.bias))
-        elif name in ("arm.biases", "adm.biases"):
-            biases |= {id(parameter) for parameter in module.parameters()}
         elif isinstance(module, nn.BatchNorm2d | nn.LayerNorm):
             norms |= {id(parameter) for parameter in module.parameters()}
     assert found == biases

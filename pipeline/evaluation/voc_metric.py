@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import PurePosixPath
 from typing import Any, Literal
 
 import numpy as np
-from refinedet.pipeline.evaluation.matching import RECALLS, check_images_once, check_known
+from refinedet.pipeline.evaluation.box_matching import RECALLS, check_images_once, check_known
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.inference.detections import DetectionTable
-from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
 VocRule = Literal["voc2007", "voc2012"]
@@ -185,32 +183,3 @@ def _average_precision(recall: np.ndarray, precision: np.ndarray, rule: VocRule)
     recall = np.concatenate([[0.0], recall, [1.0]])
     precision = np.maximum.accumulate(np.concatenate([[0.0], precision, [0.0]])[::-1])[::-1]
     return float(np.sum(np.diff(recall) * precision[1:]))
-
-
-def write_voc_files(
-    folder: str,
-    ground_truth: Mapping[str, Any],
-    detections: DetectionTable | Sequence[Mapping[str, Any]],
-    *,
-    image_set: str = "test",
-    competition: str = "comp4",
-) -> tuple[str, ...]:
-    """Write the devkit's result files, one a class: lines of image name, score, xmin, ymin, xmax, ymax (from 1).
-
-    `ground_truth` is a COCO dict whose images have file names. Returns the files' names; a class without detections
-    has an empty file, as the server wants it.
-    """
-    truth, table = GroundTruth.of(ground_truth), DetectionTable.of(detections)
-    check_known(truth, truth.image_ids, table)
-    stems = {int(image["id"]): PurePosixPath(str(image["file_name"])).stem for image in ground_truth["images"]}
-    names = []
-    for category, name in zip(truth.category_ids.tolist(), truth.names, strict=True):
-        own = table.select(np.flatnonzero(table.category_id == category))
-        corners = np.concatenate([own.bbox[:, :2] + 1, own.bbox[:, :2] + own.bbox[:, 2:]], 1)
-        lines = [
-            f"{stems[image]} {score:.6f} {box[0]:.1f} {box[1]:.1f} {box[2]:.1f} {box[3]:.1f}\n"
-            for image, score, box in zip(own.image_id.tolist(), own.score.tolist(), corners.tolist(), strict=True)
-        ]
-        names.append(f"{competition}_det_{image_set}_{name}.txt")
-        storage.write_bytes(storage.join(folder, names[-1]), "".join(lines).encode())
-    return tuple(names)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any, Literal, get_args
 
-from refinedet.pipeline.evaluation.coco import CocoMetrics, accumulate
-from refinedet.pipeline.evaluation.matching import Matches, match
+from refinedet.pipeline.evaluation.box_matching import Matches, match
+from refinedet.pipeline.evaluation.coco_metric import CocoMetrics, accumulate
 from refinedet.pipeline.evaluation.truth import GroundTruth
-from refinedet.pipeline.evaluation.voc import VocMatches, VocMetrics, accumulate_voc, match_voc
+from refinedet.pipeline.evaluation.voc_metric import VocMatches, VocMetrics, accumulate_voc, match_voc
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.runs.errors import UserError
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from refinedet.pipeline.evaluation.voc import evaluate_voc, write_voc_files
+from refinedet.pipeline.evaluation.server_files import write_voc_files
+from refinedet.pipeline.evaluation.voc_metric import evaluate_voc
 from refinedet.pipeline.runs.errors import UserError
 
 from .random_truth import random_truth

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import json
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from refinedet.pipeline.config.identity import lasting_part, spec_difference
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
-from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.errors import JobError, UserError
+from refinedet.pipeline.runs.lease import Lease
 from refinedet.pipeline.runs.logs import log_folder
-from refinedet.pipeline.runs.run import Run, lasting_part, spec_difference
 
 
 def make_spec(tmp_path: Path, **changes) -> JobSpec:
@@ -46,7 +51,7 @@ def test_storage_that_cannot_be_reached_is_one_sentence(runs: str, tmp_path: Pat
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     with (
-        pytest.raises(UserError, match=r"The run's folder .*/r cannot be written \(.+\); set runs=FOLDER"),
+        pytest.raises(UserError, match=r"The run's directory .*/r cannot be written \(.+\); set runs=DIRECTORY"),
         Run(make_spec(tmp_path, runs=runs)).open(),
     ):
         pass
@@ -98,15 +103,44 @@ def test_a_run_is_worked_on_by_one_process(tmp_path: Path) -> None:
     assert holder.stdout.readline() == "held\n"
     with pytest.raises(UserError, match=f"process {holder.pid}"), Run(make_spec(tmp_path)).open():
         pass
-    holder.kill()  # as hard as can be: the lock goes with the process
+    holder.kill()  # as hard as can be: a dead owner on this machine holds nothing
     holder.wait()
     with Run(make_spec(tmp_path)).open():
         pass
 
 
+@pytest.mark.parametrize("content", ["", "\x00\x01", "name: [", "- a\n"], ids=["empty", "bytes", "half", "list"])
+def test_a_spec_that_cannot_be_read_is_not_written_over(tmp_path: Path, content: str) -> None:
+    with Run(make_spec(tmp_path)).open():
+        pass
+    path = tmp_path / "r" / "spec.yaml"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"spec\.yaml is empty or garbled") as refused, Run(make_spec(tmp_path)).open():
+        pass
+    assert "\n" not in str(refused.value)
+    assert path.read_text() == content
+
+
+def test_who_lost_the_run_is_told_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("refinedet.pipeline.config.run.Lease", functools.partial(Lease, ttl_s=0.6))
+    told: list[str] = []
+
+    def lose_it() -> None:
+        with Run(make_spec(tmp_path)).open(told.append) as run:
+            (lease,) = (tmp_path / "r" / "lease").iterdir()
+            lease.with_name("00000002.json").write_text(json.dumps(json.loads(lease.read_text()) | {"token": "other"}))
+            deadline = time.monotonic() + 30
+            while not told and time.monotonic() < deadline:
+                time.sleep(0.02)
+            assert run.path in told[0]
+
+    with pytest.raises(JobError, match="was taken over"):
+        lose_it()
+
+
 HOLD = """
 import sys
-from refinedet.pipeline.runs.run import Run
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 spec = {"name": "r", "runs": sys.argv[1], "data": {"format": "shapes", "train": [{"count": 4}]},
         "training": {"epochs": 3}}

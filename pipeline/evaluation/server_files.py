@@ -1,4 +1,4 @@
-"""The zip that COCO's evaluation server takes, checked before anyone waits for the server to refuse it."""
+"""Files for the evaluation servers: COCO's zip, checked before upload, and VOC's text files."""
 
 from __future__ import annotations
 
@@ -7,9 +7,12 @@ import json
 import re
 import zipfile
 from collections.abc import Mapping, Sequence
+from pathlib import PurePosixPath
 from typing import Any
 
 import numpy as np
+from refinedet.pipeline.evaluation.box_matching import check_known
+from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -90,3 +93,32 @@ def _check(table: DetectionTable, image_ids: Sequence[int]) -> None:
                 f"submission, row {row} (image {table.image_id[row]}, category {table.category_id[row]}, score "
                 f"{table.score[row]}): {reason} ({faulty.sum()} rows like it); the server would refuse the file"
             )
+
+
+def write_voc_files(
+    folder: str,
+    ground_truth: Mapping[str, Any],
+    detections: DetectionTable | Sequence[Mapping[str, Any]],
+    *,
+    image_set: str = "test",
+    competition: str = "comp4",
+) -> tuple[str, ...]:
+    """Write the devkit's result files, one a class: lines of image name, score, xmin, ymin, xmax, ymax (from 1).
+
+    `ground_truth` is a COCO dict whose images have file names. Returns the files' names; a class without detections
+    has an empty file, as the server wants it.
+    """
+    truth, table = GroundTruth.of(ground_truth), DetectionTable.of(detections)
+    check_known(truth, truth.image_ids, table)
+    stems = {int(image["id"]): PurePosixPath(str(image["file_name"])).stem for image in ground_truth["images"]}
+    names = []
+    for category, name in zip(truth.category_ids.tolist(), truth.names, strict=True):
+        own = table.select(np.flatnonzero(table.category_id == category))
+        corners = np.concatenate([own.bbox[:, :2] + 1, own.bbox[:, :2] + own.bbox[:, 2:]], 1)
+        lines = [
+            f"{stems[image]} {score:.6f} {box[0]:.1f} {box[1]:.1f} {box[2]:.1f} {box[3]:.1f}\n"
+            for image, score, box in zip(own.image_id.tolist(), own.score.tolist(), corners.tolist(), strict=True)
+        ]
+        names.append(f"{competition}_det_{image_set}_{name}.txt")
+        storage.write_bytes(storage.join(folder, names[-1]), "".join(lines).encode())
+    return tuple(names)

@@ -8,14 +8,14 @@ from typing import Any
 
 import numpy as np
 import pytest
-from refinedet.pipeline.evaluation import coco
-from refinedet.pipeline.evaluation.coco import accumulate, evaluate_coco
-from refinedet.pipeline.evaluation.judge import judge_by_faster_coco_eval, judge_by_pycocotools
-from refinedet.pipeline.evaluation.matching import match
+from refinedet.pipeline.evaluation import coco_metric as coco
+from refinedet.pipeline.evaluation.box_matching import match
+from refinedet.pipeline.evaluation.coco_metric import accumulate, evaluate_coco
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.runs.errors import UserError
 
+from .judges import judge_by_faster_coco_eval, judge_by_pycocotools
 from .random_truth import random_truth
 
 KNOWN = {

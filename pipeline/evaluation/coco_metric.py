@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from refinedet.pipeline.evaluation.matching import (
+from refinedet.pipeline.evaluation.box_matching import (
     AREA_RANGES,
     IOU_THRESHOLDS,
     MAX_DETECTIONS,

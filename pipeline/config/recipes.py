@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from refinedet.model import RefineDetConfig
+from refinedet.model.config import RefineDetConfig
 from refinedet.pipeline.config.spec import MergeRule, Multiscale, Pass
 from refinedet.pipeline.runs.errors import UserError
 

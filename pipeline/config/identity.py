@@ -1,0 +1,68 @@
+"""What makes a run what it is: the part of its spec that decides what is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+# What may change between two launches of one run: where and how it runs and how it is looked at, never what is
+# learnt. A changed evaluation is done again, nothing else.
+_MAY_CHANGE = {
+    "runs": None,
+    "cluster": None,
+    "tracking": None,
+    "evaluation": None,
+    "multiscale": None,
+    "data": {"loader_workers", "cache_dir", "cache_bytes", "max_bad_samples", "root", "shards", "shard_bytes"},
+    "training": {
+        "micro_batch",
+        "keep_last",
+        "keep_best",
+        "checkpoint_every_epochs",
+        "checkpoint_every_steps",
+        "validate_every_epochs",
+        "validate_on",
+        "non_finite",
+        "max_skipped_steps",
+        "stall_timeout_s",
+        "zero_stage",
+    },
+    "model": {
+        "activation_checkpointing",
+        "score_threshold",
+        "pre_nms_top_k",
+        "pre_nms_scope",
+        "nms_iou",
+        "max_detections",
+    },
+}
+
+
+def lasting_part(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a spec, as JSON values, makes the run what it is: all but what may change from launch to launch."""
+    lasting: dict[str, Any] = {}
+    for key, value in spec.items():
+        exempt = _MAY_CHANGE.get(key, set())
+        if exempt is None:
+            continue
+        if isinstance(value, Mapping):
+            value = {name: each for name, each in value.items() if name not in exempt}
+        lasting[key] = value
+    return lasting
+
+
+def spec_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What distinguishes two specs in a way that makes them different runs: "training.epochs was 3, now 4"."""
+    before, now = lasting_part(before), lasting_part(now)
+    found = []
+    for key in sorted({*before, *now}):
+        old, new = before.get(key), now.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            found += [
+                f"{key}.{name} was {old.get(name)!r}, now {new.get(name)!r}"
+                for name in sorted({*old, *new})
+                if old.get(name) != new.get(name)
+            ]
+        elif old != new:
+            found.append(f"{key} was {old!r}, now {new!r}")
+    return found

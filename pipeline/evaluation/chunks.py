@@ -1,0 +1,114 @@
+"""Chunks: the unit of an evaluation that is handed to a worker, committed, and never done again.
+
+A chunk is a file of two lines: a header with the digest of the second line, and its COCO results rows. A file that was
+cut short, or that belongs to another evaluation, is named in a warning and done again.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from refinedet.pipeline.evaluation.unreadable import UnreadableImage
+from refinedet.pipeline.inference.detections import DetectionTable
+from refinedet.pipeline.runs import storage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """Positions [start, stop) of a data set's samples; chunks are numbered from 0."""
+
+    index: int
+    start: int
+    stop: int
+
+    @property
+    def name(self) -> str:
+        return f"chunk-{self.index:05d}.json"
+
+    @property
+    def positions(self) -> range:
+        return range(self.start, self.stop)
+
+
+@dataclass(frozen=True)
+class ChunkResult:
+    """What was found in a chunk.
+
+    detections  by image in the data set's order, best first
+    unreadable  images that could not be decoded; they have no detections
+    """
+
+    detections: DetectionTable
+    unreadable: tuple[UnreadableImage, ...] = ()
+
+
+def split_into_chunks(num_samples: int, images_per_chunk: int) -> tuple[Chunk, ...]:
+    """Every sample in exactly one chunk, in order; the last chunk may be smaller."""
+    starts = range(0, num_samples, images_per_chunk)
+    return tuple(Chunk(index, start, min(start + images_per_chunk, num_samples)) for index, start in enumerate(starts))
+
+
+def write_chunk(folder: str, chunk: Chunk, result: ChunkResult, *, fingerprint: str = "") -> None:
+    """Commit a finished chunk to `folder`, whole or not at all.
+
+    fingerprint  digest of what was detected with what (weights, shards, settings)
+    """
+    rows = json.dumps(result.detections.rows(), separators=(",", ":")).encode()
+    header = _header(chunk, fingerprint, storage.digest_bytes(rows))
+    header["unreadable"] = [image.to_json() for image in result.unreadable]
+    storage.write_bytes(storage.join(folder, chunk.name), json.dumps(header).encode() + b"\n" + rows + b"\n")
+
+
+def read_chunk(folder: str, chunk: Chunk, *, fingerprint: str = "") -> ChunkResult | None:
+    """A committed chunk; None where there is none.
+
+    None too, with a warning that names the file, where it is damaged or of another evaluation.
+    """
+    path = storage.join(folder, chunk.name)
+    try:
+        content = storage.read_bytes(path)
+    except FileNotFoundError:
+        return None
+    first, _, rows = content.partition(b"\n")
+    rows = rows.removesuffix(b"\n")
+    try:
+        header = json.loads(first)
+        sha256 = header["sha256"]
+        unreadable = tuple(UnreadableImage(**image) for image in header.pop("unreadable"))
+    except (ValueError, KeyError, TypeError):
+        header, sha256, unreadable = {}, "", ()
+    if storage.digest_bytes(rows) != sha256:
+        logger.warning("%s is damaged (%d bytes do not match its digest); it is done again", path, len(content))
+        return None
+    if header != _header(chunk, fingerprint, sha256):
+        logger.warning("%s is of another evaluation (other weights, data or settings); it is done again", path)
+        return None
+    return ChunkResult(DetectionTable.of(json.loads(rows)), unreadable)
+
+
+def merge_chunks(tables: Iterable[DetectionTable], image_ids: Sequence[int] | None = None) -> DetectionTable:
+    """All detections in the order of `image_ids` (default: ascending), best first within an image.
+
+    The result does not depend on the order of the tables, as long as each image lies in one of them.
+    """
+    table = DetectionTable.concatenate(tables)
+    if image_ids is None:
+        place = table.image_id
+    else:
+        ids = np.asarray(image_ids, np.int64)
+        unique, first = np.unique(ids, return_index=True)
+        if len(unique) < len(ids) or not np.isin(table.image_id, unique).all():
+            raise ValueError("image_ids must be unique and hold every image that has detections")
+        place = first[np.searchsorted(unique, table.image_id)]
+    return table.select(np.lexsort((-table.score, place)))
+
+
+def _header(chunk: Chunk, fingerprint: str, sha256: str) -> dict[str, Any]:
+    return {"fingerprint": fingerprint, "start": chunk.start, "stop": chunk.stop, "sha256": sha256}

@@ -1,0 +1,159 @@
+"""What one training worker does from its start to its end, whoever started it: Ray Train, torchrun, or a shell."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from refinedet.model import RefineDet, detection_loss
+from refinedet.pipeline.config.batches import BatchPlan
+from refinedet.pipeline.config.run import Run
+from refinedet.pipeline.data.index import ShardSet, open_shards
+from refinedet.pipeline.data.samples import Cursor
+from refinedet.pipeline.data.stream import TrainingStream
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.training.checkpoint import find_checkpoint
+from refinedet.pipeline.training.initial_weights import load_initial_weights
+from refinedet.pipeline.training.loop import train
+from refinedet.pipeline.training.preflight import PreflightReport, check_workers
+from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
+from refinedet.pipeline.training.watchdog import StallVerdict, exit_process
+from refinedet.pipeline.training.world import World
+from torch import nn
+
+Validate = Callable[[nn.Module, int], Mapping[str, float]]
+"""(detector in eval mode, epochs done) -> metrics; called on every rank, rank 0's metrics count"""
+LossFunction = Callable[[Any, Sequence[Any]], Any]
+"""(predictions, targets) -> Losses"""
+
+
+class Link(Protocol):
+    """Connection of a worker to whoever started the job."""
+
+    @property
+    def stop_requested(self) -> bool:
+        """Read once a step; True on any rank makes all ranks save and end."""
+        ...
+
+    def push(self, message: StepRecord | Event, *, wait: bool = False) -> None:
+        """Send a message without waiting. Rank 0 sends steps and events, any rank a stall.
+
+        wait  return only once the message has arrived, or after a short limit
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of a job's workers."""
+
+    number: int = 0
+    """0 at the first start: a fault of the preflight is then a mistake of the user"""
+    began_at: float | None = None
+    """when the job began to wait for workers, seconds since 1970; goodput counts from there"""
+    memory_bytes: float | None = None
+    """estimate of what a worker needs on its device; None: not checked"""
+
+
+def check_job(run: Run, world: World, link: Link, attempt: Attempt = Attempt()) -> PreflightReport:
+    """Check workers, storage and shards, and send the report as an event. Collective."""
+    report = check_workers(world, run.path, _open_shards(run), memory_bytes=attempt.memory_bytes)
+    if world.is_main:
+        link.push(Event("preflight", 0, str(report), report.facts()))
+    return report
+
+
+def train_job(
+    run: Run,
+    world: World,
+    link: Link,
+    *,
+    attempt: Attempt = Attempt(),
+    loss: LossFunction | None = None,
+    validate: Validate | None = None,
+) -> TrainResult:
+    """Train the job of `run` from its newest good checkpoint, or from its initial weights, to the end. Collective.
+
+    loss      default: the loss of `spec.model`; a drill passes one that fails
+    validate  needed where `training.validate_every_epochs` is set
+
+    Raises, on all ranks alike: UserError, NonFiniteError, RuntimeError, OSError where the last checkpoint could not be
+    written.
+    """
+    spec = run.spec
+    _raise_faults(check_job(run, world, link, attempt), first=attempt.number == 0)
+    shards = open_shards(storage.join(run.shards, "train"))
+    torch.manual_seed(spec.seed)
+    detector = RefineDet(spec.model)
+    if spec.training.init_weights and world.broadcast_object(world.is_main and not find_checkpoint(run.path)[0]):
+        load_initial_weights(detector, spec.training.init_weights)
+    tell = link.push if world.is_main else _discard
+    return train(
+        spec.training,
+        seed=spec.seed,
+        world=world,
+        detector=detector,
+        loss=loss or functools.partial(detection_loss, config=spec.model),
+        make_stream=functools.partial(_open_stream, run, shards, world),
+        run_dir=run.path,
+        observer=tell,
+        on_event=tell,
+        validate=validate if spec.training.validate_every_epochs else None,
+        stop_requested=lambda: link.stop_requested,
+        on_stall=functools.partial(_report_stall, link),
+        began_at=attempt.began_at,
+        facts={"spec": spec.model_dump(mode="json"), "shards": shards.digest},
+    )
+
+
+def _open_shards(run: Run) -> ShardSet | None:
+    """The training shards; None before they are written, as in the preflight of a first launch."""
+    url = storage.join(run.shards, "train")
+    return open_shards(url) if storage.exists(storage.join(url, "index.json")) else None
+
+
+def _open_stream(run: Run, shards: ShardSet, world: World, start: Cursor, plan: BatchPlan) -> TrainingStream:
+    data = run.spec.data
+    return TrainingStream(
+        shards,
+        input_size=run.spec.model.input_size,
+        augmentation=data.augmentation,
+        seed=run.spec.seed,
+        global_batch=plan.global_batch,
+        micro_batch=plan.micro_batch,
+        rank=world.rank,
+        world_size=world.size,
+        workers=data.loader_workers,
+        start=start,
+        shuffle_window=data.shuffle_window,
+        canonical_streams=data.canonical_streams,
+        cache_dir=data.cache_dir,
+        cache_bytes=data.cache_bytes,
+        max_bad_samples=data.max_bad_samples,
+        include_difficult=data.include_difficult,
+    )
+
+
+def _raise_faults(report: PreflightReport, *, first: bool) -> None:
+    """UserError at the first start; later a RuntimeError, since what was in order before may be so again."""
+    try:
+        report.raise_faults()
+    except UserError as error:
+        if first:
+            raise
+        raise RuntimeError(str(error)) from error
+
+
+def _report_stall(link: Link, verdict: StallVerdict) -> None:
+    """Send the verdict and end this process; called from the watchdog's thread."""
+    facts = {"ranks": list(verdict.ranks), "hosts": list(verdict.hosts)}
+    link.push(Event("stalled", verdict.step, str(verdict), facts), wait=True)
+    exit_process(verdict)
+
+
+def _discard(message: StepRecord | Event) -> None:
+    """Ranks other than 0 send no records."""

@@ -1,0 +1,72 @@
+"""A whole job of one worker on real shards, without Ray."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from refinedet.pipeline.config.run import Run
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.data.shards import prepare_shards
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.training.job import Attempt, check_job, train_job
+from refinedet.pipeline.training.records import Event, StepRecord
+from refinedet.pipeline.training.world import World
+
+
+class ListLink:
+    """Keeps messages, and asks for a stop in the step `stop_at`."""
+
+    def __init__(self, stop_at: int | None = None) -> None:
+        self.steps: list[StepRecord] = []
+        self.events: list[Event] = []
+        self.stop_at = stop_at
+
+    @property
+    def stop_requested(self) -> bool:
+        return len(self.steps) + 1 == self.stop_at
+
+    def push(self, message: StepRecord | Event, *, wait: bool = False) -> None:
+        (self.steps if isinstance(message, StepRecord) else self.events).append(message)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    spec = {
+        "name": "job",
+        "runs": str(tmp_path),
+        "data": {"format": "shapes", "image_size": 96, "train": [{"count": 8}], "loader_workers": 0},
+        "model": {
+            "num_classes": 10, "input_size": 64, "backbone": "test_resnet", "tcb_channels": 16,
+            "prediction_block": False, "norm": "frozen", "tcb_norm": False,
+        },
+        "training": {
+            "global_batch": 4, "epochs": 2, "precision": "fp32", "decay_epochs": [1], "deterministic": True,
+            "validate_every_epochs": 2,
+        },
+    }  # fmt: skip
+    run = Run(JobSpec.model_validate(spec))
+    prepare_shards(run.spec.data, "train", storage.join(run.shards, "train"))
+    return run
+
+
+def test_a_job_runs_to_its_end_and_tells_of_it(world: World, run: Run) -> None:
+    link = ListLink(stop_at=3)
+    stopped = train_job(run, world, link, validate=lambda detector, epochs: {"AP": 0.5})
+    assert (stopped.status, stopped.step) == ("stopped", 3)
+    again = ListLink()
+    result = train_job(run, world, again, attempt=Attempt(1), validate=lambda detector, epochs: {"AP": 0.5})
+    assert (result.status, result.step, result.metrics) == ("finished", 4, {"AP": 0.5})
+    assert storage.exists(run.weights)
+    assert [record.step for record in link.steps + again.steps] == [1, 2, 3, 4]
+    assert [event.kind for event in again.events] == ["preflight", "resumed", "validated", "saved"]
+
+
+def test_a_fault_of_the_preflight_is_the_users_at_the_first_start_only(world: World, run: Run) -> None:
+    too_much = 2.0**60
+    assert check_job(run, world, ListLink(), Attempt(memory_bytes=too_much)).faults
+    with pytest.raises(UserError, match="the job needs about"):
+        train_job(run, world, ListLink(), attempt=Attempt(memory_bytes=too_much))
+    with pytest.raises(RuntimeError, match="the job needs about"):
+        train_job(run, world, ListLink(), attempt=Attempt(1, memory_bytes=too_much))
