@@ -22,14 +22,21 @@ app = typer.Typer()
 @app.command()
 def predict(
     weights: Annotated[str, typer.Argument(help="weights.safetensors beside its spec.yaml, or a run's directory")],
-    images: Annotated[list[Path], typer.Argument(help="image files")],
+    images: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="image files, or directories of them")],
     output: Annotated[Path, typer.Option(help="directory for the pictures and detections.json")],
     threshold: Annotated[float, typer.Option(help="lowest score that is drawn")] = 0.3,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="images at once")] = 8,
 ) -> None:
     """Detect objects in images: a picture of each with its boxes, and all boxes as JSON."""
     from refinedet.pipeline.inference.predict import predict_images
+    from refinedet.pipeline.inference.predictor import Predictor
 
-    for line in predict_images(weights, images, output, threshold):
+    if precision not in ("auto", "fp32", "bf16", "fp16"):
+        raise UserError(f"--precision must be auto, fp32, bf16 or fp16, received {precision!r}.")
+    predictor = Predictor.load(weights, device=device, precision=precision, batch_size=batch_size)
+    for line in predict_images(predictor, images, output, threshold):
         typer.echo(line)
 
 
