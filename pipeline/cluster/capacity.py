@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from refinedet.pipeline.config.spec import Cluster
+from refinedet.pipeline.runs import settings
 from refinedet.pipeline.runs.errors import UserError
 
 AUTOSCALING = "refinedet_autoscaling"
@@ -45,7 +45,7 @@ def check_capacity(cluster: Cluster, nodes: Sequence[Node]) -> None:
     Ray would wait for ever. A cluster that scales itself up (`ray up`, KubeRay) may grow: there, the wait is bounded by
     `cluster.resource_timeout_s`, and this check is left to it.
     """
-    if os.environ.get("RAY_ENABLE_AUTOSCALER_V2") == "1" or any(node.resources.get(AUTOSCALING) for node in nodes):
+    if settings.read("RAY_ENABLE_AUTOSCALER_V2") == "1" or any(node.resources.get(AUTOSCALING) for node in nodes):
         return
     workers = cluster.min_workers
     fitting = [node for node in nodes if _has_labels(node, cluster.labels)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
 from refinedet.pipeline.cluster.capacity import Node, nodes_of
+from refinedet.pipeline.runs import settings
 from refinedet.pipeline.runs.errors import UserError
 
 CERTIFICATES = "RAY_TLS_CA_CERT"
@@ -43,7 +43,7 @@ class Dashboard(JobSubmissionClient):
     def __init__(self, address: str) -> None:
         for name in _TALKATIVE:
             logging.getLogger(name).setLevel(logging.WARNING)
-        super().__init__(address, verify=os.environ.get(CERTIFICATES) or True, headers=_headers())
+        super().__init__(address, verify=settings.read(CERTIFICATES) or True, headers=_headers())
 
     def ray_version(self) -> str:
         return str(self._answer("/api/version")["ray_version"])
@@ -75,7 +75,7 @@ def connect(address: str) -> Dashboard:
 
 def dashboard_address(address: str | None) -> str:
     """`address` as a URL; by default Ray's own variable, else this machine."""
-    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or "http://127.0.0.1:8265"
+    address = address or settings.read("RAY_API_SERVER_ADDRESS") or ""
     if "://" not in address:
         address = f"http://{address}"
     parts = urlsplit(address)
@@ -95,7 +95,7 @@ def said_clearly(address: str) -> Iterator[None]:
     except UserError:
         raise
     except AuthenticationError as error:
-        known = os.environ.get("RAY_AUTH_MODE", "").lower() == "token"
+        known = (settings.read("RAY_AUTH_MODE") or "").lower() == "token"
         raise UserError(
             f"The cluster at {address} refused {'the' if known else 'a request without an'} authentication token; set "
             "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's."
@@ -126,7 +126,7 @@ def one_line(error: BaseException) -> str:
 
 
 def _headers() -> dict[str, Any] | None:
-    text = os.environ.get(HEADERS)
+    text = settings.read(HEADERS)
     if not text:
         return None
     try:

@@ -20,7 +20,7 @@ def main() -> None:
             "Python %s, or use an image with %s.\n" % (here, wanted, here, wanted)
         )
         sys.exit(2)
-    runpy.run_module("refinedet.pipeline.cli.main", run_name="__main__")
+    runpy.run_module("refinedet.pipeline.cli", run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import yaml
@@ -14,17 +15,21 @@ from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
+SHIPPED = Path(__file__).resolve().parents[2] / "jobs"
+"""jobs/ of the checkout, or of the installed package"""
 _MAX_BASES = 8
 _UNKNOWN_KEY = ("extra_forbidden", "unexpected_keyword_argument")
 
 
-def load_spec(path: str, overrides: Sequence[str] = ()) -> JobSpec:
+def load_spec(job: str, overrides: Sequence[str] = ()) -> JobSpec:
     """Read a job spec.
 
-    path       a YAML file or fsspec URI; its `base:`, a path relative to it, is read first and merged below it
+    job        a YAML file, an fsspec URI, or the name of a job that ships ("quickstart"); its `base:`, a path relative
+               to it, is read first and merged below it
     overrides  "training.epochs=3" and the like; values are YAML
     Raises UserError for whatever is wrong with them, naming the key, what was received and the remedy.
     """
+    path = _find(job)
     values = _read_with_bases(path, depth=0)
     for override in overrides:
         _apply_override(values, override)
@@ -42,6 +47,12 @@ def parse_spec(values: Mapping[str, Any], source: str) -> JobSpec:
 def dump_spec(spec: JobSpec) -> str:
     """The resolved spec as YAML; `parse_spec` of it gives an equal spec."""
     return yaml.safe_dump(spec.model_dump(mode="json"), sort_keys=False)
+
+
+def _find(job: str) -> str:
+    """The file of a job that ships, where `job` is its name and no file here; else `job`."""
+    shipped = SHIPPED / f"{job.removesuffix('.yaml')}.yaml"
+    return str(shipped) if not os.path.exists(job) and "://" not in job and shipped.is_file() else job
 
 
 def _read_with_bases(path: str, depth: int) -> dict[str, Any]:
@@ -62,7 +73,8 @@ def _read_yaml(path: str) -> dict[str, Any]:
     try:
         values = yaml.safe_load(storage.read_bytes(path).decode())
     except FileNotFoundError:
-        raise UserError(f"There is no job spec {path!r}; `ls jobs` shows those that come with the project.") from None
+        names = ", ".join(sorted(file.stem for file in SHIPPED.glob("*.yaml")))
+        raise UserError(f"There is no job spec {path!r}; give a file, a URI, or a job that ships: {names}.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
     except Exception as error:  # a library of remote storage raises what it likes, or is not there

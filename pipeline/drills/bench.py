@@ -139,7 +139,7 @@ class Bench:
     def launch(self, spec: Path, *, fault: str | None = None) -> Launched:
         """Launch a spec's training, and before the first one its data, in a process of its own."""
         stages = "train" if (self.folder / "shards" / "train" / "index.json").exists() else "prepare,train"
-        command = [sys.executable, "-m", "refinedet.pipeline.cli.main", "launch", str(spec), "--stages", stages]
+        command = [sys.executable, "-m", "refinedet.pipeline.cli", "launch", str(spec), "--stages", stages]
         command += ["--address", self.cluster.address]
         environment = {**os.environ, **({FAULT_VARIABLE: fault} if fault else {})}
         output = self.folder / f"{spec.stem}.{time.time_ns()}.out"

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
+import numpy as np
 import torch
 from refinedet.model import RefineDet
 from refinedet.pipeline.config.recipes import MERGE_RULES, resolve_passes, sides_of
@@ -61,28 +62,32 @@ def look_many_times(
     model: RefineDet, samples: Iterable[Sample], multiscale: Multiscale, autocast: torch.dtype | None = None
 ) -> Iterator[tuple[list[Sample], Found]]:
     """Batches of samples, and what all passes found in them, not merged yet."""
-    passes = resolve_passes(multiscale, model.config)
     with evaluating(model):
         for batch in batched(samples, multiscale.batch_size * _BATCHES_DECODED):
-            looks = [found for one in passes for found in _look_once(model, batch, one, multiscale, autocast)]
-            yield (
-                batch,
-                Found(
-                    torch.cat([one.boxes for one in looks]),
-                    torch.cat([one.scores for one in looks]),
-                    torch.cat([one.labels for one in looks]),
-                    torch.cat([one.image for one in looks]),
-                ),
-            )
+            yield batch, look_at_images(model, [sample.image for sample in batch], multiscale, autocast)
+
+
+def look_at_images(
+    model: RefineDet, images: Sequence[np.ndarray], multiscale: Multiscale, autocast: torch.dtype | None = None
+) -> Found:
+    """Detections of all passes over images, uint8 [H, W, 3], not merged yet."""
+    passes = resolve_passes(multiscale, model.config)
+    looks = [found for one in passes for found in _look_once(model, images, one, multiscale, autocast)]
+    return Found(
+        torch.cat([one.boxes for one in looks]),
+        torch.cat([one.scores for one in looks]),
+        torch.cat([one.labels for one in looks]),
+        torch.cat([one.image for one in looks]),
+    )
 
 
 def _look_once(
-    model: RefineDet, samples: Sequence[Sample], one: Pass, multiscale: Multiscale, autocast: torch.dtype | None
+    model: RefineDet, images: Sequence[np.ndarray], one: Pass, multiscale: Multiscale, autocast: torch.dtype | None
 ) -> list[Found]:
-    """One pass over samples, in batches of one size; `image` is the place in `samples`."""
+    """One pass over images, in batches of one size; `image` is the place in `images`."""
     by_size: dict[tuple[int, int], list[int]] = {}
-    for place, sample in enumerate(samples):
-        height, width = sample.image.shape[:2]
+    for place, image in enumerate(images):
+        height, width = image.shape[:2]
         sides = sides_of(one)
         by_size.setdefault(sides if width >= height else (sides[1], sides[0]), []).append(place)
     num_images = max(1, multiscale.batch_size // (1 + one.flip))
@@ -90,8 +95,9 @@ def _look_once(
     for size, places in by_size.items():
         for start in range(0, len(places), num_images):
             chosen = places[start : start + num_images]
-            images = [samples[place].image for place in chosen]
-            found = look(model, images, size, config=model.config, flip=one.flip, autocast=autocast)
+            found = look(
+                model, [images[place] for place in chosen], size, config=model.config, flip=one.flip, autocast=autocast
+            )
             sides = found.boxes[:, 2:] - found.boxes[:, :2] + 1  # the authors count inclusive pixels here
             fits = torch.ones(len(sides), dtype=torch.bool)
             if one.min_side_below is not None:

@@ -1,22 +1,35 @@
-"""Files of a run, in a folder or behind any fsspec URI: whole or not at all, with digests.
+"""Files of a run, in a directory or behind any fsspec URI: whole or not at all, with digests; and the one retry.
 
-A path is a string: a local path or a URI. `manifest` files say what a folder holds, and are written last; what has
-no manifest does not exist.
+A path is a string: a local path or a URI. A manifest lists what a directory holds and is written last; what has no
+manifest does not exist.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import logging
 import os
 import posixpath
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
+import tenacity
 from fsspec.implementations.local import LocalFileSystem
+from refinedet.pipeline.runs.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+RETRY_DEADLINE_S = 300.0
+"""how long a store may be out of reach before it is an error"""
+_LONGEST_PAUSE_S = 5.0
+_FINAL = (UserError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 _CHUNK = 4 * 2**20
 
@@ -60,7 +73,7 @@ def make_folder(path: str) -> None:
 
 
 def list_folder(path: str) -> list[str]:
-    """Names in a folder, sorted; empty where there is no such folder."""
+    """Names in a directory, sorted; empty where it does not exist."""
     fs, name = filesystem(path)
     if not fs.isdir(name):
         return []
@@ -72,6 +85,37 @@ def remove(path: str) -> None:
     fs, name = filesystem(path)
     if fs.exists(name):
         fs.rm(name, recursive=True)
+
+
+def retry(call: Callable[[], T], what: str, *, deadline_s: float = RETRY_DEADLINE_S, level: int = logging.WARNING) -> T:
+    """Call until it succeeds, with pauses of 0.5 s that double up to 5 s, for `deadline_s` seconds at most.
+
+    The one policy for storage. What a repetition cannot change is raised at once: absence, refusal, a full disk, a
+    user's mistake. Everything else is repeated, since the libraries of stores share no base class of errors. The last
+    error is raised at the deadline.
+
+    what   names the call in the log
+    level  of the log's lines
+    """
+
+    def log(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        logger.log(
+            level, "%s: %.200s; again in %.1f s", what, error, state.next_action.sleep if state.next_action else 0
+        )
+
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception(_may_pass),
+        wait=tenacity.wait_exponential(multiplier=0.5, max=_LONGEST_PAUSE_S),
+        stop=tenacity.stop_before_delay(deadline_s),
+        before_sleep=log,
+        reraise=True,
+    )(call)
+
+
+def _may_pass(error: BaseException) -> bool:
+    full = isinstance(error, OSError) and error.errno in _NO_ROOM
+    return isinstance(error, Exception) and not isinstance(error, _FINAL) and not full
 
 
 def read_bytes(path: str) -> bytes:

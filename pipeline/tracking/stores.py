@@ -13,7 +13,7 @@ import urllib.request
 
 import sqlalchemy
 from refinedet.pipeline.config.spec import Tracking
-from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs import settings, storage
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.redaction import redact_text
 
@@ -23,21 +23,10 @@ DATABASE = "mlflow.db"
 ARTIFACTS = "mlflow-artifacts"
 _CHECK_TIMEOUT_S = 5.0
 
-_MLFLOW_ENVIRONMENT = {
-    "MLFLOW_CONFIGURE_LOGGING": "false",  # no handlers of its own: its records go where the root logger's go
-    "MLFLOW_DISABLE_TELEMETRY": "true",  # nothing about a run leaves the machine unasked
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # the terminal belongs to the progress bar
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",  # the outbox retries; a request must not block for minutes
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-    "GIT_PYTHON_REFRESH": "quiet",
-}
-
 
 def configure_mlflow() -> None:
     """Set what MLflow reads from the environment; what the user has set stays."""
-    for name, value in _MLFLOW_ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
+    settings.provide("mlflow")
 
 
 def quiet_mlflow() -> None:
@@ -52,7 +41,7 @@ def tracking_uri(tracking: Tracking, runs: str) -> str:
 
     SQLite needs a local disk: where the runs live behind a URI, the file is under `~/.refinedet`.
     """
-    given = tracking.uri or os.environ.get("MLFLOW_TRACKING_URI")
+    given = tracking.uri or settings.read("MLFLOW_TRACKING_URI")
     if given:
         return given
     folder = storage.absolute(runs) if storage.is_local(runs) else os.path.expanduser("~/.refinedet")

@@ -71,7 +71,7 @@ def recorded(run: Path) -> list[dict[str, Any]]:
 def launch(spec: Path, run: Path) -> dict[str, float]:
     """Wall time of `refinedet launch`, and of the steps in it."""
     began = time.time()
-    command = [sys.executable, "-m", "refinedet.pipeline.cli.main", "launch", str(spec), "--stages", "prepare,train"]
+    command = [sys.executable, "-m", "refinedet.pipeline.cli", "launch", str(spec), "--stages", "prepare,train"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S)
     took = time.time() - began
     assert done.returncode == 0, done.stdout + done.stderr

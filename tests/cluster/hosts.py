@@ -175,11 +175,11 @@ class RayCluster:
     def outside(self, *arguments: str, token: str | None = None, **options) -> subprocess.CompletedProcess[str]:
         """Run `refinedet` as on a laptop that reaches the dashboard, and nothing else of the cluster."""
         defaults = {"env": self._client(token), "capture_output": True, "text": True, "timeout": 240}
-        return subprocess.run([sys.executable, "-m", "refinedet.pipeline.cli.main", *arguments], **(defaults | options))
+        return subprocess.run([sys.executable, "-m", "refinedet.pipeline.cli", *arguments], **(defaults | options))
 
     def begin_outside(self, *arguments: str, output: Path) -> subprocess.Popen:
         """The same, without waiting; stdout and stderr go to a file."""
-        command = [sys.executable, "-m", "refinedet.pipeline.cli.main", *arguments]
+        command = [sys.executable, "-m", "refinedet.pipeline.cli", *arguments]
         with open(output, "wb") as file:
             return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=self._client(None))
 

@@ -76,7 +76,7 @@ def test_a_job_is_stopped_goes_on_to_the_end_and_is_not_done_twice(bench: Bench,
     run = tmp_path / "runs" / "whole"
 
     # Ctrl-C in the middle of training, on the Ray that the command started itself.
-    command = [sys.executable, "-m", "refinedet.pipeline.cli.main", "launch", "job.yaml"]
+    command = [sys.executable, "-m", "refinedet.pipeline.cli", "launch", "job.yaml"]
     slow = {**os.environ, FAULT_VARIABLE: "slow:rank=0,seconds=0.5"}
     with open(tmp_path / "first.out", "wb") as out, open(tmp_path / "first.err", "wb") as err:
         first = subprocess.Popen(command, cwd=tmp_path, env=slow, stdout=out, stderr=err, start_new_session=True)

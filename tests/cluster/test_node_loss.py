@@ -45,7 +45,7 @@ class Job:
         (folder / "job.yaml").write_text(yaml.safe_dump(spec))
         self.run = folder / "runs" / "job"
         self.output = folder / "job.out"
-        command = [sys.executable, "-m", "refinedet.pipeline.cli.main", "launch", str(folder / "job.yaml")]
+        command = [sys.executable, "-m", "refinedet.pipeline.cli", "launch", str(folder / "job.yaml")]
         command += ["--stages", "prepare,train", "--address", cluster.gcs]
         with open(self.output, "wb") as file:
             self.process = subprocess.Popen(

@@ -7,7 +7,8 @@ from dataclasses import fields
 import jsonschema
 import pytest
 import yaml
-from refinedet.pipeline.cli.main import app, render
+from refinedet.pipeline.cli.jobs import render
+from refinedet.pipeline.cli.main import app
 from refinedet.pipeline.cluster.render import KubeRay, render_kuberay, resource_name, workers_per_pod
 from refinedet.pipeline.config.files import load_spec, parse_spec
 from refinedet.pipeline.config.spec import JobSpec

@@ -44,9 +44,18 @@ def test_a_full_disk_ends_a_command_with_a_sentence(tmp_path: Path) -> None:
     annotation = box | {"id": 1, "area": 16, "iscrowd": 0}
     truth.write_text(json.dumps({"images": [image], "categories": [category], "annotations": [annotation]}))
     found.write_text(json.dumps([box | {"score": 0.5}]))
-    command = [sys.executable, "-m", "refinedet.pipeline.cli.main", "evaluate", "--detections", str(found)]
+    command = [sys.executable, "-m", "refinedet.pipeline.cli", "evaluate", "--detections", str(found)]
     command += ["--annotations", str(truth), "--json", "/dev/full"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     assert done.stderr.startswith("refinedet: no space is left")
     assert len(done.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("kind", [FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError])
+def test_a_path_that_cannot_be_used_is_the_users_to_fix(kind: type[OSError]) -> None:
+    end = describe_end(kind(0, "is not what it should be", "/data/x"))
+    assert end is not None
+    assert end.status == 2
+    assert end.sentence.startswith("/data/x: is not what it should be; ")
+    assert describe_end(kind("without a file")) is None

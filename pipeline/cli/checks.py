@@ -1,0 +1,44 @@
+"""Commands that check a job or an installation, and start nothing."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+from refinedet.pipeline.cli.arguments import Job, Overrides
+from refinedet.pipeline.config.files import load_spec
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.planning.doctor import examine
+
+app = typer.Typer()
+
+
+@app.command()
+def plan(
+    job: Job,
+    overrides: Overrides = None,
+    device: Annotated[str | None, typer.Option(help="CPU, A100, H100 or H200")] = None,
+    nodes: Annotated[int | None, typer.Option(min=1, help="instead of cluster.workers")] = None,
+    gpus_per_node: Annotated[int | None, typer.Option(min=1)] = None,
+) -> None:
+    """Resolve and check a job, and estimate batch, memory, time and storage; needs no cluster and no GPU."""
+    from refinedet.pipeline.planning.plan import print_plan  # torch, for seconds
+
+    print_plan(load_spec(job, overrides or ()), device=device, nodes=nodes, gpus_per_node=gpus_per_node)
+
+
+@app.command()
+def doctor() -> None:
+    """What is installed and built, what is missing, and what to do about it."""
+    findings = examine()
+    for finding in findings:
+        typer.echo(f"{finding.mark} {finding.name:<12} {finding.text}")
+    if any(finding.needed for finding in findings):
+        raise typer.Exit(1)
+
+
+@app.command()
+def schema() -> None:
+    """JSON schema of the job spec, for editors."""
+    typer.echo(json.dumps(JobSpec.model_json_schema(), indent=1))

@@ -1,0 +1,159 @@
+"""Commands that run jobs, here or on a cluster."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from refinedet.pipeline.cli.arguments import Address, Dashboard, Job, Overrides, RunOrJob
+from refinedet.pipeline.config.files import load_spec
+from refinedet.pipeline.runs.durations import describe_duration
+from refinedet.pipeline.runs.errors import JobError, UserError
+
+if TYPE_CHECKING:
+    from refinedet.pipeline.cluster.jobs import JobsClient
+
+# Ray is loaded inside the commands that need it: it takes a second, and the others run where it is not installed.
+
+app = typer.Typer()
+
+
+@app.command()
+def launch(
+    job: Job,
+    overrides: Overrides = None,
+    address: Address = None,
+    stages: Annotated[str | None, typer.Option(help="comma-separated; default: all of them")] = None,
+    check_only: Annotated[bool, typer.Option("--preflight", help="place the workers, check them, and end")] = False,
+) -> None:
+    """Run a job's stages here, or on the cluster at ADDR; what is done already is not done again."""
+    from refinedet.pipeline.cluster.launch import launch
+    from refinedet.pipeline.cluster.preflight import preflight
+    from refinedet.pipeline.cluster.progress import ProgressDisplay
+
+    spec = load_spec(job, overrides or ())
+    with ProgressDisplay() as display:
+        if check_only:
+            preflight(spec, address=address, display=display)
+            return
+        chosen = {"stages": stages.split(",")} if stages else {}
+        launch(spec, address=address, display=display, **chosen)
+
+
+@app.command()
+def submit(
+    job: Job,
+    overrides: Overrides = None,
+    address: Dashboard = None,
+    follow: Annotated[bool, typer.Option("--follow", help="print its logs until it ends")] = False,
+) -> None:
+    """Submit a job to a Ray cluster and print its id; a run that stopped goes on."""
+    from refinedet.pipeline.cluster.jobs import JobsClient
+
+    spec = load_spec(job, overrides or ())
+    client = JobsClient(address)
+    job_id = client.submit(spec)
+    typer.echo(job_id)
+    if follow:
+        _follow(client, job_id)
+
+
+@app.command()
+def resume(name: RunOrJob, address: Dashboard = None) -> None:
+    """Submit a run's last job again; it goes on from its last checkpoint."""
+    from refinedet.pipeline.cluster.jobs import JobsClient
+
+    typer.echo(JobsClient(address).resume(name))
+
+
+@app.command()
+def status(name: RunOrJob, address: Dashboard = None) -> None:
+    """How a submitted job is doing."""
+    from refinedet.pipeline.cluster.jobs import JobsClient
+
+    client = JobsClient(address)
+    found = client.find(name)
+    typer.echo(f"{found.id}  {found.status.lower()}  run {found.run} at {found.home}")
+    lines = [line for line in client.read_logs(found.id).splitlines() if line.strip()]
+    for line in lines[-5:]:
+        typer.echo(f"  {line}")
+
+
+@app.command(name="list")
+def list_jobs(address: Dashboard = None) -> None:
+    """The jobs that were submitted to a cluster."""
+    from refinedet.pipeline.cluster.jobs import JobsClient
+
+    for found in JobsClient(address).list():
+        took = describe_duration((found.ended or time.time()) - found.started) if found.started else "not started"
+        typer.echo(f"{found.id:<40} {found.status.lower():<10} {took}")
+
+
+@app.command()
+def logs(
+    name: RunOrJob,
+    address: Dashboard = None,
+    follow: Annotated[bool, typer.Option("--follow", help="until it ends")] = False,
+) -> None:
+    """What a submitted job has printed."""
+    from refinedet.pipeline.cluster.jobs import JobsClient
+
+    client = JobsClient(address)
+    if follow:
+        _follow(client, name)
+    else:
+        typer.echo(client.read_logs(name), nl=False)
+
+
+@app.command()
+def stop(name: RunOrJob, address: Dashboard = None) -> None:
+    """Ask a submitted job to save and end, and wait until it has."""
+    from refinedet.pipeline.cluster.jobs import JobsClient
+
+    found = JobsClient(address).stop(name)
+    typer.echo(f"{found.id}  {found.status.lower()}; `refinedet resume {found.run}` goes on")
+
+
+@app.command()
+def render(
+    target: Annotated[str, typer.Argument(metavar="kuberay", help="what to render for")],
+    job: Job,
+    overrides: Overrides = None,
+    image: Annotated[str, typer.Option(help="container image of infra/Dockerfile")] = "refinedet:latest",
+    kind: Annotated[str, typer.Option(help="job: ends with its cluster; cluster: stays")] = "job",
+    namespace: Annotated[str | None, typer.Option(help="default: kubectl's")] = None,
+    queue: Annotated[str | None, typer.Option(help="Kueue LocalQueue")] = None,
+    spot: Annotated[str | None, typer.Option(help="gke, eks or karpenter: workers on its spot nodes")] = None,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="a training pod fills a node")] = 8,
+    memory_per_worker_gib: Annotated[int, typer.Option(min=1, help="of each training worker")] = 32,
+    volume_claim: Annotated[str | None, typer.Option(help="PersistentVolumeClaim mounted at /shared")] = None,
+    service_account: Annotated[str | None, typer.Option(help="of the pods, for access to storage without keys")] = None,
+    retries: Annotated[int, typer.Option(min=0, help="new clusters after a failure; each resumes the run")] = 3,
+) -> None:
+    """A job spec as Kubernetes manifests, for `kubectl apply -f -`."""
+    from refinedet.pipeline.cluster.render import KubeRay, render_kuberay
+
+    if target != "kuberay":
+        raise UserError(f"There is nothing to render for {target!r}; there is kuberay.")
+    options = KubeRay(
+        image=image,
+        kind=kind,  # type: ignore[arg-type]  # `render_kuberay` says which there are
+        namespace=namespace,
+        queue=queue,
+        spot=spot,  # type: ignore[arg-type]
+        gpus_per_node=gpus_per_node,
+        memory_per_worker_gib=memory_per_worker_gib,
+        volume_claim=volume_claim,
+        service_account=service_account,
+        retries=retries,
+    )
+    typer.echo(render_kuberay(load_spec(job, overrides or ()), options), nl=False)
+
+
+def _follow(client: JobsClient, name: str) -> None:
+    for chunk in client.follow_logs(name):
+        typer.echo(chunk, nl=False)
+    found = client.wait(name)
+    if found.status != "SUCCEEDED":
+        raise JobError(f"job {found.id} {found.status.lower()}: {found.message}")

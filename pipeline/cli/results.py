@@ -1,0 +1,117 @@
+"""Commands about trained weights and finished runs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from refinedet.pipeline.cli.arguments import Address, Json, Output, Overrides, Shards, Weights
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
+
+if TYPE_CHECKING:
+    from refinedet.pipeline.evaluation.metrics import Metrics
+
+# Torch, Ray and matplotlib are loaded inside the commands that need them: each takes seconds.
+
+app = typer.Typer()
+
+
+@app.command()
+def predict(
+    weights: Annotated[str, typer.Argument(help="weights.safetensors beside its spec.yaml, or a run's directory")],
+    images: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="image files, or directories of them")],
+    output: Annotated[Path, typer.Option(help="directory for the pictures and detections.json")],
+    threshold: Annotated[float, typer.Option(help="lowest score that is drawn")] = 0.3,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one")] = None,
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="images at once")] = 8,
+) -> None:
+    """Detect objects in images: a picture of each with its boxes, and all boxes as JSON."""
+    from refinedet.pipeline.inference.predict import predict_images
+    from refinedet.pipeline.inference.predictor import Predictor
+
+    if precision not in ("auto", "fp32", "bf16", "fp16"):
+        raise UserError(f"--precision must be auto, fp32, bf16 or fp16, received {precision!r}.")
+    predictor = Predictor.load(weights, device=device, precision=precision, batch_size=batch_size)
+    for line in predict_images(predictor, images, output, threshold):
+        typer.echo(line)
+
+
+@app.command()
+def report(run: Annotated[str, typer.Argument(metavar="RUN", help="a run's directory, as in runs/quickstart")]) -> None:
+    """Build the report of a run again."""
+    from refinedet.pipeline.report.report import build_report
+
+    if not storage.exists(storage.join(run, "spec.yaml")):
+        raise UserError(f"{run!r} is no run's directory (it has no spec.yaml); give one, as in runs/quickstart.")
+    typer.echo(build_report(storage.absolute(run)))
+
+
+@app.command()
+def evaluate(
+    run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="a run's directory")] = None,
+    overrides: Overrides = None,
+    detections: Annotated[str | None, typer.Option(help="instead of a run: COCO results JSON")] = None,
+    annotations: Annotated[str | None, typer.Option(help="instead of a run: COCO instances JSON")] = None,
+    rule: Annotated[str | None, typer.Option(help="coco, voc2007 or voc2012; default: as the data set")] = None,
+    weights: Weights = None,
+    shards: Shards = None,
+    output: Output = None,
+    address: Address = None,
+    json_file: Json = None,
+) -> None:
+    """COCO's twelve numbers or VOC's mAP, of a run's weights or of a detections file."""
+    _check_writable(json_file)
+    if run and not (detections or annotations):
+        from refinedet.pipeline.cluster.evaluate import evaluate_run
+
+        changes = [*(overrides or ()), *([f"evaluation.rule={rule}"] if rule else ())]
+        metrics = evaluate_run(
+            run, "single", overrides=changes, weights=weights, shards=shards, output=output, address=address
+        )
+    elif detections and annotations and not run:
+        from refinedet.pipeline.evaluation.files import evaluate_files
+
+        metrics = evaluate_files(detections, annotations, rule=rule or "coco")
+    else:
+        raise UserError("evaluate takes either a run's directory, or --detections FILE and --annotations FILE.")
+    _print_metrics(metrics, json_file)
+
+
+@app.command()
+def multiscale(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="a run's directory")],
+    overrides: Overrides = None,
+    weights: Weights = None,
+    shards: Shards = None,
+    output: Output = None,
+    address: Address = None,
+    json_file: Json = None,
+) -> None:
+    """The numbers of a run's weights, tested at several scales and mirrored; what it costs is said first."""
+    _check_writable(json_file)
+    from refinedet.pipeline.cluster.evaluate import evaluate_run
+
+    metrics = evaluate_run(
+        run, "multiscale", overrides=overrides or (), weights=weights, shards=shards, output=output, address=address
+    )
+    _print_metrics(metrics, json_file)
+
+
+def _check_writable(json_file: Path | None) -> None:
+    """Before hours of evaluation rather than after."""
+    if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
+        fault = "is a directory" if json_file.is_dir() else f"lies in no directory: there is no {json_file.parent}"
+        raise UserError(f"--json: {json_file} {fault}; give a file in a directory that is there.")
+
+
+def _print_metrics(metrics: Metrics | None, json_file: Path | None) -> None:
+    if metrics is None:
+        return
+    for name, value in metrics.values.items():
+        typer.echo(f"{name:<6} {value:.6f}")
+    if json_file:
+        json_file.write_text(json.dumps(metrics.to_json(), indent=1) + "\n", encoding="utf-8")

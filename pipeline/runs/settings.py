@@ -1,0 +1,65 @@
+"""Environment variables: every one that this project reads or sets, in one table. docs/environment.md is made of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One variable of the environment.
+
+    kind     how its text is read
+    default  None: unset. In the groups "ray" and "mlflow", what is set for the library where the user has set nothing
+    """
+
+    name: str
+    group: Literal["ours", "cluster", "ray", "mlflow"]
+    kind: Literal["text", "flag", "number", "path", "url", "json"]
+    default: str | None
+    purpose: str
+
+
+_ALL = (
+    Variable("REFINEDET_PYTHON", "ours", "text", None, "Python that a job was submitted from; `submit` sets it"),
+    Variable("RAY_ADDRESS", "cluster", "text", None, "cluster that `launch` joins, where --address is absent"),
+    Variable(
+        "RAY_API_SERVER_ADDRESS", "cluster", "url", "http://127.0.0.1:8265", "dashboard of `submit`, `status`, `stop`"
+    ),
+    Variable("RAY_AUTH_MODE", "cluster", "text", None, "`token`: requests carry RAY_AUTH_TOKEN"),
+    Variable("RAY_TLS_CA_CERT", "cluster", "path", None, "authorities that may sign for an https:// dashboard"),
+    Variable("RAY_JOB_HEADERS", "cluster", "json", None, "further HTTP headers, for a proxy that asks for a login"),
+    Variable("RAY_ENABLE_AUTOSCALER_V2", "cluster", "flag", None, "`1`: missing nodes may still come"),
+    Variable("MLFLOW_TRACKING_URI", "mlflow", "url", None, "tracking server, where the spec names none"),
+    Variable("MLFLOW_CONFIGURE_LOGGING", "mlflow", "flag", "false", "no handlers of its own"),
+    Variable("MLFLOW_DISABLE_TELEMETRY", "mlflow", "flag", "true", "nothing about a run leaves the machine"),
+    Variable("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "mlflow", "flag", "true", "the terminal shows progress"),
+    Variable("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "mlflow", "flag", "false", "the terminal shows progress"),
+    Variable("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "mlflow", "number", "1", "the outbox repeats requests"),
+    Variable("MLFLOW_HTTP_REQUEST_TIMEOUT", "mlflow", "number", "20", "seconds until a request has failed"),
+    Variable("GIT_PYTHON_REFRESH", "mlflow", "text", "quiet", "MLflow's git library runs without git"),
+)
+VARIABLES = {variable.name: variable for variable in _ALL}
+
+
+def read(name: str) -> str | None:
+    """The text of a variable of the table, or its default; None where it is unset or empty."""
+    return os.environ.get(name) or VARIABLES[name].default
+
+
+def provide(group: Literal["ray", "mlflow"]) -> None:
+    """Set the defaults of a library's variables; what the user has set stays."""
+    for variable in _ALL:
+        if variable.group == group and variable.default is not None:
+            os.environ.setdefault(variable.name, variable.default)
+
+
+def describe() -> str:
+    """The table in Markdown."""
+    rows = ["| variable | kind | default | purpose |", "|---|---|---|---|"]
+    rows += [
+        f"| `{one.name}` | {one.kind} | {f'`{one.default}`' if one.default else ''} | {one.purpose} |" for one in _ALL
+    ]
+    return "\n".join(rows) + "\n"
