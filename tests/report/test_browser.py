@@ -6,7 +6,7 @@ import json
 import re
 import shutil
 import subprocess
-from html import escape, unescape
+from html import unescape
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ COCO_NAMES = (*(f"class number {index}" for index in range(78)), "extraordinaril
 # Runs in the page that holds the report in a frame of the width to be measured.
 MEASURE = """
 const frame = document.querySelector("iframe");
-const measure = () => setTimeout(() => {
+frame.addEventListener("load", () => setTimeout(() => {
   const page = frame.contentDocument, view = frame.contentWindow, faults = [];
   const seen = (element) => element.getClientRects().length > 0;
   const width = page.documentElement.clientWidth;
@@ -53,27 +53,28 @@ const measure = () => setTimeout(() => {
     const scale = text.ownerSVGElement ? text.getScreenCTM().a : 1;
     if (text.textContent.trim() && size * scale < 10) faults.push(`${size * scale} px: ${text.textContent}`);
   }
+  const verdict = page.querySelector(".verdict").getBoundingClientRect();
   const chart = [...page.querySelectorAll("svg[data-lines]")].find(seen);
   chart.focus();
   chart.dispatchEvent(new view.KeyboardEvent("keydown", { key: "ArrowLeft" }));
   const colours = [view.getComputedStyle(page.body).color, view.getComputedStyle(page.body).backgroundColor];
-  const verdict = page.querySelector(".verdict").getBoundingClientRect();
   document.body.dataset.result = JSON.stringify({
     faults: [...new Set(faults)].slice(0, 20), texts, width, colours, verdict: verdict.top,
     focused: page.activeElement === chart, readout: chart.querySelector(".readout").textContent,
     broken: [...page.images].filter((image) => !image.naturalWidth).length, pictures: page.images.length,
   });
-}, 300);
-if (frame.contentDocument?.readyState === "complete") measure();
-else frame.addEventListener("load", measure);
+}, 300));
+frame.srcdoc = JSON.parse(document.querySelector("script").textContent);
 """
 
 
 def _measure(page: str, width: int, tmp_path, *, dark: bool = False) -> dict:
     """What the browser makes of `page` in a frame `width` pixels wide."""
     harness = tmp_path / f"harness{width}.html"
-    frame = f'<iframe style="width:{width}px;height:900px;border:0" srcdoc="{escape(page, quote=True)}"></iframe>'
-    harness.write_text(f"<!doctype html><meta charset=utf-8><body>{frame}<script>{MEASURE}</script></body>")
+    frame = f'<iframe style="width:{width}px;height:900px;border:0"></iframe>'
+    content = json.dumps(page).replace("</", "<\\/")
+    scripts = f'<script type="application/json">{content}</script><script>{MEASURE}</script>'
+    harness.write_text(f"<!doctype html><meta charset=utf-8><body>{frame}{scripts}</body>")
     command = [
         BROWSER,
         "--headless",
@@ -105,10 +106,11 @@ def test_every_heading_is_above_its_column_and_nothing_is_cut(page, width, tmp_p
     assert found["width"] == width
     assert found["faults"] == []
     assert found["texts"] > 100
+    assert found["pictures"] > 30
     assert found["broken"] == 0
-    assert found["verdict"] < 400
+    assert 0 < found["verdict"] < 400
     assert found["focused"]
-    assert "epoch" in found["readout"], "the arrow keys read a chart"
+    assert "recall" in found["readout"], "the arrow keys read a chart"
 
 
 @pytest.mark.parametrize("width", [360, 768, 1400])
