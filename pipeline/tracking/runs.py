@@ -139,10 +139,10 @@ class RunTracker(RunWriter):
 
     @property
     def location(self) -> str:
-        """Where a person looks: the run's page on a server, or the command that shows the local store."""
+        """The run's page on a server, or the command that shows the local store, as it can be run anywhere."""
         if self.uri.startswith(("http://", "https://")):
             return f"{redact_text(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        return f"mlflow ui --backend-store-uri {redact_text(self.uri)}"
+        return shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", redact_text(self.uri)])
 
     def _start_or_resume(self, client: MlflowClient, name: str) -> tuple[str, bool]:
         found = _find_run(client, self.experiment_id, self.identity)
