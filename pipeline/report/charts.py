@@ -8,9 +8,32 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-WIDTH, HEIGHT = 560, 270
-_LEFT, _RIGHT, _TOP, _BOTTOM = 46, 104, 44, 34
 _MAX_POINTS = 400
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Size and margins of a drawing, in its own units."""
+
+    name: str
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int = 44
+    bottom: int = 34
+
+    @property
+    def x_end(self) -> int:
+        return self.width - self.right
+
+    @property
+    def y_end(self) -> int:
+        return self.height - self.bottom
+
+
+FRAMES = (Frame("wide", 560, 270, 46, 104), Frame("narrow", 328, 230, 40, 112))
+"""Every chart is drawn in both; the style sheet shows the one whose text is readable on the screen."""
 
 _Place = Callable[[float, float], tuple[float, float]]
 """values on the axes -> position in the drawing"""
@@ -38,12 +61,13 @@ def line_chart(
     y_format: str = "{:.3g}",
     x_min: float | None = None,
     x_max: float | None = None,
-    labels_at: float | None = None,
+    end_values: bool = True,
 ) -> str:
-    """Lines over a common x axis, y from zero; each line is labelled at its end with its last value.
+    """Lines over a common x axis, y from zero; each line is labelled at its end, with its last value.
 
-    note       what the y axis counts, in words, beside the title
-    labels_at  put the names on the lines at this x instead, without values
+    note        what the y axis counts, in words, beside the title
+    end_values  False: the labels are the names alone
+    The pointer, or the arrow keys on a focused chart, show the values at a position.
     """
     drawn = [_thinned(line) for line in series if len(line.x)]
     if not drawn:
@@ -53,37 +77,49 @@ def line_chart(
     if x_high <= x_low:
         x_high = x_low + 1
     ticks = nice_ticks(0.0, y_max if y_max is not None else max(max(line.y) for line in drawn))
-    y_high = ticks[-1]
+    axes = (x_low, x_high, ticks, x_name)
+    drawings = "".join(_drawing(frame, (title, note), drawn, axes, y_format, end_values) for frame in FRAMES)
+    return f'<div class="chart-box">{drawings}</div>'
+
+
+def _drawing(
+    frame: Frame,
+    heading: tuple[str, str],
+    lines: Sequence[Series],
+    axes: tuple[float, float, Sequence[float], str],
+    y_format: str,
+    end_values: bool,
+) -> str:
+    """heading  (title, note);  axes  (lowest x, highest x, y ticks, name of x)"""
+    x_low, x_high, ticks, x_name = axes
 
     def place(x: float, y: float) -> tuple[float, float]:
-        across = _LEFT + (x - x_low) / (x_high - x_low) * (WIDTH - _LEFT - _RIGHT)
-        return across, HEIGHT - _BOTTOM - min(y / y_high, 1.0) * (HEIGHT - _TOP - _BOTTOM)
+        across = frame.left + (x - x_low) / (x_high - x_low) * (frame.x_end - frame.left)
+        return across, frame.y_end - min(y / ticks[-1], 1.0) * (frame.y_end - frame.top)
 
+    named = [line for line in lines if not line.faint]
     parts = [
-        _heading(title, note),
-        _y_axis(ticks, place(x_low, 0)[0], place, x_low),
-        _x_axis(x_low, x_high, x_name, place),
+        _heading(*heading, frame),
+        _y_axis(ticks, place(x_low, 0)[0], place, x_low, frame),
+        _x_axis(x_low, x_high, x_name, place, frame),
+        *(_path(line, place) for line in sorted(lines, key=lambda line: not line.faint)),
+        _end_labels(named, place, y_format if end_values else "", frame),
     ]
-    for line in sorted(drawn, key=lambda line: not line.faint):
-        parts.append(_path(line, place, ends=labels_at is None))
-    named = [line for line in drawn if not line.faint]
-    parts.append(_end_labels(named, place, y_format) if labels_at is None else _line_labels(named, place, labels_at))
     hover = [
         {
             "name": line.name,
             "colour": line.colour,
             "points": [
-                [round(value, 1) for value in place(x, y)] + [round(x, 4), y_format.format(y)]
+                [round(value, 1) for value in place(x, y)] + [float(f"{x:.4g}"), y_format.format(y)]
                 for x, y in zip(line.x, line.y, strict=True)
             ],
         }
-        for line in drawn
-        if not line.faint
+        for line in named
     ]
-    data = escape(json.dumps({"x": x_name, "top": _TOP, "bottom": HEIGHT - _BOTTOM, "lines": hover}), quote=True)
+    data = escape(json.dumps({"x": x_name, "top": frame.top, "bottom": frame.y_end, "lines": hover}), quote=True)
     return (
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(title)}" '
-        f'data-lines="{data}">{"".join(parts)}<g class="readout"></g></svg>'
+        f'<svg class="chart {frame.name}" viewBox="0 0 {frame.width} {frame.height}" role="img" tabindex="0" '
+        f'aria-label="{escape(heading[0])}" data-lines="{data}">{"".join(parts)}<g class="readout"></g></svg>'
     )
 
 
@@ -146,12 +182,13 @@ def _thinned(line: Series) -> Series:
     return Series(line.name, [*x, line.x[-1]], [*y, line.y[-1]], line.colour, line.faint, line.dots)
 
 
-def _heading(title: str, note: str) -> str:
-    words = f'<tspan class="note" dx="8">{escape(note)}</tspan>' if note else ""
-    return f'<text class="title" x="0" y="16">{escape(title)}{words}</text>'
+def _heading(title: str, note: str, frame: Frame) -> str:
+    beside = f'<tspan class="note" dx="8">{escape(note)}</tspan>' if note and frame.name == "wide" else ""
+    below = f'<text class="note" x="0" y="32">{escape(note)}</text>' if note and frame.name == "narrow" else ""
+    return f'<text class="title" x="0" y="16">{escape(title)}{beside}</text>{below}'
 
 
-def _y_axis(ticks: Sequence[float], left: float, place: _Place, x_low: float) -> str:
+def _y_axis(ticks: Sequence[float], left: float, place: _Place, x_low: float, frame: Frame) -> str:
     decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     if (ticks[1] - ticks[0]) * 10**decimals % 1 > 1e-6:
         decimals += 1
@@ -160,25 +197,25 @@ def _y_axis(ticks: Sequence[float], left: float, place: _Place, x_low: float) ->
         y = place(x_low, tick)[1]
         kind = "base" if tick == 0 else "grid"
         text = "0" if tick == 0 else f"{tick:.{decimals}f}" if decimals <= 4 else f"{tick:.0e}".replace("e-0", "e-")
-        parts.append(f'<line class="{kind}" x1="{left:.1f}" x2="{WIDTH - _RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<line class="{kind}" x1="{left:.1f}" x2="{frame.x_end}" y1="{y:.1f}" y2="{y:.1f}"/>')
         parts.append(f'<text class="tick end" x="{left - 8:.1f}" y="{y + 4:.1f}">{text}</text>')
     return "".join(parts)
 
 
-def _x_axis(low: float, high: float, name: str, place: _Place) -> str:
-    span = nice_ticks(0.0, high - low, 5)
+def _x_axis(low: float, high: float, name: str, place: _Place, frame: Frame) -> str:
+    span = nice_ticks(0.0, high - low, 5 if frame.name == "wide" else 3)
     pitch = span[1] if high - low < 5 and name != "epoch" else max(1.0, round(span[1]))
     if high - low <= 1:
         pitch = span[1]
     first = math.ceil(low / pitch - 1e-9) * pitch
     ticks = [first + pitch * index for index in range(int((high - first) / pitch + 1e-9) + 1)]
-    y = HEIGHT - _BOTTOM + 18
+    y = frame.y_end + 18
     parts = [f'<text class="tick mid" x="{place(tick, 0)[0]:.1f}" y="{y}">{tick:g}</text>' for tick in ticks]
-    parts.append(f'<text class="tick" x="{WIDTH - _RIGHT + 18}" y="{y}">{escape(name)}</text>')
+    parts.append(f'<text class="tick" x="{frame.x_end + 18}" y="{y}">{escape(name)}</text>')
     return "".join(parts)
 
 
-def _path(line: Series, place: _Place, *, ends: bool) -> str:
+def _path(line: Series, place: _Place) -> str:
     points = [place(x, y) for x, y in zip(line.x, line.y, strict=True)]
     commands = [f"M{points[0][0]:.1f} {points[0][1]:.1f}"]
     for x, y in points[1:]:
@@ -186,41 +223,25 @@ def _path(line: Series, place: _Place, *, ends: bool) -> str:
     colour = f"var(--series-{line.colour})"
     kind = "faint" if line.faint else "line"
     svg = f'<path class="{kind}" style="stroke:{colour}" d="{"".join(commands)}"/>'
-    if line.faint or not ends:
+    if line.faint:
         return svg
     dotted = points if line.dots and len(points) <= 40 else points[-1:]
     return svg + "".join(f'<circle style="fill:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in dotted)
 
 
-def _end_labels(lines: Sequence[Series], place: _Place, y_format: str) -> str:
+def _end_labels(lines: Sequence[Series], place: _Place, y_format: str, frame: Frame) -> str:
     """Name and last value at the end of each line, pushed apart where they would overlap."""
     order = sorted(lines, key=lambda line: place(line.x[-1], line.y[-1])[1])
-    positions = _spread([place(line.x[-1], line.y[-1])[1] for line in order], _TOP - 8, HEIGHT - _BOTTOM - 2)
+    positions = _spread([place(line.x[-1], line.y[-1])[1] for line in order], frame.top - 8, frame.y_end - 2)
     parts = []
     for line, y in zip(order, positions, strict=True):
         value = y_format.format(line.y[-1])
-        end = place(line.x[-1], 0)[0]
-        anchor = max(end, WIDTH - _RIGHT) + 10
+        anchor = max(place(line.x[-1], 0)[0], frame.x_end) + 10
         parts.append(
             f'<text class="label" x="{anchor:.1f}" y="{y + 4:.1f}" style="fill:var(--series-{line.colour})">'
             f'{escape(line.name)} <tspan class="value">{value}</tspan></text>'
         )
     return "".join(parts)
-
-
-def _line_labels(lines: Sequence[Series], place: _Place, at: float) -> str:
-    """Names above the lines where x is `at`."""
-    points = []
-    for line in lines:
-        index = min(range(len(line.x)), key=lambda index: abs(line.x[index] - at))
-        points.append((place(line.x[index], line.y[index]), line))
-    points.sort(key=lambda pair: pair[0][1])
-    heights = _spread([y - 7 for (_, y), _ in points], _TOP, HEIGHT - _BOTTOM - 7)
-    return "".join(
-        f'<text class="label" x="{x + 4:.1f}" y="{height:.1f}" style="fill:var(--series-{line.colour})">'
-        f"{escape(line.name)}</text>"
-        for ((x, _), line), height in zip(points, heights, strict=True)
-    )
 
 
 def _spread(positions: list[float], low: float, high: float) -> list[float]:

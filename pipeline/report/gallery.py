@@ -5,38 +5,26 @@ G objects, N detections of one image. Boxes are xyxy pixels of the original imag
 
 from __future__ import annotations
 
-import base64
-import io
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from refinedet.pipeline.inference.pictures import Boxes, draw_detections
-
-LoadImages = Callable[[Sequence[int]], Mapping[int, np.ndarray]]
-"""Images, uint8 [H, W, 3] RGB, by image id; those that are not there are left out."""
+from refinedet.pipeline.report.findings import LoadImages, Panel, jpeg_uri
 
 _MATCH_IOU = 0.5
 _THRESHOLD_IMAGES = 200
 _LOWEST_THRESHOLD = 0.1  # a detector that has learnt little would cover its pictures
 _MAX_DRAWN = 25
-
-
-@dataclass(frozen=True)
-class Panel:
-    title: str
-    note: str
-    picture: str
-    """data URI"""
+_LONGEST = 640
 
 
 @dataclass(frozen=True)
 class Gallery:
     rows: list[list[Panel]]
-    """one row an image: the truth, then every mode"""
+    """one row for each image: the truth, then every mode"""
     thresholds: dict[str, float]
     """mode -> score from which detections are drawn, as `best_threshold` finds it"""
     num_threshold_images: int
@@ -120,7 +108,7 @@ def _row(
     titles: Mapping[str, str],
 ) -> list[Panel]:
     num_objects = len(truth.boxes) - int(truth.crowd.sum() if truth.crowd is not None else 0)
-    panels = [Panel("Truth", _count(num_objects, "object"), _data_uri(draw_detections(image, truth, names)))]
+    panels = [Panel("Truth", _count(num_objects, "object"), _picture(image, truth, names))]
     for mode, boxes in found.items():
         scores = boxes.scores if boxes.scores is not None else np.ones(len(boxes.boxes))
         keep = scores >= thresholds[mode]
@@ -134,7 +122,7 @@ def _row(
             note += f", {_count(int((~right).sum()), 'false alarm')}"
         if len(kept.boxes) > _MAX_DRAWN:
             note += f" (the first {_MAX_DRAWN} are drawn)"
-        panels.append(Panel(titles[mode], note, _data_uri(draw_detections(image, drawn, names))))
+        panels.append(Panel(titles[mode], note, _picture(image, drawn, names)))
     return panels
 
 
@@ -197,9 +185,5 @@ def _evenly(values: Sequence[int], count: int) -> list[int]:
     return [values[int((index + 0.5) * len(values) / count)] for index in range(count)]
 
 
-def _data_uri(picture: Image.Image) -> str:
-    if max(picture.size) > 900:
-        picture.thumbnail((900, 900), Image.Resampling.LANCZOS)
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=86, subsampling=0, optimize=True)
-    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+def _picture(image: np.ndarray, boxes: Boxes, names: Sequence[str]) -> str:
+    return jpeg_uri(draw_detections(image, boxes, names), _LONGEST)

@@ -1,60 +1,54 @@
-"""`report.html`: one page that tells a run, built from the run's folder alone, as often as one likes."""
+"""`report.html`: one page about a run, built from the run's directory alone, any number of times."""
 
 from __future__ import annotations
 
 import datetime
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+import shlex
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import jinja2
 import yaml
 from markupsafe import Markup
-from refinedet.pipeline.report import charts
-from refinedet.pipeline.report.charts import Series
-from refinedet.pipeline.report.gallery import Gallery, LoadImages, build_gallery
+from refinedet.pipeline.report.data_statistics import statistics_rows
+from refinedet.pipeline.report.diagnosis import diagnosis_view
+from refinedet.pipeline.report.findings import FindingGroup, LoadImages, finding_groups
+from refinedet.pipeline.report.gallery import Gallery, build_gallery
+from refinedet.pipeline.report.results import (
+    METRIC_MEANINGS,
+    MODE_TITLES,
+    class_rows,
+    metric_rows,
+    precision_recall,
+    rule_table,
+)
 from refinedet.pipeline.report.run_data import MODES, RunFolder, read_detections, read_ground_truth, read_run
 from refinedet.pipeline.report.shard_images import ShardImages
+from refinedet.pipeline.report.timeline import timeline_view, training_bar
 from refinedet.pipeline.report.training_charts import (
     curves,
     duration,
     get,
     goodput,
-    ledger_bar,
     ledger_events,
     ledger_total,
     step_bar,
 )
+from refinedet.pipeline.report.verdict import headline, signed, verdict
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.redaction import flatten
 
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
-MODE_TITLES = {"single": "Single scale", "multiscale": "Multi-scale"}
 _ROUTINE_EVENTS = ("preflight", "started", "saved", "validated")
-_RULE_COLUMNS = ("AP", "AP50", "AP75", "APs", "AR100", "mAP")  # as many as fit; metrics.json has all
-_METRIC_MEANINGS = {
-    "AP": "IoU 0.50 to 0.95",
-    "AP50": "IoU 0.50",
-    "AP75": "IoU 0.75",
-    "APs": "small, below 32² px",
-    "APm": "medium",
-    "APl": "large, above 96² px",
-    "AR1": "1 detection an image",
-    "AR10": "10 detections",
-    "AR100": "100 detections",
-    "ARs": "small",
-    "ARm": "medium",
-    "ARl": "large",
-    "mAP": "mean over classes",
-}
 
 
 def build_report(run_dir: str, *, status: str | None = None, load_images: LoadImages | None = None) -> str:
-    """Write `report.html` into the run's folder and return its path.
+    """Write `report.html` into the run's directory and return its path.
 
     status       shown instead of the one in `tracking.json`, which is still RUNNING while the report is a stage
     load_images  where the pictures' images come from; default: the run's validation shards
@@ -62,14 +56,14 @@ def build_report(run_dir: str, *, status: str | None = None, load_images: LoadIm
     run = read_run(run_dir)
     if status:
         run.tracking["status"] = status
-    page = _environment().get_template("report.html.j2").render(**_content(run, load_images))
+    page = template_environment().get_template("report.html.j2").render(**_content(run, load_images))
     path = storage.join(run_dir, REPORT_FILE)
     storage.write_bytes(path, page.encode())
     return path
 
 
 @functools.cache
-def _environment() -> jinja2.Environment:
+def template_environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -83,46 +77,59 @@ def _environment() -> jinja2.Environment:
 
 
 def _content(run: RunFolder, load_images: LoadImages | None) -> dict[str, Any]:
-    modes = list(run.evaluations)
-    classes, events = _class_rows(run), ledger_events(run)
+    truth = read_ground_truth(run.path)
+    classes, events = class_rows(run, truth), ledger_events(run)
     measured = [row for row in classes if any(value is not None for value in row["values"])]
+    gallery, findings = _pictures(run, truth, load_images)
+    diagnosed = next(((mode, one) for mode, one in run.evaluations.items() if one.diagnosis), None)
     return {
         "run": run,
-        "modes": [(mode, MODE_TITLES[mode]) for mode in modes],
-        "subtitle": _subtitle(run),
+        "modes": [(mode, MODE_TITLES[mode]) for mode in run.evaluations],
+        "subtitle": subtitle(run),
+        "verdict": verdict(run, len(truth["images"]) if truth else None),
         "tiles": _tiles(run),
         "facts": _facts(run),
-        "metrics": _metric_rows(run),
-        "unmeasured": read_ground_truth(run.path).get("annotations") == [],
+        "metrics": metric_rows(run),
+        "unmeasured": truth.get("annotations") == [],
         "classes": measured,
         "num_empty_classes": len(classes) - len(measured),
-        "precision_recall": Markup(_precision_recall(run)),
-        "merge_rules": _rule_table(run.merge_rules),
-        "gallery": _gallery(run, load_images),
+        "precision_recall": Markup(precision_recall(run)),
+        "merge_rules": rule_table(run.merge_rules),
+        "gallery": gallery,
+        "findings": findings,
+        "diagnosis": diagnosis_view(diagnosed[1].diagnosis) if diagnosed else {},
+        "diagnosed_mode": MODE_TITLES[diagnosed[0]].lower() if diagnosed else "",
+        "unreadable": max((one.unreadable for one in run.evaluations.values()), key=len, default=[]),
         "curves": [Markup(chart) for chart in curves(run) if chart],
+        "data_parts": [title for title, part in _truths(run, truth).items() if part],
+        "data_rows": statistics_rows(_truths(run, truth)),
         "step_bar": Markup(step_bar(run)),
-        "ledger_bar": Markup(ledger_bar(run)),
+        "training_bar": training_bar(run),
+        "timeline": timeline_view(run),
         "events": events,
         "notable_events": [event for event in events if event["kind"] not in _ROUTINE_EVENTS],
         "spec_text": yaml.safe_dump(run.spec, sort_keys=False, allow_unicode=True) if run.spec else "",
         "environment": _environment_groups(run),
+        "repeat": _repeat(run),
         "files": _files(run),
-        "meanings": _METRIC_MEANINGS,
+        "meanings": METRIC_MEANINGS,
         "mode_titles": MODE_TITLES,
-        "built": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "built": built_at(),
     }
+
+
+def built_at() -> str:
+    return datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _truths(run: RunFolder, truth: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    return {"Training": read_ground_truth(run.path, "train"), "Validation": truth}
 
 
 # --- the head of the page
 
 
-def signed(value: float) -> str:
-    """A difference with a proper sign: +0.021, −0.004, 0.000."""
-    text = f"{value:+.3f}"
-    return "0.000" if float(text) == 0 else text.replace("-", "−")
-
-
-def _subtitle(run: RunFolder) -> str:
+def subtitle(run: RunFolder) -> str:
     if not run.spec:
         return ""
     size = get(run.spec, "model.input_size")
@@ -135,11 +142,11 @@ def _subtitle(run: RunFolder) -> str:
 def _tiles(run: RunFolder) -> list[dict[str, str]]:
     tiles: list[dict[str, str]] = []
     single, multi = run.evaluations.get("single"), run.evaluations.get("multiscale")
-    for name in ("AP", "AP50") if not single or "AP" in single.values else ("mAP",):
+    for name in ("AP", "AP50") if not single or headline(single.values) == "AP" else ("mAP",):
         if single and single.values.get(name) is not None:
             tiles.append({"value": f"{single.values[name]:.3f}", "name": name, "note": "single scale"})
     if multi:
-        name = "AP" if "AP" in multi.values else "mAP"
+        name = headline(multi.values)
         value, before = multi.values.get(name), single.values.get(name) if single else None
         if value is not None:
             note = "multi-scale" if before is None else f"multi-scale, {signed(value - before)}"
@@ -194,92 +201,25 @@ def _short(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-# --- results
+# --- pictures
 
 
-def _metric_rows(run: RunFolder) -> list[dict[str, Any]]:
-    names = dict.fromkeys(name for result in run.evaluations.values() for name in result.values)
-    known = [name for name in _METRIC_MEANINGS if name in names]
-    rows = []
-    for name in known:
-        values = [run.evaluations[mode].values.get(name) for mode in run.evaluations]
-        rows.append({"name": name, "values": values, "gain": _gain(values)})
-    return rows
-
-
-def _gain(values: Sequence[float | None]) -> float | None:
-    return values[1] - values[0] if len(values) == 2 and values[0] is not None and values[1] is not None else None
-
-
-def _class_rows(run: RunFolder) -> list[dict[str, Any]]:
-    """AP of every class, best first by the first mode."""
-    names = dict.fromkeys(name for result in run.evaluations.values() for name in result.per_class)
-    counts = _object_counts(run)
-    rows = []
-    for name in names:
-        values = [result.per_class.get(name, {}).get("AP") for result in run.evaluations.values()]
-        ap50 = [result.per_class.get(name, {}).get("AP50") for result in run.evaluations.values()]
-        row = {"name": name, "values": values, "ap50": ap50, "gain": _gain(values), "objects": counts.get(name)}
-        rows.append(row)
-    return sorted(rows, key=lambda row: -(row["values"][0] if row["values"][0] is not None else -1))
-
-
-def _object_counts(run: RunFolder) -> dict[str, int]:
-    truth = read_ground_truth(run.path)
+def _pictures(
+    run: RunFolder, truth: Mapping[str, Any], load_images: LoadImages | None
+) -> tuple[Gallery | None, list[FindingGroup]]:
     if not truth:
-        return {}
-    names = {category["id"]: category["name"] for category in truth["categories"]}
-    counts = dict.fromkeys(names.values(), 0)
-    for row in truth["annotations"]:
-        if not row.get("iscrowd") and row.get("category_id") in names:
-            counts[names[row["category_id"]]] += 1
-    return counts
-
-
-def _precision_recall(run: RunFolder) -> str:
-    """Mean precision over recall at each IoU that the evaluation kept curves of, the first mode that has them."""
-    for mode, result in run.evaluations.items():
-        lines = []
-        for index, (threshold, precision) in enumerate(sorted(result.curves.items()), start=1):
-            recalls = [position / (len(precision) - 1) for position in range(len(precision))]
-            lines.append(Series(f"IoU {threshold}", recalls, precision, colour=index))
-        if lines:
-            note = f"mean over classes, {MODE_TITLES[mode].lower()}"
-            return charts.line_chart(
-                "Precision over recall", lines, note=note, x_name="recall", y_max=1.0, x_max=1.0, labels_at=0.5
-            )
-    return ""
-
-
-def _rule_table(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Columns and rows of the comparison of merge rules; the best of each column is marked."""
-    if not rows:
-        return {}
-    columns = [name for name in _RULE_COLUMNS if name in rows[0]]
-    label = next((name for name in ("rule", "method", "name") if name in rows[0]), "name")
-    best = {name: max(row.get(name) or 0 for row in rows) for name in columns}
-    body = [
-        {
-            "name": str(row.get(label, "")).replace("_", " "),
-            "cells": [(row.get(name), row.get(name) == best[name]) for name in columns],
-        }
-        for row in rows
-    ]
-    return {"columns": columns, "rows": body}
-
-
-def _gallery(run: RunFolder, load_images: LoadImages | None) -> Gallery | None:
-    truth = read_ground_truth(run.path)
+        return None, []
     detections = {mode: read_detections(run.path, mode) for mode in MODES}
-    if not truth or not any(detections.values()):
-        return None
+    diagnosis = next((one.diagnosis for one in run.evaluations.values() if one.diagnosis), {})
+    names = {image["id"]: str(image.get("file_name") or image["id"]) for image in truth["images"]}
     count = int(get(run.spec, "tracking.report_images", 12))
     try:
         load = load_images or ShardImages(run.shards, [image["id"] for image in truth["images"]])
-        return build_gallery(truth, detections, load, count=count, titles=MODE_TITLES)
+        gallery = build_gallery(truth, detections, load, count=count, titles=MODE_TITLES)
+        return gallery, finding_groups(diagnosis, names, load)
     except Exception as error:  # pictures are worth less than the page
         logger.warning("The report has no pictures: %s", error)
-        return None
+        return None, []
 
 
 # --- the end of the page
@@ -299,6 +239,19 @@ def _environment_groups(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]
         else:
             loose.append((name.replace("_", " "), str(value)))
     return ([("machine", loose)] if loose else []) + groups
+
+
+def _repeat(run: RunFolder) -> list[str]:
+    """Commands that run the same job again; empty where the spec is not known."""
+    if not run.spec:
+        return []
+    commit = str(run.environment.get("commit") or "")
+    commands = []
+    if commit:
+        remark = "  # there were changes beside it" if commit.endswith("+changes") else ""
+        commands.append(f"git checkout {commit.removesuffix('+changes')}{remark}")
+    spec = shlex.quote(storage.join(run.path, "spec.yaml"))
+    return [*commands, f"refinedet launch {spec} {shlex.quote(f'name={run.name}-again')}"]
 
 
 def _files(run: RunFolder) -> list[str]:

@@ -1,14 +1,15 @@
-"""A run as its folder tells it, for the report: whatever is missing or broken is left out, and said.
+"""A run as its directory holds it, for the report: what is missing or broken is left out, and listed.
 
 Files: `spec.yaml`, `tracking.json`, `metrics.jsonl` (a line a step, and a line a validation), `metrics.json`
 ({"single": ..., "multiscale": ..., "merge_rules": [...]}), `detections/single.json` and `detections/multiscale.json`,
-`ground_truth.json`, `ledger.json`, `environment.json`.
+`ground_truth.json`, `ledger.json`, `environment.json`, `timeline.jsonl`, `goodput/attempt-*.json`.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,12 +17,13 @@ from typing import Any
 import yaml
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.redaction import redact
+from refinedet.pipeline.runs.timeline import Span, read_timeline
 
 logger = logging.getLogger(__name__)
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MODES = ("single", "multiscale")
-_RULES = ("coco", "voc2007", "voc2012")
+_RULES = ("coco", "voc2007", "voc2012", "lvis")
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,10 @@ class Evaluation:
     values: dict[str, float | None]
     per_class: dict[str, dict[str, float | None]]
     curves: dict[str, list[float]] = field(default_factory=dict)
+    diagnosis: dict[str, Any] = field(default_factory=dict)
+    """as the evaluation writes it; empty where it was not made"""
+    unreadable: list[dict[str, Any]] = field(default_factory=list)
+    """images without detections because they could not be read: {"image_id", "file_name", "reason"}"""
 
 
 @dataclass(frozen=True)
@@ -55,9 +61,14 @@ class RunFolder:
     ledger: dict[str, Any]
     environment: dict[str, Any]
     missing: list[str]
-    """files that are not there or cannot be read"""
+    """files that do not exist or cannot be read"""
     shards: str
-    """folder of the validation shards"""
+    """directory of the validation shards"""
+    attempts: list[dict[str, Any]]
+    """pages of the goodput ledger, one for each start of training"""
+    spans: list[Span]
+    marks: list[tuple[str, float]]
+    """the job's timeline"""
 
     @property
     def status(self) -> str:
@@ -65,13 +76,14 @@ class RunFolder:
 
 
 def read_run(path: str) -> RunFolder:
-    """Read all but the pictures' files."""
+    """Read everything except the pictures."""
     missing: list[str] = []
     spec = _read(path, "spec.yaml", missing, dict)
     metrics = _read(path, "metrics.json", missing, dict)
     steps, validations = _read_records(path, missing)
     evaluations = {mode: _evaluation(metrics[mode]) for mode in MODES if isinstance(metrics.get(mode), Mapping)}
     rules = metrics.get("merge_rules")
+    spans, marks = read_timeline(path)
     data = spec.get("data")
     shards = data.get("shards") if isinstance(data, Mapping) else None
     return RunFolder(
@@ -89,6 +101,9 @@ def read_run(path: str) -> RunFolder:
         environment=redact(_read(path, "environment.json", missing, dict)),
         missing=missing,
         shards=storage.join(storage.absolute(str(shards)) if shards else storage.join(path, "shards"), "val"),
+        attempts=_attempts(path),
+        spans=spans,
+        marks=marks,
     )
 
 
@@ -98,10 +113,12 @@ def read_detections(path: str, mode: str) -> list[dict[str, Any]]:
     return [row for row in rows if isinstance(row, dict) and {"image_id", "category_id", "bbox", "score"} <= set(row)]
 
 
-def read_ground_truth(path: str) -> dict[str, Any]:
-    """COCO instances of the validation images; empty where there are none."""
-    truth = _read(path, "ground_truth.json", [], dict)
-    return truth if {"images", "annotations", "categories"} <= set(truth) else {}
+def read_ground_truth(path: str, part: str = "val") -> dict[str, Any]:
+    """COCO instances of the images of a part, "val" or "train"; empty where there are none."""
+    name = "ground_truth.json" if part == "val" else f"ground_truth_{part}.json"
+    truth = _read(path, name, [], dict)
+    whole = all(isinstance(truth.get(key), list) for key in ("images", "annotations", "categories"))
+    return truth if whole else {}
 
 
 def _read(path: str, name: str, missing: list[str], kind: type) -> Any:
@@ -168,7 +185,22 @@ def _evaluation(content: Mapping[str, Any]) -> Evaluation:
     if isinstance(rows, list):  # [{"name": ..., "AP": ...}, ...]
         rows = {str(row.get("name")): row for row in rows if isinstance(row, Mapping)}
     per_class = {str(name): _measured(row if isinstance(row, Mapping) else {"AP": row}) for name, row in rows.items()}
-    return Evaluation(_measured(values), per_class, _mean_curves(content.get("curves")))
+    diagnosis, unreadable = content.get("diagnosis"), content.get("unreadable")
+    images = unreadable.get("images") if isinstance(unreadable, Mapping) else None
+    return Evaluation(
+        _measured(values),
+        per_class,
+        _mean_curves(content.get("curves")),
+        dict(diagnosis) if isinstance(diagnosis, Mapping) else {},
+        [dict(row) for row in images if isinstance(row, Mapping)] if isinstance(images, list) else [],
+    )
+
+
+def _attempts(path: str) -> list[dict[str, Any]]:
+    directory = storage.join(path, "goodput")
+    names = [name for name in storage.list_folder(directory) if re.fullmatch(r"attempt-\d+\.json", name)]
+    pages = [_read(path, f"goodput/{name}", [], dict) for name in sorted(names)]
+    return [page for page in pages if page]
 
 
 def _measured(values: Mapping[str, Any]) -> dict[str, float | None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from refinedet.pipeline.report.report import MODE_TITLES
+from refinedet.pipeline.report.results import MODE_TITLES
 from refinedet.pipeline.report.run_data import read_run
 
 _COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")

@@ -24,19 +24,14 @@ _STEP_PARTS = {
     "data_wait_s": "data wait",
     "checkpoint_s": "checkpoint",
 }
-_LEDGER_PARTS = {
-    "useful_s": "useful",
-    "lost_s": "lost",
-    "restart_s": "restart",
-    "waiting_s": "waiting",
-}
+_LEDGER_PARTS = ("useful_s", "lost_s", "restart_s", "waiting_s")
 
 
 def curves(run: RunFolder) -> list[str]:
-    return [_loss_chart(run), _ap_chart(run), _rate_chart(run), _learning_rate_chart(run)]
+    return [_loss_chart(run), _ap_chart(run), _survivor_chart(run), _rate_chart(run), _learning_rate_chart(run)]
 
 
-def _epochs(run: RunFolder, rows: Sequence[Mapping[str, float]]) -> list[float]:
+def epochs_of(run: RunFolder, rows: Sequence[Mapping[str, float]]) -> list[float]:
     """Position of each row in epochs, a fraction within an epoch."""
     steps_per_epoch = max(_steps_per_epoch(run), 1e-9)
     return [row["step"] / steps_per_epoch for row in rows]
@@ -59,7 +54,7 @@ def _steps_per_epoch(run: RunFolder) -> float:
 
 def _line(run: RunFolder, key: str) -> tuple[list[float], list[float]]:
     rows = [row for row in run.steps if key in row]
-    return _epochs(run, rows), [row[key] for row in rows]
+    return epochs_of(run, rows), [row[key] for row in rows]
 
 
 def _loss_chart(run: RunFolder) -> str:
@@ -85,9 +80,19 @@ def _ap_chart(run: RunFolder) -> str:
     for colour, name in enumerate(("AP50", "AP", "AP75", "mAP"), start=1):
         rows = [row for row in run.validations if name in row and row[name] >= 0]
         if rows:
-            series.append(Series(name, _epochs(run, rows), [row[name] for row in rows], colour, dots=True))
+            series.append(Series(name, epochs_of(run, rows), [row[name] for row in rows], colour, dots=True))
     where = "training images" if get(run.spec, "training.validate_on") == "train" else "validation images"
     return charts.line_chart("Average precision", series, note=where, y_format="{:.3f}", x_min=0.0)
+
+
+def _survivor_chart(run: RunFolder) -> str:
+    """Anchors that the ARM's negative filter leaves, of all anchors of an image."""
+    x, y = _line(run, "survivors")
+    if not y:
+        return ""
+    window = max(5, len(y) // 30)
+    series = [Series("", x, y, 1, faint=True), Series("survivors", x, charts.smoothed(y, window), 1)]
+    return charts.line_chart("Anchors that survive the filter", series, note="per image", x_min=0.0)
 
 
 def _rate_chart(run: RunFolder) -> str:
@@ -96,7 +101,7 @@ def _rate_chart(run: RunFolder) -> str:
         return ""
     window = max(5, len(y) // 30)
     series = [Series("", x, y, 1, faint=True), Series("images/s", x, charts.smoothed(y, window), 1)]
-    return charts.line_chart("Throughput", series, note="images a second, all workers", x_min=0.0)
+    return charts.line_chart("Throughput", series, note="images per second, all workers", x_min=0.0)
 
 
 def _learning_rate_chart(run: RunFolder) -> str:
@@ -123,11 +128,6 @@ def ledger_total(run: RunFolder) -> float:
 def goodput(run: RunFolder) -> float | None:
     total = ledger_total(run)
     return float(run.ledger.get("useful_s") or 0) / total if total > 0 else None
-
-
-def ledger_bar(run: RunFolder) -> str:
-    sizes = [(name, float(run.ledger.get(key) or 0)) for key, name in _LEDGER_PARTS.items()]
-    return charts.share_bar([(name, size, duration(size)) for name, size in sizes], label="goodput ledger")
 
 
 def ledger_events(run: RunFolder) -> list[dict[str, str]]:

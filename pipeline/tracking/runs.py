@@ -78,13 +78,30 @@ class RunTracker(RunWriter):
         self._num_attempts = int(known.get("attempts") or 0) + 1
         self._write_identity("RUNNING")
         self._guardian = Guardian(uri=self.uri, run_id=self.run_id, owner=self._owner)
-        self._attempt = self.child(f"attempt {self._num_attempts}")
-        self._attempt.set_tags({"refinedet.attempt": str(self._num_attempts)})
+        self._children: list[RunWriter] = []
+        self.child(f"attempt {self._num_attempts}").set_tags({"refinedet.attempt": str(self._num_attempts)})
         self._sampler = NodeSampler(self.log_metrics, interval_s=_SYSTEM_INTERVAL_S)
 
     def child(self, name: str) -> RunWriter:
-        """A child run of this one, the same one for the same name; the caller finishes it."""
-        return child_run(self.client, self.experiment_id, parent=self.run_id, identity=self.identity, name=name)
+        """A child run of this one, the same one for the same name; it ends with this run, if not before."""
+        made = child_run(self.client, self.experiment_id, parent=self.run_id, identity=self.identity, name=name)
+        self._children.append(made)
+        return made
+
+    def log_result(self, mode: str, step: int, content: Mapping[str, Any], artifacts: Sequence[str] = ()) -> None:
+        """Log an evaluation to the run, for the table of runs, and with its files to a child run of its own.
+
+        mode       "single" or "multiscale"
+        step       of the weights
+        content    of the mode in `metrics.json`
+        artifacts  local files, such as detections
+        """
+        self.log_evaluation(step, mode, content)
+        child = self.child("evaluate" if mode == "single" else mode)
+        child.log_evaluation(step, mode, content)
+        for path in artifacts:
+            child.log_artifact(path)
+        child.end("FINISHED")
 
     def log_model(
         self,
@@ -115,14 +132,15 @@ class RunTracker(RunWriter):
             return True
         self._sampler.close()
         delivered = super().finish(status, reason, timeout_s=timeout_s)
-        attempt_delivered = self._attempt.finish(status, reason, timeout_s=timeout_s if delivered else 1.0)
+        for child in self._children:  # where the store is away, it is away for all
+            delivered &= child.finish(status, reason, timeout_s=timeout_s if delivered else 0.1)
         try:
             self._write_identity(status, reason)
         except Exception as error:  # storage may be why the run failed; MLflow gets the status all the same
             logger.warning("%s could not be written: %s", TRACKING_FILE, error)
         self._guardian.dismiss()
         stores.settle_store(self.uri)
-        return delivered and attempt_delivered
+        return delivered
 
     def __enter__(self) -> RunTracker:
         return self
@@ -139,10 +157,10 @@ class RunTracker(RunWriter):
 
     @property
     def location(self) -> str:
-        """Where a person looks: the run's page on a server, or the command that shows the local store."""
+        """The run's page on a server, or the command that shows the local store, as it can be run anywhere."""
         if self.uri.startswith(("http://", "https://")):
             return f"{redact_text(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
-        return f"mlflow ui --backend-store-uri {redact_text(self.uri)}"
+        return shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", redact_text(self.uri)])
 
     def _start_or_resume(self, client: MlflowClient, name: str) -> tuple[str, bool]:
         found = _find_run(client, self.experiment_id, self.identity)

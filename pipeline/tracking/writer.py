@@ -48,6 +48,7 @@ class RunWriter:
         self._find = find
         self._run_id = ""
         self._status: str = "RUNNING"
+        self._closed = False
         self._outbox = Outbox(self._send_points, is_away=is_away)
 
     @property
@@ -136,10 +137,10 @@ class RunWriter:
         """Wait until all is delivered; False after `timeout_s` without a success."""
         return self._outbox.flush(timeout_s)
 
-    def finish(self, status: Status, reason: str = "", *, timeout_s: float = 60.0) -> bool:
-        """Set the final status; True once the store has everything. Later calls change nothing."""
+    def end(self, status: Status, reason: str = "") -> None:
+        """Queue the final status; a later one changes nothing."""
         if self._status != "RUNNING":
-            return True
+            return
         self._status = status
         if reason:
             self.set_tags({REASON_TAG: reason})
@@ -147,6 +148,13 @@ class RunWriter:
         self._outbox.put_call(
             f"the status {status}", lambda: self.client.set_terminated(self.run_id, status=status, end_time=end_ms)
         )
+
+    def finish(self, status: Status, reason: str = "", *, timeout_s: float = 60.0) -> bool:
+        """Set the final status and wait for all deliveries; True once the store has everything."""
+        self.end(status, reason)
+        if self._closed:
+            return True
+        self._closed = True
         return self._outbox.close(timeout_s)
 
     # --- how it is delivered

@@ -63,18 +63,20 @@ class _Tags(HTMLParser):
 
 def test_a_whole_run_is_told_on_one_page_that_needs_no_network(run):
     page = _page(run, images(run))
-    for heading in ("Accuracy", "Training", "Detections beside the truth", "Time", "Classes", "Specification"):
+    headings = ("Accuracy", "Training", "Diagnosis", "Worst images", "Missed objects", "False alarms")
+    headings += ("Likely mistakes of the truth", "Detections beside the truth", "Classes", "Data", "Time")
+    for heading in (*headings, "Specification", "Environment"):
         assert f"<h2>{heading}</h2>" in page
     assert all(name in page for name in CLASSES)
     assert ">0.503<" in page
     assert ">0.524<" in page
     assert ">+0.021<" in page
-    assert page.count("data:image/jpeg;base64,") == 6 * 3
+    assert page.count("data:image/jpeg;base64,") == 6 * 3 + 3 + 6 + 6 + 4
     tags = _Tags()
     tags.feed(page)
     assert tags.open == []
     assert all(reference.startswith("data:") or (run / reference).exists() for reference in tags.references), (
-        "everything is on the page or in the run's folder"
+        "everything is on the page or in the run's directory"
     )
     assert not re.search(r"@import|url\(|\bfetch\(|<link|src=\"http", page)
 
@@ -198,6 +200,79 @@ def test_a_data_set_without_annotations_is_not_called_unmeasured_yet(run):
     page = _page(run)
     assert "no annotations to measure by" in page
     assert "detections_test-dev2017_a_results.zip" in page
+
+
+def test_the_verdict_comes_first_and_names_what_costs_most(run):
+    page = _page(run)
+    said = page[page.index('class="verdict"') : page.index("<h2>Accuracy</h2>")]
+    assert "Finished after 48 steps in 3 m 40 s of training, 1 restart, 6.0 s of work done again." in said
+    assert "AP 0.503 at a single scale, AP 0.524 (+0.021) with multi-scale testing on 8 validation images." in said
+    assert "wrong box (0.094), then missed (0.058)" in said
+    assert "1 image could not be read" in said
+
+
+def test_a_run_that_never_restarted_is_not_charged_with_one(run):
+    ledger = json.loads((run / "ledger.json").read_text())
+    (run / "ledger.json").write_text(json.dumps({**ledger, "attempts": 1, "restart_s": 13.0}))
+    page = _page(run)
+    assert "<b>start</b>" in page
+    assert "<b>restarts</b>" not in page
+    assert "1 restart" not in page
+
+
+def test_the_whole_job_is_from_submission_to_the_last_sign_of_life(run):
+    page = _page(run)
+    assert "The whole job: 5 m 3 s from submission to the end" in page
+    keys = page[page.index("The whole job") :]
+    shares = [float(share) for share in re.findall(r"([0-9.]+) %</span>", keys[: keys.index('class="timeline"')])]
+    assert abs(sum(shares) - 100) < 0.5
+    (run / "timeline.jsonl").unlink()
+    assert "The whole job" not in _page(run)
+
+
+def test_a_stage_whose_process_was_killed_ends_where_the_next_one_begins(tmp_path):
+    from refinedet.pipeline.runs.timeline import Timeline, read_timeline
+
+    timeline = Timeline(str(tmp_path))
+    timeline.mark("submitted", 10.0)
+    with pytest.raises(ValueError), timeline.stage("train"):
+        raise ValueError
+    with timeline.stage("train"):
+        pass
+    with open(tmp_path / "timeline.jsonl", "a") as file:
+        file.write('{"time": 1, "edge": "begin", "name": "report", "status": ""}\n{"time": 2')
+    spans, marks = read_timeline(str(tmp_path))
+    assert [(span.name, span.status) for span in spans] == [("train", "failed"), ("train", "done"), ("report", "")]
+    assert marks == [("submitted", 10.0)]
+
+
+@pytest.mark.parametrize("field", ["errors", "confusion", "classes", "slices", "levels", "calibration", "false_alarms"])
+@pytest.mark.parametrize("value", [None, 3, [3], {"a": 1}, [{"count": "x"}]], ids=str)
+def test_a_diagnosis_of_another_layout_leaves_its_part_out(run, field, value):
+    metrics = json.loads((run / "metrics.json").read_text())
+    metrics["single"]["diagnosis"][field] = value
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    page = _page(run, images(run))
+    assert "<h2>Diagnosis</h2>" in page
+    assert "<h2>Classes</h2>" in page
+
+
+@pytest.mark.parametrize("name", ["<script>alert(1)</script>", 'a" onload="x', "{{ 7*7 }}", "../../etc", "ünïcödé 猫"])
+def test_hostile_class_names_are_text_everywhere(tmp_path, name):
+    write_run(tmp_path / "run", num_images=4, size=32, num_steps=12, classes=(name, "b", "c"))
+    page = _page(tmp_path / "run", images(tmp_path / "run"))
+    assert "<script>alert" not in page
+    assert '" onload="x' not in page
+    assert ">49<" not in page
+    tags = _Tags()
+    tags.feed(page)
+    assert tags.open == []
+
+
+def test_the_commands_to_repeat_a_run_are_quoted(run):
+    spec = (run / "spec.yaml").read_text().replace("name: quickstart", "name: 'a; rm -rf b'")
+    (run / "spec.yaml").write_text(spec)
+    assert "&#39;name=a; rm -rf b-again&#39;" in _page(run)
 
 
 def test_the_summary_has_a_row_an_evaluation(run, tmp_path):

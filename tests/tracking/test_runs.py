@@ -159,11 +159,8 @@ def test_undefined_numbers_are_left_out_and_any_class_name_becomes_a_metric():
 
 def test_results_are_logged_at_their_step_in_the_run_and_in_a_child(runs):
     with _open(runs) as tracker:
-        tracker.log_evaluation(372, "single", METRICS)
+        tracker.log_result("single", 372, METRICS)
         tracker.log_metrics(10, {"validation/APl": -1.0, "validation/AP": 0.1, "loss/total": float("inf")})
-        child = tracker.child("evaluate")
-        child.log_evaluation(372, "single", METRICS)
-        assert child.finish("FINISHED")
     assert _history(tracker, "single/AP") == [(372, 0.5)]
     assert _history(tracker, "validation/AP") == [(10, 0.1)]
     assert not {"single/APl", "validation/APl", "loss/total"} & set(tracker.client.get_run(tracker.run_id).data.metrics)

@@ -1,0 +1,121 @@
+"""Pictures of what the diagnosis found: worst images, missed objects, false alarms, likely mistakes of the truth."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from refinedet.pipeline.inference.pictures import Boxes, draw_detections
+
+logger = logging.getLogger(__name__)
+
+LoadImages = Callable[[Sequence[int]], Mapping[int, np.ndarray]]
+"""Images, uint8 [H, W, 3] RGB, by image id; those that do not exist are left out."""
+
+GROUPS = {
+    "worst_images": ("Worst images", "By the AP that the errors on them cost."),
+    "costly_misses": ("Missed objects", "Objects without a detection, costliest first."),
+    "false_alarms": ("False alarms", "Wrong detections, costliest first. Dashed: the object that it was taken for."),
+    "truth_suspects": ("Likely mistakes of the truth", "Confident detections that the annotations contradict."),
+}
+_MAX_OF_GROUP = 8
+_CROP_SIDE = 320
+_CONTEXT = 3.0
+"""side of a crop over the longer side of its box"""
+
+
+@dataclass(frozen=True)
+class Panel:
+    title: str
+    note: str
+    picture: str
+    """data URI"""
+
+
+@dataclass(frozen=True)
+class FindingGroup:
+    title: str
+    lead: str
+    panels: list[Panel]
+
+
+def finding_groups(
+    diagnosis: Mapping[str, Any], names: Mapping[Any, str], load_images: LoadImages
+) -> list[FindingGroup]:
+    """One group for each kind of finding that has pictures.
+
+    names  image id -> file name, shown below a picture
+    """
+    wanted = {
+        kind: [row for row in rows if isinstance(row, Mapping) and "image_id" in row][:_MAX_OF_GROUP]
+        for kind in GROUPS
+        if isinstance(rows := diagnosis.get(kind), list | tuple)
+    }
+    ids = list(dict.fromkeys(row["image_id"] for rows in wanted.values() for row in rows))
+    images = load_images(ids) if ids else {}
+    groups = []
+    for kind, rows in wanted.items():
+        panels = []
+        for row in rows:
+            image = images.get(row["image_id"])
+            if image is None:
+                continue
+            try:
+                panels.append(_panel(kind, row, image, str(names.get(row["image_id"], row["image_id"]))))
+            except (KeyError, TypeError, ValueError) as error:
+                logger.warning("A picture of %s is left out of the report: %s", kind, error)
+        if panels:
+            groups.append(FindingGroup(*GROUPS[kind], panels))
+    return groups
+
+
+def jpeg_uri(picture: Image.Image, longest: int, quality: int = 82) -> str:
+    """A JPEG of at most `longest` pixels a side, as a data URI."""
+    if max(picture.size) > longest:
+        picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=quality, optimize=True)
+    return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+
+def _panel(kind: str, row: Mapping[str, Any], image: np.ndarray, name: str) -> Panel:
+    if kind == "worst_images":
+        note = f"{row['num_missed']} of {row['num_objects']} missed, {row['num_false']} false alarms"
+        return Panel(name, note, jpeg_uri(Image.fromarray(image), 480))
+    boxes, labels, solid = [row["bbox"]], [str(row["label"])], [kind != "costly_misses"]
+    if row.get("other_bbox") is not None:
+        boxes, labels, solid = (
+            [*boxes, row["other_bbox"]],
+            [*labels, str(row.get("other_label") or "")],
+            [*solid, False],
+        )
+    xywh = np.array(boxes, np.float64).reshape(-1, 4)
+    xyxy = np.concatenate([xywh[:, :2], xywh[:, :2] + xywh[:, 2:]], axis=1)
+    crop, origin = _crop(image, xyxy)
+    drawn = Boxes(xyxy - np.tile(origin, 2), np.arange(1, len(boxes) + 1), matched=np.array(solid))
+    picture = draw_detections(crop, drawn, labels, long_side=_CROP_SIDE)
+    note = str(row["kind"])
+    if row.get("score") is not None:
+        note += f", score {row['score']:.2f}"
+    if row.get("other_label"):
+        note += f", truth: {row['other_label']}"
+    return Panel(str(row["label"]), f"{note} · {name}", jpeg_uri(picture, 2 * _CROP_SIDE))
+
+
+def _crop(image: np.ndarray, boxes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The boxes with what is around them, and the crop's upper left corner (x, y)."""
+    height, width = image.shape[:2]
+    low, high = boxes[:, :2].min(axis=0), boxes[:, 2:].max(axis=0)
+    side = max(float((high - low).max()) * _CONTEXT, 64.0)
+    centre = (low + high) / 2
+    x, y = (int(min(max(c - side / 2, 0), max(s - side, 0))) for c, s in zip(centre, (width, height), strict=True))
+    crop = image[y : y + int(side) + 1, x : x + int(side) + 1]
+    if not crop.size:
+        raise ValueError(f"the box {boxes[0].tolist()} lies off the image of {width} x {height} pixels")
+    return crop, np.array([x, y], np.float64)
