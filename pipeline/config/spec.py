@@ -25,21 +25,42 @@ class Section(BaseModel):
     )
 
 
+DataFormat = Literal["shapes", "coco", "lvis", "voc", "yolo", "labelme", "cvat", "huggingface", "webdataset"]
+"""what `pipeline/data/readers.py` can read"""
+_SPLIT_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
+    "shapes": (("count",), "`count`, the number of images to draw"),
+    "coco": (("annotations", "image_info"), "`images` and `annotations` (or `image_info`)"),
+    "lvis": (("annotations",), "`annotations`"),
+    "voc": (("set",), "`set`, for example VOC2007/trainval"),
+    "yolo": (("set", "images"), "`set`, a key of data.yaml such as train, or `images`"),
+    "labelme": (("images",), "`images`, the directory of the images and their JSON files"),
+    "cvat": (("annotations",), "`annotations`, the XML file, and `images`"),
+    "huggingface": (("set",), "`set`, the name of a split such as train"),
+    "webdataset": (("images",), "`images`, a pattern of tar files such as train-*.tar"),
+}
+
+
 class Split(Section):
-    """One part of a data set; which fields apply depends on `data.format`."""
+    """One data set, or part of one; which fields apply depends on its format."""
 
     images: str = ""
-    """coco: folder of the images, under data.root"""
+    """coco, lvis, yolo, labelme, cvat: directory of the images; webdataset: pattern of the tars; under the root"""
     annotations: str | None = None
-    """coco: instances JSON, under data.root; without one (test-dev) give `image_info`"""
+    """coco, lvis: instances JSON; cvat: annotations XML; under the root"""
     image_info: str | None = None
     """coco: JSON that lists images without annotations (test-dev)"""
     ids: str | None = None
-    """coco: file of image ids to keep, one a line or a JSON list (trainval35k, minival)"""
+    """coco, lvis: file of image ids to keep, one a line or a JSON list (trainval35k, minival)"""
     set: str | None = None
-    """voc: year and list under data.root, as in VOC2007/trainval"""
+    """voc: year and list under the root, as in VOC2007/trainval; yolo, huggingface: name of the split, as train"""
     count: PositiveInt | None = None
     """shapes: number of images to draw; elsewhere only what `refinedet plan` reckons with, as it reads no data"""
+    format: DataFormat | None = None
+    """default: data.format"""
+    root: str | None = None
+    """default: data.root"""
+    weight: PositiveFloat = 1.0
+    """how often each image is drawn in an epoch, on average; 1: once"""
 
 
 class Augmentation(Section):
@@ -53,9 +74,18 @@ class Augmentation(Section):
 
 
 class Data(Section):
-    format: Literal["shapes", "coco", "voc"] = "coco"
+    format: DataFormat = "coco"
     root: str | None = None
     """folder of the data set; shapes draws its own and needs none"""
+    classes: tuple[str, ...] | None = None
+    """selects the classes and orders the labels; default: all that the data set has. Upper and lower case count where
+    two classes differ in nothing else"""
+    other_classes: Literal["refuse", "drop"] = "refuse"
+    """objects of classes that `classes` does not list: an error, or left out and counted"""
+    exif: Literal["stored", "displayed"] = "stored"
+    """what boxes refer to in photos with an EXIF rotation: the stored pixels, as in COCO, or the displayed picture"""
+    max_side: PositiveInt | None = None
+    """larger images are scaled down to this longer side as shards are written, pixels"""
     seed: NonNegativeInt = 0
     """shapes: seed of the drawings"""
     image_size: PositiveInt = 160
@@ -85,14 +115,16 @@ class Data(Section):
     def _fields_of_the_format(self) -> Data:
         for name, splits in (("train", self.train), ("val", self.val)):
             for split in splits:
-                if self.format == "coco" and not (split.images and (split.annotations or split.image_info)):
-                    raise ValueError(f"a coco split in data.{name} needs `images` and `annotations` (or `image_info`)")
-                if self.format == "voc" and not split.set:
-                    raise ValueError(f"a voc split in data.{name} needs `set`, for example VOC2007/trainval")
-                if self.format == "shapes" and not split.count:
-                    raise ValueError(f"a shapes split in data.{name} needs `count`, the number of images to draw")
-        if self.format != "shapes" and not self.root:
-            raise ValueError(f"data.root is missing: say where the {self.format} data set is (data.root=FOLDER)")
+                chosen = split.format or self.format
+                fields, needed = _SPLIT_NEEDS[chosen]
+                if not any(getattr(split, field) for field in fields) or (chosen == "coco" and not split.images):
+                    raise ValueError(f"a {chosen} split in data.{name} needs {needed}")
+                if chosen != "shapes" and not (split.root or self.root):
+                    raise ValueError(f"data.root is missing: say where the {chosen} data set is (data.root=FOLDER)")
+        if self.classes is not None and len({" ".join(name.split()) for name in self.classes} - {""}) != len(
+            self.classes
+        ):
+            raise ValueError(f"data.classes must be different, non-empty names, received {list(self.classes)}")
         return self
 
 

@@ -13,14 +13,14 @@ import logging
 import os
 import tempfile
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import IO, Any, TypeVar
+from typing import IO, TypeVar
 
 from refinedet.pipeline.data.index import ShardSet
+from refinedet.pipeline.data.remote import NO_ROOM, read_range, retry
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
@@ -28,36 +28,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 _DOWNLOADS = 4  # at a time, by one process
-_FINAL = (FileNotFoundError, PermissionError, UserError)
-RETRY_S = 300.0
-"""how long a store may be out of reach before it is an error"""
-
-
-def retry(read: Callable[[], T], what: str, *, timeout_s: float = RETRY_S, level: int = logging.WARNING) -> T:
-    """Call `read` until it succeeds. Stores fail in many ways; all but absence and refusal are worth another try."""
-    began, pause = time.monotonic(), 0.5
-    while True:
-        try:
-            return read()
-        except _FINAL:
-            raise
-        except Exception as error:  # botocore, aiohttp, gcsfs and the like share no base class
-            waited = time.monotonic() - began
-            reason = f"{type(error).__name__}: {error}"
-            if waited + pause > timeout_s:
-                raise UserError(
-                    f"{what} could not be read for {waited:.0f} s ({reason:.200}): check the store"
-                ) from error
-            logger.log(level, "%s cannot be read (%.200s), waiting; next try in %.1f s", what, reason, pause)
-            time.sleep(pause)
-            pause = min(2 * pause, 5.0)
-
-
-def read_range(url: str, offset: int, size: int) -> bytes:
-    """Bytes [offset, offset + size) of a file behind a URI, retried."""
-    fs, path = storage.filesystem(url)
-    content: Any = retry(lambda: fs.cat_file(path, start=offset, end=offset + size), url)
-    return content
+_full: set[str] = set()  # directories whose disk was full, as this process has logged
 
 
 @dataclass(frozen=True)
@@ -93,6 +64,17 @@ class ShardCache:
 
     def copy(self, shard: int) -> bool:
         """Copy a shard to the disk; False where another process is at it, or where there is no room for it."""
+        if self.folder in _full:
+            return False
+        try:
+            return self._copy(shard)
+        except OSError as error:
+            if error.errno not in NO_ROOM:
+                raise
+            self._tell_full(error)
+            return False
+
+    def _copy(self, shard: int) -> bool:
         path, size = self.path(shard), self.shards.num_bytes[shard]
         os.makedirs(os.path.dirname(path), exist_ok=True)
         with open(f"{path}.lock", "ab") as lock:  # never removed, so that its holder is the only one
@@ -113,6 +95,15 @@ class ShardCache:
                 _discard(partial)
                 lock.truncate(0)
         return True
+
+    def _tell_full(self, error: OSError) -> None:
+        """Log a full disk, once a process, and stop copying to it; samples are read from the store."""
+        if self.folder not in _full:
+            _full.add(self.folder)
+            logger.warning(
+                "the disk of the cache %s is full (%s): no more shards are copied to it, samples are read from the "
+                "store; make room, or lower data.cache_bytes", self.folder, error.strerror
+            )  # fmt: skip
 
     def _reserve(self, lock: IO[bytes], size: int) -> bool:
         """Make room for a copy, evicting those that were not used for longest; a lock's length is what it reserves."""
@@ -173,7 +164,8 @@ def node_cache(shards: ShardSet, folder: str | None, num_bytes: int) -> ShardCac
         raise UserError(f"data.cache_bytes is {num_bytes}, less than one shard of {largest} bytes: raise it")
     folder = folder or os.path.join(tempfile.gettempdir(), f"refinedet-shards-{os.getuid()}")
     os.makedirs(folder, exist_ok=True)
-    return ShardCache(shards, os.path.abspath(folder), num_bytes)
+    shards.copies = os.path.abspath(folder)
+    return ShardCache(shards, shards.copies, num_bytes)
 
 
 def prefetch(turns: Iterable[T], shard_of: Callable[[T], int], cache: ShardCache, ahead: int) -> Iterator[T]:

@@ -17,8 +17,9 @@ class FaultLog:
     The same fault met again, as in the next epoch, counts once.
     """
 
-    def __init__(self, limit: int, what: str) -> None:
+    def __init__(self, limit: int, what: str, *, silent: bool = False) -> None:
         self.limit = limit
+        self.silent = silent
         self.what = what
         self._seen: dict[BadSample, None] = {}
         self._lock = threading.Lock()
@@ -36,10 +37,11 @@ class FaultLog:
                 return
             self._seen[fault] = None
             count = len(self._seen)
-        logger.warning("%s: fault %d (of %d tolerated): %s", self.what, count, self.limit, fault)
+        if not self.silent:
+            logger.warning("%s: fault %d (of %d tolerated): %s", self.what, count, self.limit, fault)
         if count > self.limit:
             named = "; ".join(str(seen) for seen in list(self._seen)[:5])
             raise UserError(
                 f"{self.what}: more than {self.limit} faults, the first: {named}. "
-                "Mend the data set, or raise data.max_bad_samples"
+                "Correct the data set, or raise data.max_bad_samples"
             )

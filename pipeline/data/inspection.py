@@ -13,14 +13,15 @@ import cv2
 import numpy as np
 from refinedet.pipeline.config.spec import Augmentation
 from refinedet.pipeline.data.augmentation import augment
-from refinedet.pipeline.data.cache import retry
-from refinedet.pipeline.data.images import decode_image, resize_image
-from refinedet.pipeline.data.index import INDEX, ShardSet, contents_name, open_shards
+from refinedet.pipeline.data.images import EXTENSIONS, decode_image, resize_image
+from refinedet.pipeline.data.index import ShardSet, contents_name, format_key, open_shards
 from refinedet.pipeline.data.order import EpochOrder
 from refinedet.pipeline.data.randomness import keyed_generator
 from refinedet.pipeline.data.reading import SampleReader
 from refinedet.pipeline.data.records import fault_of_box
+from refinedet.pipeline.data.remote import read_file
 from refinedet.pipeline.data.samples import BadSample, Sample
+from refinedet.pipeline.data.shards import OURS
 from refinedet.pipeline.runs import storage
 
 _CAPTION = 18  # pixels
@@ -49,7 +50,7 @@ def check_shards(
     """
     shards = open_shards(url)
     faults: list[BadSample] = []
-    listed = {INDEX, "request.json", *shards.names, *(contents_name(name) for name in shards.names)}
+    listed = {*OURS, *shards.names, *(contents_name(name) for name in shards.names)}
     faults += [BadSample(name, "-", "not in the index") for name in storage.list_folder(url) if name not in listed]
     seen: dict[int, str] = {}
     num_objects = 0
@@ -84,7 +85,7 @@ def _check_shard(shards: ShardSet, shard: int, decode: bool) -> _Found:
     url = shards.shard_url(shard)
     try:
         contents = shards.contents(shard)
-        content = retry(lambda: storage.read_bytes(url), url) if shards.remote else storage.read_bytes(url)
+        content = read_file(url)
     except (OSError, ValueError) as error:
         fault("-", f"cannot be read ({error})")
         return found
@@ -104,11 +105,12 @@ def _check_shard(shards: ShardSet, shard: int, decode: bool) -> _Found:
             continue
         key, _, extension = member.partition(".")
         samples.setdefault(key, {})[extension] = content
-    for key in contents.keys:
+    keys = dict.fromkeys(format_key(int(number)) for number in contents.keys)
+    for key in keys:
         if key not in samples:
             fault(key, "is missing")
     for key, sample in samples.items():
-        if key not in contents.keys:
+        if key not in keys:
             fault(key, "not in the index")
         else:
             _check_sample(key, sample, shards, decode, found, fault)
@@ -145,7 +147,7 @@ def _check_sample(
         fault(key, f"its objects cannot be read ({type(error).__name__}: {error})")
         return
     if decode:
-        image, reason = decode_image(sample.get("jpg") or sample.get("png") or b"")
+        image, reason = decode_image(next((sample[name] for name in EXTENSIONS if name in sample), b""))
         if reason:
             fault(key, f"{facts['file_name']}: {reason}")
         elif image is not None and image.shape[1::-1] != size:

@@ -12,17 +12,16 @@ from typing import Any
 
 import numpy as np
 from refinedet.pipeline.data.augmentation import MEAN_RGB
-from refinedet.pipeline.data.cache import ShardCache, read_range
+from refinedet.pipeline.data.cache import ShardCache
 from refinedet.pipeline.data.faults import FaultLog
-from refinedet.pipeline.data.images import decode_image
+from refinedet.pipeline.data.images import EXTENSIONS, decode_image
 from refinedet.pipeline.data.index import SampleEntry, ShardSet
-from refinedet.pipeline.data.records import fault_of_box
+from refinedet.pipeline.data.records import fault_of_box, single_precision_corners
+from refinedet.pipeline.data.remote import read_range
 from refinedet.pipeline.data.samples import BadSample, Sample
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from webdataset.tariterators import group_by_keys, tar_file_expander
-
-_IMAGE_EXTENSIONS = ("jpg", "png")
 
 
 class DamagedError(ValueError):
@@ -104,7 +103,7 @@ def decode_sample(members: dict[str, Any], shards: ShardSet, shard: str) -> Samp
     """Decode the members that `expand_tar` gave."""
     key = members["__key__"]
     facts = json.loads(members["json"])
-    encoded = next((members[extension] for extension in _IMAGE_EXTENSIONS if extension in members), b"")
+    encoded = next((members[extension] for extension in EXTENSIONS if extension in members), b"")
     image, reason = decode_image(encoded)
     fault = BadSample(shard, key, f"{facts['file_name']}: {reason}") if reason else None
     if image is not None and image.shape[:2] != (facts["height"], facts["width"]):
@@ -117,9 +116,8 @@ def decode_sample(members: dict[str, Any], shards: ShardSet, shard: str) -> Samp
     objects = [
         entry for entry in objects if fault_of_box(tuple(entry["bbox"]), facts["width"], facts["height"]) is None
     ]
-    boxes = np.array([entry["bbox"] for entry in objects], np.float32).reshape(-1, 4)
-    boxes[:, 2:] += boxes[:, :2]
-    np.clip(boxes, 0, (facts["width"], facts["height"]) * 2, out=boxes)
+    boxes = np.array([entry["bbox"] for entry in objects], np.float64).reshape(-1, 4)
+    boxes = single_precision_corners(boxes, facts["width"], facts["height"])
     return Sample(
         key=key,
         image=image,

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 import numbers
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from refinedet.pipeline.data.samples import Category
+import numpy as np
+from refinedet.pipeline.data.faults import FaultLog
+from refinedet.pipeline.data.samples import BadSample, Category
 
 
 class Annotation(NamedTuple):
@@ -41,10 +43,49 @@ class Record:
 
 @dataclass(frozen=True)
 class Source:
-    """One part (train or val) of a data set, ready to be written into shards."""
+    """One split of a data set as its reader gives it, or a whole part (train or val), ready to be written."""
 
     categories: tuple[Category, ...]
     records: tuple[Record, ...]
+    name: str = ""
+    """in messages"""
+    fixed_ids: bool = False
+    """ids of categories, images and annotations are the data set's own, as COCO's; else they count from 1"""
+
+
+def number_classes(
+    name: str,
+    records: Sequence[Record],
+    objects: Sequence[Sequence[tuple[str, tuple[float, ...], int]]],
+    faults: FaultLog,
+    names: Sequence[str] = (),
+) -> Source:
+    """A source of a format whose objects carry class names: names become categories, by name.
+
+    objects  of each record: (class name, COCO box, difficult)
+    names    classes that the data set lists, also where no object is of them
+    """
+    categories = {
+        label: Category(number, label)
+        for number, label in enumerate(
+            sorted({*names, *(label for found in objects for label, _, _ in found)} - {""}), start=1
+        )
+    }
+    finished = []
+    for record, found in zip(records, objects, strict=True):
+        annotations = []
+        for number, (label, bbox, difficult) in enumerate(found, start=1):
+            fault = None if label.strip() else "an object without a class name"
+            if len(bbox) != 4 or not all(map(math.isfinite, bbox)):
+                fault = fault_of_box(bbox)
+            if fault:
+                faults.add(BadSample(name, f"{record.file_name}, object {number}", f"{fault}; left out"))
+            else:
+                box = (bbox[0], bbox[1], bbox[2], bbox[3])
+                category = categories[label].id
+                annotations.append(Annotation(number, category, box, box[2] * box[3], 0, difficult))
+        finished.append(replace(record, annotations=tuple(annotations)))
+    return Source(tuple(categories.values()), tuple(finished), name)
 
 
 def whole_number(value: Any) -> int | None:
@@ -77,4 +118,15 @@ def fault_of_box(bbox: tuple[float, ...], width: float = math.inf, height: float
         return f"box {list(bbox)} has no area"
     if x >= width or y >= height or x + w <= 0 or y + h <= 0:
         return f"box {list(bbox)} lies outside the image of {width} x {height} pixels"
+    corners = single_precision_corners(np.array([bbox]), width, height)[0]
+    if not (corners[2:] > corners[:2]).all():
+        return f"box {list(bbox)} has no area inside the image in single precision"
     return None
+
+
+def single_precision_corners(boxes: np.ndarray, width: float, height: float) -> np.ndarray:
+    """COCO boxes [G, 4] as training takes them: xyxy float32, clipped to the image."""
+    with np.errstate(over="ignore", invalid="ignore"):  # infinity minus infinity is NaN, which no comparison passes
+        corners = boxes.astype(np.float32)
+        corners[:, 2:] += corners[:, :2]
+    return np.clip(corners, 0, np.array([width, height, width, height], np.float32))

@@ -14,7 +14,6 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from refinedet.pipeline.config.spec import Data, Split
-from refinedet.pipeline.data.faults import FaultLog
 from refinedet.pipeline.data.randomness import keyed_generator
 from refinedet.pipeline.data.records import Annotation, Record, Source
 from refinedet.pipeline.data.samples import Category
@@ -55,12 +54,10 @@ class Drawing(NamedTuple):
     """in COCO's terms, without ids; crowds with RLE, the others with polygons"""
 
 
-def read_shapes(data: Data, part: str, splits: tuple[Split, ...], faults: FaultLog) -> Source:
-    """Draw every image of the part, about 10 kB each at 160 pixels; the splits' counts add up."""
-    del faults
-    count = sum(split.count or 0 for split in splits)
+def read_shapes(data: Data, part: str, first: int, split: Split) -> Source:
+    """Draw the images of a split, about 10 kB each at 160 pixels, of which `first` precede it in its part."""
     records = []
-    for index in range(count):
+    for index in range(first, first + (split.count or 0)):
         drawing = draw_shapes(data.seed, part, index, data.image_size)
         height, width, _ = drawing.image.shape
         content = _encode(drawing.image)
@@ -70,7 +67,7 @@ def read_shapes(data: Data, part: str, splits: tuple[Split, ...], faults: FaultL
         )
         name = f"{part}-{index:06d}.jpg"
         records.append(Record(index + 1, name, partial(bytes, content), len(content), annotations, width, height))
-    return Source(shape_categories(), tuple(records))
+    return Source(shape_categories(), tuple(records), "shapes", fixed_ids=True)
 
 
 def shape_categories() -> tuple[Category, ...]:

@@ -171,7 +171,7 @@ def print_plan(
     kept = spec.training.keep_last + spec.training.keep_best
     console.print(f"Checkpoint   {_bytes(checkpoint)} each, {kept} kept: {_bytes(checkpoint * kept)}")
     images = sum(split.count or 0 for split in (*spec.data.train, *spec.data.val))
-    an_image = _BYTES_AN_IMAGE[spec.data.format]
+    an_image = _BYTES_AN_IMAGE.get(spec.data.format, 150e3)
     if images:
         console.print(f"Shards       {images:,} images, about {_bytes(images * an_image)}")
     console.print(

@@ -24,7 +24,7 @@ from refinedet.pipeline.cli.main import app
 from refinedet.pipeline.cluster.detection_job import DetectionJob, make_detection_job, write_results
 from refinedet.pipeline.cluster.evaluate import evaluate_run
 from refinedet.pipeline.cluster.session import ray_session
-from refinedet.pipeline.config.files import dump_spec, parse_spec
+from refinedet.pipeline.config.files import dump_spec, load_spec, parse_spec
 from refinedet.pipeline.config.recipes import MERGE_RULES
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
@@ -43,6 +43,8 @@ from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from safetensors.torch import save_file
 from typer.testing import CliRunner
+
+VOC_CLASSES = load_spec(str(Path(__file__).parents[2] / "jobs" / "voc07_refinedet320_vgg16.yaml")).data.classes
 
 pytestmark = pytest.mark.dist
 
@@ -192,7 +194,12 @@ def test_a_voc_job_is_measured_by_its_years_rule_and_by_every_merge_rule(cluster
     write_voc(tmp_path / "VOCdevkit")
     run = make_run(
         tmp_path,
-        data={"format": "voc", "root": str(tmp_path / "VOCdevkit"), "val": [{"set": "VOC2007/test"}]},
+        data={
+            "format": "voc",
+            "root": str(tmp_path / "VOCdevkit"),
+            "val": [{"set": "VOC2007/test"}],
+            "classes": VOC_CLASSES,
+        },
         model={**SPEC["model"], "num_classes": 20, "theta": 1.0, "score_threshold": 0.0, "max_detections": 30},
         multiscale={"passes": [{"size": 64}, {"size": 128}], "merge": {"method": "vote"}, "compare_rules": True},
     )
@@ -229,7 +236,12 @@ def test_other_voc_shards_are_measured_and_sent_as_their_own_year(tmp_path: Path
     """The spec trains and validates on one year; the shards that are named are of another, one without annotations."""
     write_voc(tmp_path / "VOCdevkit")
     write_voc(tmp_path / "VOCdevkit", "VOC2012", annotated=False)
-    data = {"format": "voc", "root": str(tmp_path / "VOCdevkit"), "val": [{"set": "VOC2007/test"}]}
+    data = {
+        "format": "voc",
+        "root": str(tmp_path / "VOCdevkit"),
+        "val": [{"set": "VOC2007/test"}],
+        "classes": VOC_CLASSES,
+    }
     run = make_run(tmp_path, data=data, model={**SPEC["model"], "num_classes": 20})
     own, _ = make_detection_job(run, "single")
     named, _ = make_detection_job(run, "single", shards=f"{run.shards}/val", output=str(tmp_path / "again"))

@@ -181,7 +181,11 @@ def test_duplicate_ids_of_images_and_categories_are_errors_at_once(coco_folder: 
 
 @pytest.mark.parametrize(
     ("content", "message"),
-    [("{", "is not JSON"), ("[1, 2]", "is not a COCO file, received list"), ('{"images": []}', "is not a COCO file")],
+    [
+        ("{", "is not JSON"),
+        ("[1, 2]", "is not JSON .the file is no JSON object"),
+        ('{"images": []}', "is not a COCO file"),
+    ],
 )
 def test_a_file_that_is_not_coco_is_said(coco_folder: Write, tmp_path: Path, content: str, message: str) -> None:
     data = coco_folder(2)
@@ -195,7 +199,7 @@ def test_a_file_that_is_not_coco_is_said(coco_folder: Write, tmp_path: Path, con
 
 @pytest.mark.parametrize(
     ("content", "reason"),
-    [(None, "has no file"), (b"", "no JPEG or PNG"), (b"<html>gone</html>", "no JPEG or PNG")],
+    [(None, "has no file"), (b"", "not a JPEG, PNG or WebP"), (b"<html>gone</html>", "not a JPEG, PNG or WebP")],
 )
 def test_files_that_are_no_images_are_left_out(
     coco_folder: Write, tmp_path: Path, content: bytes | None, reason: str
@@ -219,15 +223,13 @@ def test_an_image_of_another_size_than_annotated_is_left_out(
     assert shards.num_samples == 2
 
 
-def test_an_image_without_end_marker_is_kept_and_named_wherever_it_is_met(coco_folder: Write, tmp_path: Path) -> None:
+def test_an_image_without_end_marker_is_left_out_and_named(coco_folder: Write, tmp_path: Path) -> None:
     data = coco_folder(3)
     path = tmp_path / "images" / "2.jpg"
     path.write_bytes(path.read_bytes()[:-2])
     shards, faults = prepared(data, tmp_path)
-    assert ["no end marker" in fault["reason"] for fault in faults] == [True]
-    samples = EvaluationSamples(shards)
-    assert [len(sample.boxes) for sample in samples] == [1, 1, 1]
-    assert [fault.key for fault in samples.bad_samples] == [shards.key(1)]
+    assert ["does not finish the image" in fault["reason"] for fault in faults] == [True]
+    assert [sample.image_id for sample in EvaluationSamples(shards)] == [1, 3]
 
 
 def test_names_that_point_out_of_the_tar_are_found_and_never_followed(coco_folder: Write, tmp_path: Path) -> None:
@@ -272,9 +274,10 @@ def test_images_without_annotations_as_in_test_dev(coco_folder: Write, tmp_path:
     with pytest.raises(UserError, match="needs the lists images, categories, annotations"):
         prepared(data, tmp_path)
     split = data.train[0].model_copy(update={"annotations": None, "image_info": "instances.json"})
-    shards, faults = prepared(data.model_copy(update={"train": (split,)}), tmp_path)
-    assert faults == []
+    shards = prepare_shards(data.model_copy(update={"val": (split,)}), "val", str(tmp_path / "shards"))
     assert [len(sample.boxes) for sample in EvaluationSamples(shards)] == [0, 0, 0]
+    with pytest.raises(UserError, match="3 images and not one object to learn from"):
+        prepare_shards(data.model_copy(update={"train": (split,)}), "train", str(tmp_path / "other"))
     assert [category.id for category in shards.categories] == [7, 90]
 
 

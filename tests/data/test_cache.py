@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 from refinedet.pipeline.config.spec import Augmentation
 from refinedet.pipeline.data import cache
-from refinedet.pipeline.data.cache import ShardCache, node_cache, prefetch, retry
+from refinedet.pipeline.data import remote as remote_module
+from refinedet.pipeline.data.cache import ShardCache, node_cache, prefetch
 from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.reading import SampleReader
+from refinedet.pipeline.data.remote import retry
 from refinedet.pipeline.data.samples import Cursor
 from refinedet.pipeline.data.stream import TrainingStream
 from refinedet.pipeline.runs.errors import UserError
@@ -187,7 +189,7 @@ def test_a_cache_smaller_than_a_shard_is_said(remote: ShardSet, shapes_shards: S
 def test_a_failing_store_is_tried_again_and_then_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     failures = [ConnectionError("refused"), RuntimeError("500"), TimeoutError("slow")]
     waits: list[float] = []
-    monkeypatch.setattr(cache.time, "sleep", waits.append)
+    monkeypatch.setattr(remote_module.time, "sleep", waits.append)
 
     def read() -> str:
         if failures:

@@ -9,8 +9,8 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from PIL import Image
-from refinedet.pipeline.data.images import decode_image, read_header, resize_image, stack_images
+from PIL import Image, ImageOps
+from refinedet.pipeline.data.images import decode_image, read_header, resize_image, stack_images, turn_upright
 
 
 def picture(mode: str = "RGB", **options: object) -> bytes:
@@ -35,9 +35,10 @@ def colours() -> np.ndarray:
         (picture(progressive=True), 1),
         (picture("CMYK"), 30),
         (picture(format="PNG"), 12),
+        (picture(format="WEBP"), 12),
         (picture() + b"\0" * 700 + b"a preview", 0),
     ],
-    ids=["progressive", "cmyk", "png", "trailing bytes"],
+    ids=["progressive", "cmyk", "png", "webp", "trailing bytes"],
 )
 def test_every_kind_decodes_to_the_same_colours(colours: np.ndarray, content: bytes, tolerance: int) -> None:
     image, reason = decode_image(content)
@@ -46,7 +47,7 @@ def test_every_kind_decodes_to_the_same_colours(colours: np.ndarray, content: by
     assert np.abs(image - colours).mean() <= tolerance
     header = read_header(content)
     assert header
-    assert (header.width, header.height, header.complete) == (64, 48, True)
+    assert (header.width, header.height) == (64, 48)
 
 
 def test_grey_becomes_three_equal_channels() -> None:
@@ -66,15 +67,57 @@ def test_exif_orientation_is_ignored() -> None:
 
 
 @pytest.mark.parametrize("part", [0.75, 0.9, 0.999])
-def test_an_image_that_ends_early_is_decoded_as_far_as_it_goes_and_said(colours: np.ndarray, part: float) -> None:
-    content = picture()
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_an_image_that_ends_early_is_refused(kind: str, part: float) -> None:
+    content = picture(format=kind)
     image, reason = decode_image(content[: int(len(content) * part)])
-    assert image is not None
+    assert image is None
     assert reason
-    assert np.abs(image[:16, :16] - colours[:16, :16]).mean() < 2
-    header = read_header(content[: int(len(content) * part)])
-    assert header
-    assert not header.complete
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("damage", ["flipped bits", "a zeroed block", "half a file with an end marker"])
+def test_damage_that_a_tolerant_decoder_fills_in_is_refused(mode: str, damage: str) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (120, 160, 3), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(cv2.resize(noise, (640, 480))).convert(mode).save(file, format="JPEG", quality=90)
+    content = bytearray(file.getvalue())
+    assert decode_image(bytes(content))[1] is None
+    scan = content.index(b"\xff\xda") + 20
+    if damage == "flipped bits":
+        for at in np.random.default_rng(1).choice(range(scan, len(content) - 2), 40, replace=False):
+            content[at] ^= 1 << int(at) % 8
+    elif damage == "a zeroed block":
+        middle = (scan + len(content)) // 2
+        content[middle : middle + 4096] = bytes(4096)
+    else:
+        content[len(content) // 2 :] = b"\xff\xd9"
+    image, reason = decode_image(bytes(content))
+    assert image is None
+    assert reason
+
+
+def test_a_header_of_too_many_pixels_is_refused_before_decoding() -> None:
+    content = picture()
+    at = content.index(b"\xff\xc0") + 5
+    sides = (16_000).to_bytes(2, "big") * 2
+    image, reason = decode_image(content[:at] + sides + content[at + 4 :])
+    assert image is None
+    assert "16000 x 16000 pixels" in (reason or "")
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_photo_is_turned_as_its_exif_orientation_says(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = picture(exif=exif)
+    header, (image, _) = read_header(content), decode_image(content)
+    assert header is not None
+    assert image is not None
+    assert header.orientation == orientation
+    expected = np.array(ImageOps.exif_transpose(Image.open(io.BytesIO(content))))
+    assert header.displayed == expected.shape[1::-1]
+    np.testing.assert_array_equal(turn_upright(image, orientation), expected)
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff\xd8", b"not an image at all" * 9, picture()[:60], b"\xff" * 500])

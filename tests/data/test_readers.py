@@ -51,10 +51,10 @@ def test_voc_boxes_are_continuous_and_difficult_ones_marked(
 ) -> None:
     data = voc_folder({"b": [("dog", 0, 1, 1, 64, 48), ("cat", 1, 11, 21, 30, 40)], "a": []})
     shards = prepare_shards(data, "train", str(tmp_path / "shards"))
-    assert shards.num_classes == 20
+    assert [category.name for category in shards.categories] == ["cat", "dog"]
     first, second = EvaluationSamples(shards)
     assert first.boxes.tolist() == [[0, 0, 64, 48], [10, 20, 30, 40]]
-    assert first.labels.tolist() == [12, 8]
+    assert first.labels.tolist() == [2, 1]
     assert first.difficult.tolist() == [False, True]
     assert (first.image_id, first.file_name, second.image_id) == (1, "b.jpg", 2)
     assert len(second.boxes) == 0

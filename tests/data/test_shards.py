@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import shutil
 import threading
@@ -14,7 +13,6 @@ from typing import Any
 import pytest
 import webdataset
 from refinedet.pipeline.config.spec import Data, Split
-from refinedet.pipeline.data import shards as shards_module
 from refinedet.pipeline.data.index import open_shards
 from refinedet.pipeline.data.inspection import check_shards
 from refinedet.pipeline.data.shards import prepare_shards
@@ -136,38 +134,15 @@ def test_what_only_shapes_are_drawn_by_is_no_other_request_for_files(coco_folder
         prepare_shards(data.model_copy(update={"shard_bytes": 5000}), "train", str(tmp_path / "shards"))
 
 
-@pytest.mark.parametrize("complete", [True, False])
-def test_shards_that_an_earlier_release_wrote_are_found(
-    coco_folder: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complete: bool
-) -> None:
+def test_shards_of_an_earlier_release_are_refused(coco_folder: Write, tmp_path: Path) -> None:
     data, folder = coco_folder(4), tmp_path / "shards"
-    content = (tmp_path / "instances.json").read_bytes()
-    splits = [
-        {
-            "images": "images",
-            "annotations": "instances.json",
-            "image_info": None,
-            "ids": None,
-            "set": None,
-            "count": None,
-        }
-    ]
-    asked = {
-        "version": 1,
-        "part": "train",
-        "splits": splits,
-        "lists": {"instances.json": hashlib.sha256(content).hexdigest()},
-        "data": {"format": "coco", "seed": 0, "image_size": 160, "shard_bytes": 64 * 2**20},
-    }
-    old = hashlib.sha256(json.dumps(asked, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
-    monkeypatch.setattr(shards_module, "_requests", lambda *_: (old,))
     prepare_shards(data, "train", str(folder))
-    monkeypatch.undo()
-    if not complete:  # cut off before its index was written
-        (folder / "index.json").unlink()
-    written = (folder / "shard-000000.json").stat().st_mtime_ns
-    assert prepare_shards(data, "train", str(folder)).num_samples == 4
-    assert (folder / "shard-000000.json").stat().st_mtime_ns == written
+    index = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps({**index, "format_version": 1, "request": "0" * 64}))
+    with pytest.raises(UserError, match="of an earlier release: remove it"):
+        prepare_shards(data, "train", str(folder))
+    with pytest.raises(UserError, match="has format version 1, this release reads 2"):
+        open_shards(str(folder))
 
 
 def test_two_jobs_that_write_the_same_shards_agree(shapes: Data, tmp_path: Path) -> None:

@@ -1,0 +1,324 @@
+"""The formats of data sets, and how the splits of one part become one list of records.
+
+A format is one file, and one entry in `READERS`. Its reader gives what the files of a split hold; this module gives all
+formats the same treatment: classes are selected and numbered, ids made unique, boxes checked.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import get_args
+
+from refinedet.pipeline.config.spec import Data, DataFormat, Split
+from refinedet.pipeline.data.coco import coco_lists, read_coco
+from refinedet.pipeline.data.cvat import cvat_lists, read_cvat
+from refinedet.pipeline.data.faults import FaultLog
+from refinedet.pipeline.data.huggingface import huggingface_lists, read_huggingface
+from refinedet.pipeline.data.image_tars import image_tar_lists, read_image_tars
+from refinedet.pipeline.data.labelme import labelme_lists, read_labelme
+from refinedet.pipeline.data.records import Annotation, Record, Source, fault_of_box
+from refinedet.pipeline.data.samples import BadSample, Category
+from refinedet.pipeline.data.voc import read_voc, voc_lists
+from refinedet.pipeline.data.yolo import read_yolo, yolo_lists
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Reader:
+    """How a format is read.
+
+    read(root, split, faults) -> Source
+        The images and objects of a split. Faults of single images and objects are added to `faults`, and what they
+        concern is left out; a data set that cannot be read at all raises `UserError`. Image bytes are not read here:
+        a record's `load` reads them, in another thread or process. Category, image and annotation ids are the data
+        set's own with `fixed_ids`, and else count from 1.
+    lists(root, split) -> (name, path) of every file that defines the images and objects of the split
+        Their contents decide whether shards that exist are those of the data set as it is now.
+    """
+
+    read: Callable[[str, Split, FaultLog], Source]
+    lists: Callable[[str, Split], Iterable[tuple[str, str]]]
+
+
+READERS: dict[DataFormat, Reader] = {
+    "coco": Reader(read_coco, coco_lists),
+    "lvis": Reader(read_coco, coco_lists),
+    "voc": Reader(read_voc, voc_lists),
+    "yolo": Reader(read_yolo, yolo_lists),
+    "labelme": Reader(read_labelme, labelme_lists),
+    "cvat": Reader(read_cvat, cvat_lists),
+    "huggingface": Reader(read_huggingface, huggingface_lists),
+    "webdataset": Reader(read_image_tars, image_tar_lists),
+}
+
+
+def root_of(data: Data, split: Split) -> str:
+    """Root directory of a split's data set; UserError where it does not exist."""
+    root = split.root or data.root or ""
+    if root and not storage.exists(root):
+        raise UserError(f"data.root {root} does not exist: give the directory of the data set")
+    return root
+
+
+def format_of(data: Data, split: Split) -> DataFormat:
+    return split.format or data.format
+
+
+def list_files(data: Data, split: Split) -> Iterator[tuple[str, str]]:
+    """(name, path) of every file that defines the images and objects of a split."""
+    if format_of(data, split) != "shapes":
+        yield from READERS[format_of(data, split)].lists(split.root or data.root or "", split)
+
+
+@dataclass(frozen=True)
+class Part:
+    """The records of a part (train or val), in the order of its splits."""
+
+    categories: tuple[Category, ...]
+    records: tuple[Record, ...]
+    sizes: tuple[int, ...]
+    """records of each split"""
+    dropped: Mapping[str, int]
+    """objects of classes that `data.classes` does not list, by class"""
+
+
+def read_part(data: Data, part: str, faults: FaultLog) -> Part:
+    """Read all splits of a part, number their classes alike in all parts, and check every box.
+
+    Raises UserError for classes that `data.classes` does not list, for a part without images, and for a training part
+    without an object to learn from.
+    """
+    splits: tuple[Split, ...] = {"train": data.train, "val": data.val}[part]
+    sources = [_read_split(data, part, split, faults) for split in splits]
+    categories = _choose_categories(data, part, sources)
+    ids = {category.name: category.id for category in categories}
+    numbers, dropped = _Numbers(faults, part), Counter[str]()
+    records = []
+    for source in sources:
+        numbers.next_source(source)
+        aliases = _match_names([category.name for category in source.categories], ids)
+        for record in source.records:
+            record = replace(record, image_id=numbers.take_image(record.image_id))
+            records.append(_finish_record(record, source, aliases, ids, numbers, dropped, faults))
+        _tell_aliases(source, aliases)
+    if not records:
+        raise UserError(f"data.{part} has no images left: check its files, and the ids that select them")
+    _refuse_others(data, part, dropped, ids)
+    _check_objects(data, part, records, categories)
+    return Part(categories, tuple(records), tuple(len(source.records) for source in sources), dict(dropped))
+
+
+def _read_split(data: Data, part: str, split: Split, faults: FaultLog) -> Source:
+    if format_of(data, split) == "shapes":  # drawn from the data section's own seed and size
+        from refinedet.pipeline.data.shapes import read_shapes  # only here: it is not for data sets of users
+
+        splits = {"train": data.train, "val": data.val}[part]
+        first = sum(other.count or 0 for other in splits[: splits.index(split)] if format_of(data, other) == "shapes")
+        return read_shapes(data, part, first, split)
+    return READERS[format_of(data, split)].read(root_of(data, split), split, faults)
+
+
+def _choose_categories(data: Data, part: str, sources: list[Source]) -> tuple[Category, ...]:
+    """Categories in the order of their labels, with ascending ids.
+
+    The data set's own ids stay where it has any and `data.classes` does not change their order.
+    """
+    fixed = all(source.fixed_ids for source in sources)
+    known: dict[int, Category] = {}
+    if fixed:
+        for source in sources:
+            found = {category.id: category for category in source.categories}
+            if known and found != known and data.classes is None:
+                raise UserError(
+                    f"{source.name} has other categories than the splits before it: splits of one part must agree; "
+                    "data.classes=[...] selects classes by name"
+                )
+            known |= found
+        by_name = {clean_name(category.name): category for category in known.values()}
+    else:
+        by_name = {}
+    if data.classes is None:
+        if fixed:
+            _refuse_similar([category.name for category in known.values()])
+            return tuple(Category(entry.id, clean_name(entry.name)) for entry in sorted(known.values()))
+        names = _derive_names(data, part, sources)
+        return tuple(Category(number, name) for number, name in enumerate(names, start=1))
+    names = [clean_name(name) for name in data.classes]
+    ids = [by_name[name].id for name in names if name in by_name]
+    if len(ids) < len(names) or ids != sorted(ids) or len(by_name) < len(known):
+        ids = list(range(1, len(names) + 1))
+    return tuple(Category(number, name) for number, name in zip(ids, names, strict=True))
+
+
+def _derive_names(data: Data, part: str, sources: list[Source]) -> list[str]:
+    """Sorted names of the classes of both parts: training and validation must number them alike."""
+    others = {"train": data.val, "val": data.train}[part]
+    this = {"train": data.train, "val": data.val}[part]
+    silent = FaultLog(2**62, "the other part", silent=True)
+    part_of = {"train": "val", "val": "train"}[part]
+    sources = sources + [_read_split(data, part_of, split, silent) for split in others if split not in this]
+    names = {clean_name(category.name) for source in sources for category in source.categories} - {""}
+    if not names:
+        raise UserError(f"data.{part} names no classes, nor does the other part: list them in data.classes")
+    _refuse_similar(names)
+    logger.info("data.classes is not given: the data set has %d classes: %s", len(names), ", ".join(sorted(names)))
+    return sorted(names)
+
+
+def clean_name(name: str) -> str:
+    """A class name without white space around it, and with single spaces in it."""
+    return " ".join(name.split())
+
+
+def _refuse_similar(names: Iterable[str]) -> None:
+    """UserError for classes that differ in upper and lower case or white space alone."""
+    seen: dict[str, str] = {}
+    for name in sorted(names):
+        key = clean_name(name).casefold()
+        if key in seen:
+            raise UserError(
+                f"the data set has the classes {seen[key]!r} and {name!r}, which differ in upper and lower case or "
+                "white space alone: correct the annotations, or list the classes that are meant in data.classes"
+            )
+        seen[key] = name
+
+
+def _match_names(names: list[str], ids: Mapping[str, int]) -> dict[str, str | None]:
+    """The class that each name of a source stands for, None for none: exact, or else apart from case."""
+    folded = Counter(name.casefold() for name in ids)
+    by_fold = {name.casefold(): name for name in ids if folded[name.casefold()] == 1}
+    matches = {}
+    for name in names:
+        clean = clean_name(name)
+        matches[name] = clean if clean in ids else by_fold.get(clean.casefold())
+    return matches
+
+
+def _tell_aliases(source: Source, aliases: Mapping[str, str | None]) -> None:
+    for name, match in aliases.items():
+        if match is not None and match != name:
+            logger.warning("%s: class %r is taken as %r", source.name, name, match)
+
+
+def _finish_record(
+    record: Record,
+    source: Source,
+    aliases: Mapping[str, str | None],
+    ids: Mapping[str, int],
+    numbers: _Numbers,
+    dropped: Counter[str],
+    faults: FaultLog,
+) -> Record:
+    """The record with final category and annotation ids; boxes that cannot be learnt from are named, and stay."""
+    names = numbers.names
+    kept: list[Annotation] = []
+    for annotation in record.annotations:
+        name = names[annotation.category_id]
+        match = aliases[name]
+        if match is None:
+            dropped[clean_name(name)] += 1
+            continue
+        number = numbers.take_annotation(annotation.id, source)
+        kept.append(annotation._replace(id=number, category_id=ids[match]))
+        if fault := fault_of_box(annotation.bbox, record.width or float("inf"), record.height or float("inf")):
+            key = f"annotation {number}" if source.fixed_ids else f"{record.file_name}, object {annotation.id}"
+            faults.add(BadSample(source.name, key, f"{fault}; it is not learnt from"))
+    return replace(record, annotations=tuple(kept))
+
+
+class _Numbers:
+    """Keeps ids unique in a part, and those of annotations positive: COCO's code takes id 0 for "unmatched".
+
+    A data set's own image ids must be unique; where a format has none, they go on from the split before. Files number
+    their annotations each from 1: an id that another split has taken is given a new one, and no fault.
+    """
+
+    def __init__(self, faults: FaultLog, part: str) -> None:
+        self.faults = faults
+        self.part = part
+        self.source = Source((), ())
+        self.names: dict[int, str] = {}
+        self.number = 0
+        self.images: dict[int, str] = {}
+        self.annotations: dict[int, int] = {}  # id -> the last split that had it
+        self.free = 2**40
+        self.offset = self.last = self.last_annotation = 0
+
+    def next_source(self, source: Source) -> None:
+        self.source = source
+        self.names = {category.id: category.name for category in source.categories}
+        self.number += 1
+        self.offset = 0 if source.fixed_ids else self.last
+
+    def take_image(self, image_id: int) -> int:
+        image_id += self.offset
+        if image_id in self.images:
+            raise UserError(
+                f"image id {image_id} of {self.source.name} is already taken in {self.images[image_id]}: "
+                "image ids must be unique in data.train and in data.val"
+            )
+        self.images[image_id] = self.source.name
+        self.last = max(self.last, image_id)
+        return image_id
+
+    def take_annotation(self, received: object, source: Source) -> int:
+        if not source.fixed_ids:
+            self.last_annotation += 1
+            received = self.last_annotation
+        number = type(received) is int and 0 < received < 2**63
+        before = self.annotations.get(received) if number else None  # type: ignore[arg-type]
+        if number:
+            self.annotations[received] = self.number  # type: ignore[index]
+            if before is None:
+                return received  # type: ignore[return-value]
+        self.free += 1
+        if not number or before == self.number:
+            why = "is there twice" if number else "is not a positive number"
+            key = f"annotation {received!r}"
+            self.faults.add(BadSample(source.name, key, f"its id {why}; it becomes {self.free}"))
+        return self.free
+
+
+def _refuse_others(data: Data, part: str, dropped: Mapping[str, int], ids: Mapping[str, int]) -> None:
+    if not dropped:
+        return
+    counts = ", ".join(f"{name!r} ({count})" for name, count in sorted(dropped.items())[:20])
+    if data.other_classes == "drop":
+        logger.warning("data.%s: %d objects of classes that are not listed are left out: %s", part,
+                       sum(dropped.values()), counts)  # fmt: skip
+        return
+    raise UserError(
+        f"data.{part} has {sum(dropped.values())} objects of classes that data.classes does not list: {counts}; "
+        f"it lists {', '.join(list(ids)[:20])}. Add them, or leave such objects out with data.other_classes=drop"
+    )
+
+
+def _check_objects(data: Data, part: str, records: list[Record], categories: tuple[Category, ...]) -> None:
+    """UserError where nothing can be learnt; a warning for classes without objects."""
+    found = Counter(
+        annotation.category_id
+        for record in records
+        for annotation in record.annotations
+        if not annotation.iscrowd
+        and (data.include_difficult or not annotation.difficult)
+        and fault_of_box(annotation.bbox, record.width or float("inf"), record.height or float("inf")) is None
+    )
+    if part == "train" and not found:
+        raise UserError(
+            f"data.train has {len(records)} images and not one object to learn from: check where its annotations are, "
+            "and what they are called"
+        )
+    if not found:
+        logger.warning("data.%s has %d images and no object: it can be detected in, not evaluated", part, len(records))
+    elif empty := [category.name for category in categories if category.id not in found]:
+        names = ", ".join(empty[:20])
+        logger.warning("data.%s has no object of %d of its %d classes: %s", part, len(empty), len(categories), names)
+
+
+assert {*READERS, "shapes"} == set(get_args(DataFormat))
