@@ -1,4 +1,8 @@
 // Where AlignConv samples: the maths that the CPU kernels, the CUDA kernels and the tests of their bodies share.
+//
+// Legend: B images, F channels, H W cells of a level, N rows (anchors that are computed), K kernel side, T = K * K
+// taps, O outputs. A group is one aspect of one level: the rows that share filters. A row number counts the anchors of
+// all images in the order (level, aspect, image, y, x), so that ascending rows come group by group.
 #pragma once
 
 #include <cstdint>
@@ -6,7 +10,6 @@
 #ifdef __CUDACC__
 #define REFINEDET_BOTH __host__ __device__ __forceinline__
 #else
-// Always inline: a copy compiled for AVX-512 must not serve the kernels for other CPUs.
 #define REFINEDET_BOTH __attribute__((always_inline)) inline
 #endif
 
@@ -38,6 +41,24 @@ REFINEDET_BOTH Corners<T> split_coordinate(T coordinate, int32_t size) {
   const bool low_inside = low >= 0, high_inside = low + 1 < size;
   return {low_inside ? low : 0, high_inside ? low + 1 : low, low_inside ? T(1) - fraction : T(0),
           high_inside ? fraction : T(0)};
+}
+
+// Where a row lies. level is -1 for an empty row, whose number is that of no anchor.
+struct Place {
+  int32_t level, aspect, image;
+};
+
+// Levels have `begin`, their first row number, and `cells_per_image`, H * W.
+template <typename Level>
+REFINEDET_BOTH Place place_of(const Level* levels, int32_t num_levels, int32_t aspects, int64_t batch, int64_t row) {
+  if (row < 0) return {-1, 0, 0};
+  for (int32_t level = 0; level < num_levels; ++level) {
+    const int64_t rest = row - levels[level].begin, group = batch * levels[level].cells_per_image;
+    if (rest >= group * aspects) continue;
+    const int32_t aspect = static_cast<int32_t>(rest / group);
+    return {level, aspect, static_cast<int32_t>((rest - aspect * group) / levels[level].cells_per_image)};
+  }
+  return {-1, 0, 0};
 }
 
 }  // namespace refinedet

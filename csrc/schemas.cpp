@@ -1,34 +1,32 @@
 // Every operator of torch.ops.refinedet is declared here, and nowhere else.
 //
 // The kernels register themselves: cpu/*.cpp with STABLE_TORCH_LIBRARY_IMPL(refinedet, CPU, m), cuda/*.cu with
-// STABLE_TORCH_LIBRARY_IMPL(refinedet, CUDA, m). Shapes, units and errors are documented by the Python function of
-// model/ops that calls the operator.
+// STABLE_TORCH_LIBRARY_IMPL(refinedet, CUDA, m). What has no kernel of its own on a device is put together from those
+// by model/ops. Shapes, units and errors are documented by the Python function that calls the operator.
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(refinedet, m) {
   // model/ops/align_conv.py
   m.def(
-      "align_conv(Tensor[] features, int[] strides, Tensor boxes, Tensor index, Tensor[] weight, Tensor[] bias) "
+      "align_conv(Tensor[] features, int[] strides, Tensor boxes, Tensor rows, Tensor[] weight, Tensor[] bias) "
       "-> Tensor");
   // Gradients of the features (where asked for), then of the weights and of the biases (where asked for), level by
   // level.
   m.def(
-      "align_conv_backward(Tensor grad, Tensor[] features, int[] strides, Tensor boxes, Tensor index, Tensor[] weight, "
+      "align_conv_backward(Tensor grad, Tensor[] features, int[] strides, Tensor boxes, Tensor rows, Tensor[] weight, "
       "bool features_grad, bool filters_grad, bool deterministic) -> Tensor[]");
-  // Parts of the backward on a GPU, put together by model/ops/align_conv_cuda.py. `grad` is that of the cells of all
-  // levels, [pixels, F] fp32; columns are [N, T * F].
+  // model/ops/align_conv_products.py. Columns are [N, T * F]; `grad` holds the cells of all levels, [pixels, F].
   m.def(
-      "align_conv_columns(Tensor[] features, int[] strides, Tensor boxes, Tensor index, int aspects, int kernel) "
+      "align_conv_columns(Tensor[] features, int[] strides, Tensor boxes, Tensor rows, int aspects, int kernel) "
       "-> Tensor");
   m.def(
       "align_conv_scatter(Tensor(a!) grad, Tensor columns, Tensor[] features, int[] strides, Tensor boxes, "
-      "Tensor index, int aspects, int kernel) -> ()");
+      "Tensor rows, int aspects, int kernel) -> ()");
+
+  // model/ops/suppress.py
   m.def(
-      "align_conv_targets(Tensor[] features, int[] strides, Tensor boxes, Tensor index, int aspects, int kernel) "
-      "-> (Tensor, Tensor)");
-  m.def(
-      "align_conv_scatter_sorted(Tensor(a!) grad, Tensor columns, Tensor pixels, Tensor order, Tensor weights) "
-      "-> ()");
+      "suppress(Tensor boxes, Tensor scores, Tensor labels, float iou, float score_threshold, int max_kept) "
+      "-> (Tensor, Tensor, Tensor, Tensor)");
 
   // model/ops/merge.py
   m.def("nms(Tensor boxes, Tensor scores, Tensor groups, float iou, bool plus_one) -> Tensor");
@@ -43,7 +41,8 @@ STABLE_TORCH_LIBRARY(refinedet, m) {
       "float score_threshold, bool plus_one) -> (Tensor, Tensor, Tensor)");
 }
 
-// "CUDA compiler:architectures" (empty without CUDA), the C++ compiler, and the oldest torch it loads on.
+// "CUDA compiler:architectures" (empty without CUDA), the C++ compiler, the oldest torch it loads on, and the version of
+// the operators: raise it, and VERSION of model/ops/library.py, with every change of what they take or give.
 extern "C" __attribute__((visibility("default"))) const char* refinedet_build_info() {
-  return REFINEDET_BUILT_CUDA "|" REFINEDET_COMPILER "|2.11";
+  return REFINEDET_BUILT_CUDA "|" REFINEDET_COMPILER "|2.11|2";
 }

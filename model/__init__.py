@@ -14,10 +14,11 @@ if TYPE_CHECKING:
     from .detector import RefineDet
     from .inference import select_detections
     from .loss import detection_loss, sum_losses
-    from .structures import Detections, Losses, LossSums, Predictions, Targets
+    from .structures import DetectionBatch, Detections, Losses, LossSums, Predictions, Targets
     from .weights import LoadReport, load_weights
 
 __all__ = [
+    "DetectionBatch",
     "Detections",
     "LoadReport",
     "LossSums",
@@ -38,6 +39,7 @@ _HOMES = {
     "select_detections": "inference",
     "detection_loss": "loss",
     "sum_losses": "loss",
+    "DetectionBatch": "structures",
     "Detections": "structures",
     "LossSums": "structures",
     "Losses": "structures",

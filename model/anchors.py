@@ -35,3 +35,18 @@ def tile_anchors(height: int, width: int, strides: Sequence[int]) -> Tensor:
 def count_anchors(height: int, width: int, strides: Sequence[int]) -> tuple[int, ...]:
     """Anchors of each level."""
     return tuple((height // stride) * (width // stride) * len(ASPECTS) for stride in strides)
+
+
+def order_rows(batch: int, height: int, width: int, strides: Sequence[int]) -> Tensor:
+    """The anchors of a batch in the order (level, aspect, image, y, x), in which AlignConv computes rows.
+
+    returns  [B * A + 1]  image * A + anchor at each place, int64; the last place, of empty rows, holds B * A
+    """
+    counts = count_anchors(height, width, strides)
+    images = torch.arange(batch)[None, :, None] * sum(counts)
+    places, start = [], 0
+    for count in counts:
+        own = torch.arange(start, start + count).view(-1, len(ASPECTS))
+        places.append((own.T[:, None] + images).flatten())
+        start += count
+    return torch.cat([*places, torch.tensor([batch * start])])

@@ -41,12 +41,13 @@ def decode_boxes(deltas: Tensor, anchors: Tensor) -> Tensor:
     anchors  [..., 4]  xyxy, pixels
     returns  [..., 4]  xyxy, pixels, fp32
     """
-    deltas, anchors = deltas.float(), anchors.float()
-    sides = anchors[..., 2:] - anchors[..., :2]
-    bound = math.log(MAX_SIDE_CHANGE)
-    shift = VARIANCES[0] * deltas[..., :2] * sides
-    growth = 0.5 * sides * (VARIANCES[2] * deltas[..., 2:]).clamp(-bound, bound).expm1()
-    return anchors + torch.cat([shift - growth, shift + growth], dim=-1)
+    near, far = anchors.float().chunk(2, dim=-1)
+    shift, growth = deltas.float().chunk(2, dim=-1)
+    sides, bound = far - near, math.log(MAX_SIDE_CHANGE)
+    growth = (VARIANCES[2] * growth).clamp(-bound, bound).expm1()
+    near = near.addcmul(shift, sides, value=VARIANCES[0]).addcmul(growth, sides, value=-0.5)
+    far = far.addcmul(shift, sides, value=VARIANCES[0]).addcmul(growth, sides, value=0.5)
+    return torch.cat([near, far], dim=-1)
 
 
 def paired_overlaps(boxes: Tensor, anchors: Tensor) -> Tensor:

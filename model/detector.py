@@ -10,16 +10,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from .anchors import count_anchors, tile_anchors
+from .anchors import count_anchors, order_rows, tile_anchors
 from .backbones import CAFFE_MEAN, CAFFE_STD, TimmBackbone, build_backbone
 from .boxes import decode_boxes
 from .config import VGG16_REDUCED, RefineDetConfig
 from .filtering import select_survivors, select_trained_rows
 from .heads import AnchorRefinementHead, DetectionHead
-from .inference import select_detections
+from .inference import select_batch
 from .matching import match_anchors
 from .norms import freeze_norms, synchronize_norms
-from .structures import AnyTargets, Detections, Matches, Predictions, Targets, as_targets
+from .ops.align_conv import top_rows
+from .structures import AnyTargets, DetectionBatch, Detections, Matches, Predictions, Rows, Targets, as_targets
 from .tcb import TransferConnection
 
 
@@ -62,6 +63,7 @@ class RefineDet(nn.Module):
             synchronize_norms(self)
         self.train()
         self._anchors: dict[tuple[int, int, torch.device], Tensor] = {}
+        self._orders: dict[tuple[int, int, int, torch.device], Tensor] = {}
 
     def train(self, mode: bool = True) -> RefineDet:
         super().train(mode)
@@ -70,7 +72,12 @@ class RefineDet(nn.Module):
         return self
 
     def forward(
-        self, images: Tensor, targets: Sequence[AnyTargets] | None = None, *, dense: bool = False
+        self,
+        images: Tensor,
+        targets: Sequence[AnyTargets] | None = None,
+        *,
+        dense: bool = False,
+        capacity: int | None = None,
     ) -> Predictions:
         """Predict for a batch.
 
@@ -79,7 +86,11 @@ class RefineDet(nn.Module):
                  use, positives included; without them it computes the anchors that survive the negative filter
         dense    compute every anchor in any case: all shapes are then known beforehand, as torch.compile and exports
                  need; the loss and the detections are the same
+        capacity  compute this many anchors, the survivors that the ARM trusts most and empty rows: all shapes are known
+                 beforehand and the host never waits, as CUDA graphs need; without targets
         """
+        if capacity is not None and (dense or targets is not None):
+            raise ValueError("capacity is for detection: it excludes dense and targets, received them together.")
         anchors = self.anchors(images)
         if targets is not None:
             targets = as_targets(targets, self.config.num_classes, batch=images.shape[0])
@@ -92,15 +103,44 @@ class RefineDet(nn.Module):
             transferred = self.tcb(features)
             if self.config.cascade:
                 refined = decode_boxes(arm_box.detach(), anchors)
-        index, matches = (None, None) if dense else self._choose_rows(arm_class, refined, targets)
-        adm_box, adm_class = self.adm(transferred, refined, index)
-        level_anchors = count_anchors(images.shape[-2], images.shape[-1], self.config.strides)
-        return Predictions(anchors, refined, arm_class, arm_box, index, adm_class, adm_box, matches, level_anchors)
+        rows, matches, filtered = None, None, False
+        if capacity is not None:
+            rows = self._choose_capacity(images, arm_class, capacity)
+            filtered = True
+        elif not dense:
+            rows, matches, filtered = self._choose_rows(images, arm_class, refined, targets)
+        row_boxes = refined.flatten(0, 1)
+        if rows is not None:
+            row_boxes = row_boxes[rows.anchor.clamp(max=len(row_boxes) - 1)]
+        order = self._order_rows(images) if rows is None else None
+        adm_box, adm_class = self.adm(transferred, row_boxes, rows, order)
+        return Predictions(
+            anchors, refined, arm_class, arm_box, None if rows is None else rows.anchor, adm_class, adm_box, row_boxes,
+            matches, level_anchors=count_anchors(images.shape[-2], images.shape[-1], self.config.strides),
+            filtered=filtered, padded=capacity is not None,
+        )  # fmt: skip
 
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[Detections]:
-        """Find the objects of each image (section IV-H); images as in `forward`. Call `eval()` first."""
-        return select_detections(self(images), self.config)
+        """Find the objects of each image (section IV-H); images as in `forward`. Only in evaluation mode."""
+        self._require_evaluation()
+        return select_batch(self(images), self.config).split()
+
+    @torch.no_grad()
+    def detect_padded(self, images: Tensor, capacity: int) -> DetectionBatch:
+        """Find objects with fixed shapes and without a host that waits; a CUDA graph can capture it after one call.
+
+        capacity  anchors that the ADM computes, see `forward`
+        """
+        self._require_evaluation()
+        return select_batch(self(images, capacity=capacity), self.config)
+
+    def _require_evaluation(self) -> None:
+        if self.training:
+            raise RuntimeError(
+                "detection needs evaluation mode, received a detector in training mode, whose running statistics it "
+                "would change; call eval() first."
+            )
 
     def normalize(self, images: Tensor) -> Tensor:
         """RGB 0..255 -> what the backbone expects."""
@@ -119,24 +159,50 @@ class RefineDet(nn.Module):
                 self._anchors[key] = tile_anchors(key[0], key[1], self.config.strides).to(images.device)
         return self._anchors[key]
 
+    def _order_rows(self, images: Tensor) -> Tensor:
+        """`order_rows` of a batch, on its device; made once for each shape."""
+        batch, height, width = images.shape[0], *images.shape[-2:]
+        key = (int(batch), int(height), int(width), images.device)
+        if key not in self._orders:
+            with torch.inference_mode(False):
+                self._orders[key] = order_rows(*key[:3], self.config.strides).to(images.device)
+        return self._orders[key]
+
     @torch.no_grad()
     def _choose_rows(
-        self, arm_class: Tensor | None, refined: Tensor, targets: Sequence[Targets] | None
-    ) -> tuple[Tensor | None, Matches | None]:
-        """The anchors that the ADM computes (None: all), and the matches where they decided it."""
+        self, images: Tensor, arm_class: Tensor | None, refined: Tensor, targets: Sequence[Targets] | None
+    ) -> tuple[Rows | None, Matches | None, bool]:
+        """Rows of the ADM (None: every anchor), the matches that chose them, whether they are the survivors."""
         config = self.config
         survivors = None
         if arm_class is not None and config.theta < 1.0:
             survivors = select_survivors(arm_class, config.theta)
         if targets is not None:
             matches = match_anchors(refined, targets, config.adm_iou)
-            return _locate(select_trained_rows(survivors, matches)), matches
+            return self._locate(images, select_trained_rows(survivors, matches))[0], matches, False
         if survivors is None or config.filter_negatives == "training":
-            return None, None
-        return _locate(survivors), None
+            return None, None, False
+        rows, found = self._locate(images, survivors)
+        return rows, None, found
 
+    def _locate(self, images: Tensor, chosen: Tensor) -> tuple[Rows, bool]:
+        """Rows of the chosen anchors, [B, A] bool, and whether there are any.
 
-def _locate(rows: Tensor) -> Tensor:
-    """[B, A] bool -> [N] flat indices; at least one, so that every parameter always has a gradient."""
-    index = rows.flatten().nonzero().squeeze(1)
-    return index if len(index) else index.new_zeros(1)
+        There is at least one row in any case, so that every parameter always has a gradient.
+        """
+        order = self._order_rows(images)
+        number = chosen.flatten()[order[:-1]].nonzero().squeeze(1)
+        found = len(number) > 0
+        number = number if found else number.new_zeros(1)
+        return Rows(number, order[number]), found
+
+    @torch.no_grad()
+    def _choose_capacity(self, images: Tensor, arm_class: Tensor | None, capacity: int) -> Rows:
+        """The anchors that the ARM trusts most, with empty rows for those that it filters."""
+        order, config = self._order_rows(images), self.config
+        if arm_class is None:
+            raise ValueError("capacity needs an ARM to choose anchors, received a detector with tcb: false.")
+        trust = (arm_class[..., 1].float() - arm_class[..., 0].float()).sigmoid().flatten()[order[:-1]]
+        filters = config.theta < 1.0 and config.filter_negatives == "always"
+        number = top_rows(trust, capacity, 1.0 - config.theta if filters else 0.0)
+        return Rows(number, order[number])

@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from .boxes import decode_boxes
-from .config import RefineDetConfig
 from .detector import RefineDet
-from .inference import score_anchors, suppress
-from .structures import Detections
+from .filtering import select_survivors
+from .inference import finish_detections as finish_detections
 
 OPSET = 19  # the first with DeformConv
 
@@ -35,9 +34,11 @@ class DetectionGraph(nn.Module):
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         p = self.model(images, dense=True)
-        batch = images.shape[0]
-        scores = score_anchors(p, self.model.config)
-        return decode_boxes(p.adm_box.view(batch, -1, 4), p.refined), scores.view(batch, -1, scores.shape[-1])
+        batch, config = images.shape[0], self.model.config
+        scores = p.adm_class.softmax(dim=-1)[:, 1:].unflatten(0, (batch, -1))
+        if p.arm_class is not None and config.filter_negatives == "always" and config.theta < 1.0:
+            scores = scores * select_survivors(p.arm_class, config.theta)[..., None]
+        return decode_boxes(p.adm_box.view(batch, -1, 4), p.refined), scores
 
 
 def export_program(
@@ -70,12 +71,3 @@ def export_onnx(model: RefineDet, path: str | Path, height: int, width: int) -> 
         external_data=False,
         verbose=False,
     )
-
-
-def finish_detections(boxes: Tensor, scores: Tensor, config: RefineDetConfig) -> list[Detections]:
-    """Threshold, top k and NMS of a graph's outputs.
-
-    boxes   [B, A, 4]      xyxy pixels
-    scores  [B, A, C - 1]
-    """
-    return [suppress(box, score, config) for box, score in zip(boxes, scores, strict=True)]

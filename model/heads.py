@@ -18,6 +18,7 @@ from .anchors import ASPECTS
 from .layers import Bottleneck, build_conv
 from .ops.align_conv import align_conv
 from .portable import align_conv_portable
+from .structures import Rows
 
 NUM_ASPECTS = len(ASPECTS)
 BLOCK_WIDTH, BLOCK_CHANNELS = 256, 1024  # the Caffe release's bottleneck before each ResNet predictor
@@ -97,33 +98,40 @@ class DetectionHead(Head):
                 nn.init.zeros_(offset.bias)  # type: ignore[arg-type]
                 self.offsets.append(offset)
 
-    def forward(self, features: Sequence[Tensor], refined: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, features: Sequence[Tensor], boxes: Tensor, rows: Rows | None, order: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """Predict for the chosen anchors.
 
         features  maps [B, F_l, H_l, W_l]
-        refined   [B, A, 4]  xyxy pixels, without gradient
-        index     [N]  image * A + anchor, ascending; None: every anchor
+        boxes     [N, 4]  the refined anchor of each row, xyxy pixels, without gradient
+        rows      the N anchors that are computed; None: every anchor, in their own order
+        order     [B * A + 1]  `anchors.order_rows` of the batch, where `rows` is None
         returns   deltas [N, 4], logits [N, C]; fp32
         """
         features = self.transform(features)
         if self.kind == "align":
-            outputs = self._predict_aligned(features, refined, index)
+            outputs = self._predict_aligned(features, boxes, rows, order)
         else:
             dense = self.predict_dense(features) if self.kind == "vanilla" else self._predict_deformable(features)
             outputs = dense.flatten(0, 1)
-            outputs = outputs if index is None else outputs[index]
+            outputs = outputs if rows is None else outputs[rows.anchor.clamp(max=len(outputs) - 1)]
         return split_outputs(outputs)
 
-    def _predict_aligned(self, features: Sequence[Tensor], refined: Tensor, index: Tensor | None) -> Tensor:
+    def _predict_aligned(
+        self, features: Sequence[Tensor], boxes: Tensor, rows: Rows | None, order: Tensor | None
+    ) -> Tensor:
         weights, biases = self.join_filters()
-        if self.portable and index is None:
-            return align_conv_portable(features, self.strides, refined, weights, biases).flatten(0, 1).float()
-        boxes = refined.flatten(0, 1)
-        if index is None:
-            index = torch.arange(boxes.shape[0], device=boxes.device)
-        else:
-            boxes = boxes[index]
-        return align_conv(features, self.strides, boxes, index, weights, biases).float()
+        if self.portable and rows is None:
+            boxes = boxes.unflatten(0, (features[0].shape[0], -1))
+            return align_conv_portable(features, self.strides, boxes, weights, biases).flatten(0, 1).float()
+        if rows is not None:
+            return align_conv(features, self.strides, boxes, rows.number, weights, biases).float()
+        assert order is not None
+        order = order[:-1]
+        every = torch.arange(len(order), device=order.device)
+        outputs = align_conv(features, self.strides, boxes[order], every, weights, biases).float()
+        return torch.empty_like(outputs).index_copy(0, order, outputs)
 
     def _predict_deformable(self, features: Sequence[Tensor]) -> Tensor:
         outputs = []

@@ -1,77 +1,101 @@
-"""From predictions to detections (section IV-H).
+"""From predictions to detections (section IV-H), for a whole batch at once.
 
-B images, A anchors an image, C classes with background, N rows that the ADM computed, D detections of one image
+B images, A anchors an image, C foreground classes, N rows that the ADM computed, K candidates of an image
+
+All shapes are known beforehand and nothing waits for the device, so that a CUDA graph can capture it;
+`DetectionBatch.split` waits once, for the counts. Equal scores keep the order of the anchors, then of the classes.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
-
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torchvision.ops import nms
 
 from .boxes import decode_boxes
 from .config import RefineDetConfig
 from .filtering import select_survivors
-from .structures import Detections, Predictions
+from .ops.suppress import suppress
+from .structures import DetectionBatch, Detections, Predictions
+
+
+def select_detections(predictions: Predictions, config: RefineDetConfig) -> list[Detections]:
+    """Detections of each image; see `select_batch`."""
+    return select_batch(predictions, config).split()
 
 
 @torch.no_grad()
-def select_detections(predictions: Predictions, config: RefineDetConfig) -> list[Detections]:
+def select_batch(predictions: Predictions, config: RefineDetConfig) -> DetectionBatch:
     """Decode twice, keep the confident, suppress within each class; boxes are not clipped to the image.
 
     An anchor that the ARM is sure about (negative confidence above theta) gives no detection; the ADM may have been
     computed for more rows than that (`Predictions.index` is None, or was chosen for training).
     """
     p = predictions
-    num_images, num_anchors = p.refined.shape[:2]
-    index = p.index if p.index is not None else torch.arange(num_images * num_anchors, device=p.refined.device)
-    scores = score_anchors(p, config)
-    confident = (scores > config.score_threshold).any(1).nonzero().squeeze(1)  # few: the others need no boxes
-    index, scores = index[confident], scores[confident]
-    boxes = decode_boxes(p.adm_box[confident], p.refined.flatten(0, 1)[index])
-    ends = torch.searchsorted(index, torch.arange(num_images + 1, device=index.device) * num_anchors).tolist()
-    return [suppress(boxes[start:end], scores[start:end], config) for start, end in pairwise(ends)]
+    scores = F.pad(p.adm_class.softmax(dim=-1), (-1, 0, 0, 1))  # without background, with a row of zeros at the end
+    row, score, label = rank_candidates(scores, _row_of_anchors(p, config), config)
+    boxes = decode_boxes(p.adm_box[row], p.row_boxes[row])
+    return DetectionBatch(*suppress(boxes, score, label, config.nms_iou, config.score_threshold, config.max_detections))
 
 
-def score_anchors(predictions: Predictions, config: RefineDetConfig) -> Tensor:
-    """Confidence of every row in each foreground class, [N, C - 1]; zero for anchors that the ARM filters."""
-    p = predictions
-    scores = p.adm_class.softmax(dim=-1)[:, 1:]
-    if p.arm_class is None or config.filter_negatives == "training" or config.theta >= 1.0:
-        return scores
-    survivors = select_survivors(p.arm_class, config.theta).flatten()
-    return scores * (survivors if p.index is None else survivors[p.index])[:, None]
+def finish_detections(boxes: Tensor, scores: Tensor, config: RefineDetConfig) -> list[Detections]:
+    """Threshold, top k and NMS of an exported graph's outputs.
 
-
-def suppress(boxes: Tensor, scores: Tensor, config: RefineDetConfig) -> Detections:
-    """One image: threshold, top k, NMS of each class, top detections. Equal scores keep the order of the anchors.
-
-    boxes   [n, 4]      xyxy pixels
-    scores  [n, C - 1]  of the foreground classes
+    boxes   [B, A, 4]  xyxy pixels, fp32
+    scores  [B, A, C]  of the foreground classes, fp32
     """
-    row, label = (scores > config.score_threshold).nonzero().unbind(1)
-    score = scores[row, label]
-    kept = _keep_top(score, label, config)
-    row, label, score = row[kept], label[kept], score[kept]
-    box = boxes[row]
-
-    kept = score.new_zeros(len(score), dtype=torch.bool)
-    for one in label.unique().tolist():
-        own = (label == one).nonzero().squeeze(1)
-        kept[own[nms(box[own], score[own], config.nms_iou)]] = True
-    chosen = kept.nonzero().squeeze(1)[: config.max_detections]
-    return Detections(box[chosen].float(), score[chosen].float(), label[chosen] + 1)
+    rows = torch.arange(boxes.shape[0] * boxes.shape[1], device=boxes.device).view(boxes.shape[:2])
+    row, score, label = rank_candidates(F.pad(scores.flatten(0, 1), (0, 0, 0, 1)), rows, config)
+    chosen = boxes.flatten(0, 1)[row]
+    found = suppress(chosen, score, label, config.nms_iou, config.score_threshold, config.max_detections)
+    return DetectionBatch(*found).split()
 
 
-def _keep_top(score: Tensor, label: Tensor, config: RefineDetConfig) -> Tensor:
-    """Indices of the `pre_nms_top_k` best of the image or of each class, by descending score."""
-    order = score.sort(descending=True, stable=True).indices
-    if config.pre_nms_scope == "image":
-        return order[: config.pre_nms_top_k]
-    by_class = order[label[order].sort(stable=True).indices]
-    counts = label.bincount(minlength=1)
-    rank = torch.arange(len(label), device=label.device) - (counts.cumsum(0) - counts)[label[by_class]]
-    best = torch.zeros_like(label, dtype=torch.bool).index_fill_(0, by_class[rank < config.pre_nms_top_k], True)
-    return order[best[order]]
+def rank_candidates(scores: Tensor, row_of: Tensor, config: RefineDetConfig) -> tuple[Tensor, Tensor, Tensor]:
+    """The `pre_nms_top_k` best pairs of (anchor, class) of each image or of each of its classes, best first.
+
+    scores   [N + 1, C]  of the rows; the last row is zeros
+    row_of   [B, A]      row of each anchor, -1 where it has none
+    returns  rows, scores and labels (from 1 on) of the candidates, [B, K] each
+    """
+    num_classes, by_class = scores.shape[1], config.pre_nms_scope == "class"
+    best = scores.amax(dim=1)[row_of]
+    # The best k pairs are of the k anchors whose best class scores highest.
+    limit = best.shape[1] if by_class else min(best.shape[1], config.pre_nms_top_k)
+    if by_class and best.device.type == "cpu":  # where nothing waits: most anchors are confident of no class
+        limit = max(1, int((best > config.score_threshold).sum(dim=1).max()))
+    anchor = best.sort(dim=1, descending=True, stable=True).indices[:, :limit].sort(dim=1).values
+    row = row_of.gather(1, anchor)
+    pairs = scores[row]
+    if by_class:
+        score, pair = _rank_by_class(pairs, config.pre_nms_top_k)
+    else:
+        score, pair = pairs.flatten(1).sort(dim=1, descending=True, stable=True)
+        score, pair = score[:, : config.pre_nms_top_k], pair[:, : config.pre_nms_top_k]
+    return row.gather(1, pair // num_classes), score, pair % num_classes + 1
+
+
+def _rank_by_class(pairs: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """The best k of each class of [B, k', C], then all of an image: scores and numbers (anchor * C + class), [B, K]."""
+    num_classes = pairs.shape[2]
+    score, anchor = pairs.transpose(1, 2).sort(dim=2, descending=True, stable=True)
+    pair = anchor[..., :top_k] * num_classes + torch.arange(num_classes, device=pairs.device)[:, None]
+    pair, order = pair.flatten(1).sort(dim=1)  # so that equal scores come in the order of the anchors
+    score = score[..., :top_k].flatten(1).gather(1, order)
+    score, order = score.sort(dim=1, descending=True, stable=True)
+    return score, pair.gather(1, order)
+
+
+def _row_of_anchors(p: Predictions, config: RefineDetConfig) -> Tensor:
+    """Row of each anchor [B, A]; -1, which indexes a row of zeros, for those that have none or are filtered."""
+    batch, num_anchors = p.refined.shape[:2]
+    numbers = torch.arange(len(p.adm_class), device=p.refined.device)
+    if p.index is None:
+        row_of = numbers.view(batch, num_anchors)
+    elif p.padded:
+        row_of = numbers.new_full((batch * num_anchors + 1,), -1).put_(p.index, numbers)[:-1].view(batch, num_anchors)
+    else:
+        row_of = numbers.new_full((batch, num_anchors), -1).put_(p.index, numbers)
+    if p.filtered or p.arm_class is None or config.filter_negatives == "training" or config.theta >= 1.0:
+        return row_of
+    return torch.where(select_survivors(p.arm_class, config.theta), row_of, -1)

@@ -101,11 +101,15 @@ class Predictions:
     refined    [B, A, 4]  anchors after the ARM (the tiled ones without a cascade); carry no gradient
     arm_class  [B, A, 2]  logits (background, object); None without an ARM
     arm_box    [B, A, 4]  deltas to `anchors`; None without an ARM
-    index      [N]        image * A + anchor of each ADM row, ascending; None: every anchor (N = B * A)
+    index      [N]        image * A + anchor of each ADM row, in the order of `anchors.order_rows`; None: every anchor
+                          in their own order (N = B * A)
     adm_class  [N, C]     logits, background first
-    adm_box    [N, 4]     deltas to `refined`
+    adm_box    [N, 4]     deltas to `row_boxes`
+    row_boxes  [N, 4]     the refined anchor of each row
     matches    ADM matches, where the forward pass had to make them to choose its rows
     level_anchors  anchors of each level in one image; they sum to A
+    filtered   the rows are those of the anchors that survive the negative filter, and no others
+    padded     the number of rows is fixed; the index of an empty row is B * A
     """
 
     anchors: Tensor
@@ -115,8 +119,11 @@ class Predictions:
     index: Tensor | None
     adm_class: Tensor
     adm_box: Tensor
+    row_boxes: Tensor
     matches: Matches | None = None
     level_anchors: tuple[int, ...] = ()
+    filtered: bool = False
+    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -181,3 +188,38 @@ class Detections:
     boxes: Tensor
     scores: Tensor
     labels: Tensor
+
+
+@dataclass(frozen=True)
+class DetectionBatch:
+    """The detections of a batch in tensors of fixed shapes, most confident first; zeros beyond each image's count.
+
+    boxes   [B, D, 4]  as in `Detections`
+    scores  [B, D]
+    labels  [B, D]
+    counts  [B]        detections of each image, int64
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    counts: Tensor
+
+    def split(self) -> list[Detections]:
+        """Detections of each image; waits for the device once."""
+        capacity = self.scores.shape[1]
+        sizes = [size for count in self.counts.tolist() for size in (count, capacity - count)]
+        columns = (part.flatten(0, 1).split(sizes)[::2] for part in (self.boxes, self.scores, self.labels))
+        return [Detections(*found) for found in zip(*columns, strict=True)]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Anchors that the ADM computes.
+
+    number  [N]  ascending place in `anchors.order_rows`; B * A for an empty row
+    anchor  [N]  image * A + anchor; B * A for an empty row
+    """
+
+    number: Tensor
+    anchor: Tensor

@@ -1,18 +1,19 @@
-// torch.ops.refinedet.nms, soft_nms, box_vote and weighted_box_fusion on the CPU: checks, groups, threads. The
-// arithmetic is in merge_kernels.h.
-#include "cpu/merge.h"
-
+// torch.ops.refinedet.nms, soft_nms, box_vote and weighted_box_fusion: plain loops over the boxes of a group, which is
+// one class of one image. model/ops/merge.py documents them, model/ops/merge_reference.py is their oracle.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
-#include <memory>
+#include <array>
+#include <cmath>
+#include <cstring>
+#include <limits>
 #include <numeric>
 #include <tuple>
 #include <vector>
 
-#include "cpu/capability.h"
+#include "cpu/clones.h"
 
 namespace refinedet {
 namespace {
@@ -20,166 +21,377 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
+using Box = std::array<float, 4>;
+constexpr float kGone = -std::numeric_limits<float>::max();  // score of a box that was taken or dropped
 constexpr int64_t kBoxesPerThread = 512;
 
-const MergeKernels& kernels() {
-#ifdef REFINEDET_X86_TARGETS
-  if (cpu_capability() >= Capability::kAvx2) return kMergeAvx2;
-#endif
-  return kMergeBaseline;
-}
-
-// Boxes sorted by group, in the order of the input within each: group g is members[start[g]] .. members[start[g + 1]].
-struct Groups {
-  std::vector<int64_t> members, start;
+struct Rule {
+  float iou, sigma, score_threshold;
+  bool plus_one, flag = false;  // flag: Gaussian soft-NMS, or soft voting
+  int64_t num_looks = 1;
 };
 
-Groups sort_groups(const int64_t* groups, int64_t count) {
-  Groups sorted;
-  sorted.members.resize(count);
-  if (count == 0) {
-    sorted.start = {0};
-    return sorted;
+// The boxes of a group that are left, in columns.
+struct Columns {
+  std::vector<float> x1, y1, x2, y2, area, score, overlap, first_score, sum;
+  std::vector<int64_t> id;
+  int64_t size = 0;
+
+  explicit Columns(int64_t capacity) {
+    for (auto* column : {&x1, &y1, &x2, &y2, &area, &score, &overlap, &first_score, &sum}) column->resize(capacity);
+    id.resize(capacity);
   }
-  const auto [low, high] = std::minmax_element(groups, groups + count);
-  // The distance of far-apart groups does not fit a signed number.
-  const uint64_t range = static_cast<uint64_t>(*high) - static_cast<uint64_t>(*low);
-  if (range < static_cast<uint64_t>(4 * count + 4096)) {
-    std::vector<int64_t> place(range + 2, 0);
-    for (int64_t i = 0; i < count; ++i) ++place[groups[i] - *low + 1];
-    for (uint64_t g = 0; g <= range; ++g) {
-      if (place[g + 1]) sorted.start.push_back(place[g]);
-      place[g + 1] += place[g];
+
+  Box box(int64_t i) const { return {x1[i], y1[i], x2[i], y2[i]}; }
+
+  void set(int64_t i, const Box& box, float one) {
+    x1[i] = box[0], y1[i] = box[1], x2[i] = box[2], y2[i] = box[3];
+    area[i] = (box[2] - box[0] + one) * (box[3] - box[1] + one);
+  }
+
+  void append(const Box& box, float new_score, int64_t new_id, float one) {
+    set(size, box, one);
+    score[size] = first_score[size] = new_score;
+    sum[size] = 0;
+    id[size++] = new_id;
+  }
+
+  // Drop the boxes that are gone; the others keep their order.
+  void compact() {
+    int64_t kept = 0;
+    for (int64_t i = 0; i < size; ++i) {
+      if (score[i] == kGone) continue;
+      for (auto* column : {&x1, &y1, &x2, &y2, &area, &score, &overlap, &first_score, &sum}) {
+        (*column)[kept] = (*column)[i];
+      }
+      id[kept++] = id[i];
     }
-    for (int64_t i = 0; i < count; ++i) sorted.members[place[groups[i] - *low]++] = i;
+    size = kept;
+  }
+};
+
+// IoU of `count` boxes with one box, 0 where both are empty.
+REFINEDET_CLONES void find_overlaps(const Columns& columns, const Box& box, float one, float* to) {
+  const float *x1 = columns.x1.data(), *y1 = columns.y1.data(), *x2 = columns.x2.data(), *y2 = columns.y2.data();
+  const float* areas = columns.area.data();
+  const float left = box[0], top = box[1], right = box[2], bottom = box[3];
+  const float area = (right - left + one) * (bottom - top + one);
+#pragma omp simd
+  for (int64_t i = 0; i < columns.size; ++i) {
+    float width = (x2[i] < right ? x2[i] : right) - (x1[i] > left ? x1[i] : left) + one;
+    float height = (y2[i] < bottom ? y2[i] : bottom) - (y1[i] > top ? y1[i] : top) + one;
+    width = width > 0 ? width : 0;
+    height = height > 0 ? height : 0;
+    const float shared = width * height, both = areas[i] + area - shared;
+    const float overlap = shared / both;
+    to[i] = both > 0 ? overlap : 0;
+  }
+}
+
+REFINEDET_CLONES float find_top(const float* scores, int64_t count) {
+  float top = kGone;
+#pragma omp simd reduction(max : top)
+  for (int64_t i = 0; i < count; ++i) top = scores[i] > top ? scores[i] : top;
+  return top;
+}
+
+// exp(-x) for x >= 0, to two units in the last place: 2^n times a polynomial on [-ln 2 / 2, ln 2 / 2] (Cephes).
+REFINEDET_INLINE float exp_negative(float x) {
+  const float y = -(x < 87.0f ? x : 87.0f);
+  const int32_t n = static_cast<int32_t>(y * 1.44269504f - 0.5f);  // truncation rounds, as y is not positive
+  const float whole = static_cast<float>(n);
+  const float r = y - whole * 0.693359375f + whole * 2.12194440e-4f;
+  float p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * (r * r) + r + 1.0f;
+  const int32_t bits = (n + 127) << 23;
+  float power;
+  std::memcpy(&power, &bits, sizeof(power));
+  return p * power;
+}
+
+// Lower the scores by the overlaps; below the threshold a box is gone. Returns how many are left.
+REFINEDET_CLONES int64_t lower_scores(Columns& columns, const Rule& rule) {
+  const float* overlaps = columns.overlap.data();
+  const float* first = columns.first_score.data();
+  float *scores = columns.score.data(), *sums = columns.sum.data();
+  const float iou = rule.iou, threshold = rule.score_threshold, scale = 1.0f / rule.sigma;
+  int64_t left = 0;
+  if (rule.flag) {
+#pragma omp simd reduction(+ : left)
+    for (int64_t i = 0; i < columns.size; ++i) {
+      sums[i] += overlaps[i] * overlaps[i];
+      const float lowered = first[i] * exp_negative(sums[i] * scale);
+      const bool stays = scores[i] != kGone && lowered >= threshold;
+      scores[i] = stays ? lowered : kGone;
+      left += stays;
+    }
   } else {
-    std::iota(sorted.members.begin(), sorted.members.end(), 0);
-    std::stable_sort(sorted.members.begin(), sorted.members.end(),
-                     [groups](int64_t a, int64_t b) { return groups[a] < groups[b]; });
-    for (int64_t i = 0; i < count; ++i) {
-      if (i == 0 || groups[sorted.members[i]] != groups[sorted.members[i - 1]]) sorted.start.push_back(i);
+#pragma omp simd reduction(+ : left)
+    for (int64_t i = 0; i < columns.size; ++i) {
+      const float product = scores[i] * (1.0f - overlaps[i]);
+      const float lowered = overlaps[i] > iou ? product : scores[i];
+      const bool stays = scores[i] != kGone && lowered >= threshold;
+      scores[i] = stays ? lowered : kGone;
+      left += stays;
     }
   }
-  sorted.start.push_back(count);
+  return left;
+}
+
+// The boxes of one group, and where its results go.
+struct Group {
+  const float *boxes, *scores;
+  const int64_t* members;  // ascending
+  int64_t count;
+  int64_t* index;    // of boxes that are kept
+  float* out_boxes;  // that are made
+  float* out_scores;
+
+  Box box(int64_t i) const {
+    const float* from = boxes + 4 * members[i];
+    return {from[0], from[1], from[2], from[3]};
+  }
+};
+
+// Best first; equal scores in the order of the input.
+Columns sort_by_score(const Group& group, float one) {
+  std::vector<int64_t> order(group.count);
+  std::iota(order.begin(), order.end(), 0);
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) {
+    return group.scores[group.members[a]] > group.scores[group.members[b]];
+  });
+  Columns sorted(group.count);
+  for (const int64_t i : order) sorted.append(group.box(i), group.scores[group.members[i]], group.members[i], one);
   return sorted;
 }
 
-struct Inputs {
-  Tensor boxes, scores, groups;
-  Groups sorted;
-};
-
-Inputs check(const Tensor& boxes, const Tensor& scores, const Tensor& groups) {
-  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "boxes must be [N, 4], received ", boxes.dim(),
-                  " dimensions.");
-  for (const Tensor* values : {&scores, &groups}) {
-    STD_TORCH_CHECK(values->dim() == 1 && values->size(0) == boxes.size(0), "scores and groups must be [",
-                    boxes.size(0), "] as there are boxes, received ", values->numel(), " values.");
+int64_t nms(const Group& group, const Rule& rule) {
+  const float one = rule.plus_one;
+  Columns left = sort_by_score(group, one);
+  int64_t count = 0;
+  while (left.size) {
+    find_overlaps(left, left.box(0), one, left.overlap.data());
+    group.index[count++] = left.id[0];
+    left.score[0] = kGone;
+    for (int64_t i = 1; i < left.size; ++i) {
+      if (!(left.overlap[i] <= rule.iou)) left.score[i] = kGone;
+    }
+    left.compact();
   }
-  STD_TORCH_CHECK(boxes.scalar_type() == ScalarType::Float && scores.scalar_type() == ScalarType::Float &&
-                      groups.scalar_type() == ScalarType::Long,
-                  "boxes and scores must be float32 and groups int64, received another dtype.");
-  Inputs inputs{
-      torch::stable::contiguous(boxes), torch::stable::contiguous(scores), torch::stable::contiguous(groups), {}};
-  inputs.sorted = sort_groups(static_cast<const int64_t*>(inputs.groups.const_data_ptr()), inputs.groups.numel());
-  return inputs;
+  return count;
+}
+
+int64_t soft_nms(const Group& group, const Rule& rule) {
+  const float one = rule.plus_one;
+  Columns left(group.count);
+  for (int64_t i = 0; i < group.count; ++i) {
+    const float score = group.scores[group.members[i]];
+    if (score >= rule.score_threshold) left.append(group.box(i), score, group.members[i], one);
+  }
+  int64_t count = 0;
+  for (;;) {
+    const float top = find_top(left.score.data(), left.size);
+    if (top == kGone) return count;
+    const int64_t best = std::find(left.score.begin(), left.score.begin() + left.size, top) - left.score.begin();
+    group.index[count] = left.id[best];
+    group.out_scores[count++] = top;
+    left.score[best] = kGone;
+    find_overlaps(left, left.box(best), one, left.overlap.data());
+    if (2 * lower_scores(left, rule) < left.size) left.compact();
+  }
+}
+
+// NumPy's order of summing a row of numbers.
+float sum_pairwise(const float* values, int64_t count) {
+  if (count < 8) return std::accumulate(values, values + count, 0.0f);
+  if (count > 128) {
+    const int64_t half = count / 2 - count / 2 % 8;
+    return sum_pairwise(values, half) + sum_pairwise(values + half, count - half);
+  }
+  float sums[8];
+  std::copy_n(values, 8, sums);
+  int64_t i = 8;
+  for (; i + 8 <= count; i += 8) {
+    for (int j = 0; j < 8; ++j) sums[j] += values[i + j];
+  }
+  const float sum = ((sums[0] + sums[1]) + (sums[2] + sums[3])) + ((sums[4] + sums[5]) + (sums[6] + sums[7]));
+  return std::accumulate(values + i, values + count, sum);
+}
+
+// The results by descending score; equal ones stay in order.
+void sort_results(const Group& group, int64_t count) {
+  std::vector<std::pair<float, Box>> results(count);
+  for (int64_t i = 0; i < count; ++i) {
+    results[i].first = group.out_scores[i];
+    std::copy_n(group.out_boxes + 4 * i, 4, results[i].second.begin());
+  }
+  std::stable_sort(results.begin(), results.end(), [](const auto& a, const auto& b) { return a.first > b.first; });
+  for (int64_t i = 0; i < count; ++i) {
+    group.out_scores[i] = results[i].first;
+    std::copy_n(results[i].second.begin(), 4, group.out_boxes + 4 * i);
+  }
+}
+
+int64_t vote(const Group& group, const Rule& rule) {
+  const float one = rule.plus_one;
+  Columns left = sort_by_score(group, one);
+  std::vector<float> weights;
+  int64_t count = 0;
+  const auto emit = [&](const Box& box, float score) {
+    std::copy_n(box.begin(), 4, group.out_boxes + 4 * count);
+    group.out_scores[count++] = score;
+  };
+  while (left.size) {
+    find_overlaps(left, left.box(0), one, left.overlap.data());
+    const float best = left.score[0];
+    Box merged = left.box(0), plain{}, sums{};
+    const int64_t before = count;
+    weights.clear();
+    for (int64_t i = 0; i < left.size; ++i) {
+      if (i > 0 && !(left.overlap[i] >= rule.iou)) continue;
+      const Box box = left.box(i);
+      const float score = left.score[i], lowered = score * (1.0f - left.overlap[i]);
+      for (int c = 0; c < 4; ++c) {
+        plain[c] += box[c];
+        sums[c] += box[c] * score;
+      }
+      weights.push_back(score);
+      if (rule.flag && lowered >= rule.score_threshold) emit(box, lowered);
+      left.score[i] = kGone;
+    }
+    const int64_t voters = static_cast<int64_t>(weights.size());
+    if (voters == 1) {
+      count = before;  // a box alone stays as it is
+    } else {
+      const float total = sum_pairwise(weights.data(), voters);
+      for (int c = 0; c < 4; ++c) merged[c] = total > 0 ? sums[c] / total : plain[c] / static_cast<float>(voters);
+    }
+    emit(merged, best);
+    left.compact();
+  }
+  if (rule.flag) sort_results(group, count);
+  return count;
+}
+
+int64_t fuse(const Group& group, const Rule& rule) {
+  const float one = rule.plus_one;
+  const Columns sorted = sort_by_score(group, one);
+  Columns clusters(group.count);  // score: the total, sum: the members
+  std::vector<Box> sums(group.count);
+  for (int64_t i = 0; i < sorted.size && sorted.score[i] >= rule.score_threshold; ++i) {
+    const Box box = sorted.box(i);
+    find_overlaps(clusters, box, one, clusters.overlap.data());
+    const auto end = clusters.overlap.begin() + clusters.size;
+    int64_t best = std::max_element(clusters.overlap.begin(), end) - clusters.overlap.begin();
+    if (best == clusters.size || !(clusters.overlap[best] > rule.iou)) {
+      best = clusters.size;
+      clusters.append(box, 0, best, one);
+      sums[best] = {};
+    }
+    clusters.score[best] += sorted.score[i];
+    clusters.sum[best] += 1;
+    Box mean = clusters.box(best);
+    for (int c = 0; c < 4; ++c) {
+      sums[best][c] += box[c] * sorted.score[i];
+      if (clusters.sum[best] > 1 && clusters.score[best] > 0) mean[c] = sums[best][c] / clusters.score[best];
+    }
+    clusters.set(best, mean, one);
+  }
+  const float looks = static_cast<float>(rule.num_looks);
+  for (int64_t k = 0; k < clusters.size; ++k) {
+    const float members = clusters.sum[k];
+    const Box box = clusters.box(k);
+    std::copy_n(box.begin(), 4, group.out_boxes + 4 * k);
+    group.out_scores[k] = clusters.score[k] / members * std::min(members, looks) / looks;
+  }
+  sort_results(group, clusters.size);
+  return clusters.size;
 }
 
 struct Merged {
   Tensor index, boxes, scores, groups;
 };
 
-// Run a kernel on every group and put the results together, by group. `spread` results at most come from one box.
-Merged merge(const Inputs& inputs, const MergeRule& rule,
-             int64_t (*kernel)(const MergeGroup&, const MergeRule&, const MergeOutput&), int64_t spread,
-             bool makes_boxes) {
-  const Groups& sorted = inputs.sorted;
-  const int64_t num_boxes = static_cast<int64_t>(sorted.members.size());
-  const int64_t num_groups = static_cast<int64_t>(sorted.start.size()) - 1;
-  const float* boxes = static_cast<const float*>(inputs.boxes.const_data_ptr());
-  const float* scores = static_cast<const float*>(inputs.scores.const_data_ptr());
-  std::vector<int64_t> counts(num_groups);
-  // Not vectors, which would be filled with zeros first.
-  const std::unique_ptr<int64_t[]> index(new int64_t[makes_boxes ? 0 : num_boxes]);
-  const std::unique_ptr<float[]> out_boxes(new float[makes_boxes ? 4 * spread * num_boxes : 0]);
-  const std::unique_ptr<float[]> out_scores(new float[spread * num_boxes]);
+// Run a rule on every group and put the results together, by group; at most `spread` results come from one box.
+Merged merge(const Tensor& boxes, const Tensor& scores, const Tensor& groups, const Rule& rule,
+             int64_t (*run)(const Group&, const Rule&), int64_t spread) {
+  STD_TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "boxes must be [N, 4], received ", boxes.dim(),
+                  " dimensions.");
+  const int64_t num_boxes = boxes.size(0);
+  for (const Tensor* values : {&scores, &groups}) {
+    STD_TORCH_CHECK(values->dim() == 1 && values->size(0) == num_boxes, "scores and groups must be [", num_boxes,
+                    "] as there are boxes, received ", values->numel(), " values.");
+  }
+  STD_TORCH_CHECK(boxes.scalar_type() == ScalarType::Float && scores.scalar_type() == ScalarType::Float &&
+                      groups.scalar_type() == ScalarType::Long,
+                  "boxes and scores must be float32 and groups int64, received another dtype.");
+  const Tensor kept[3] = {torch::stable::contiguous(boxes), torch::stable::contiguous(scores),
+                          torch::stable::contiguous(groups)};
+  const int64_t* numbers = static_cast<const int64_t*>(kept[2].const_data_ptr());
+  std::vector<int64_t> members(num_boxes), start;
+  std::iota(members.begin(), members.end(), 0);
+  std::stable_sort(members.begin(), members.end(), [&](int64_t a, int64_t b) { return numbers[a] < numbers[b]; });
+  for (int64_t i = 0; i < num_boxes; ++i) {
+    if (i == 0 || numbers[members[i]] != numbers[members[i - 1]]) start.push_back(i);
+  }
+  const int64_t num_groups = static_cast<int64_t>(start.size());
+  start.push_back(num_boxes);
+
+  std::vector<int64_t> index(num_boxes), counts(num_groups);
+  std::vector<float> out_boxes(4 * spread * num_boxes), out_scores(spread * num_boxes);
   const int64_t grain = num_boxes ? std::max<int64_t>(1, kBoxesPerThread * num_groups / num_boxes) : int64_t(1);
   torch::stable::parallel_for(0, num_groups, grain, [&](int64_t begin, int64_t end) {
     for (int64_t g = begin; g < end; ++g) {
-      const int64_t first = sorted.start[g];
-      const MergeGroup group{boxes, scores, sorted.members.data() + first, sorted.start[g + 1] - first};
-      const MergeOutput output{index.get() + (makes_boxes ? 0 : first),
-                               out_boxes.get() + (makes_boxes ? 4 * spread * first : 0),
-                               out_scores.get() + spread * first};
-      counts[g] = kernel(group, rule, output);
+      counts[g] =
+          run({static_cast<const float*>(kept[0].const_data_ptr()), static_cast<const float*>(kept[1].const_data_ptr()),
+               members.data() + start[g], start[g + 1] - start[g], index.data() + start[g],
+               out_boxes.data() + 4 * spread * start[g], out_scores.data() + spread * start[g]},
+              rule);
     }
   });
 
   const int64_t total = std::accumulate(counts.begin(), counts.end(), int64_t(0));
-  Merged merged;
-  merged.scores = torch::stable::new_empty(inputs.scores, {total});
-  if (makes_boxes) {
-    merged.boxes = torch::stable::new_empty(inputs.boxes, {total, 4});
-    merged.groups = torch::stable::new_empty(inputs.groups, {total});
-  } else {
-    merged.index = torch::stable::new_empty(inputs.groups, {total});
-  }
-  const int64_t* numbers = static_cast<const int64_t*>(inputs.groups.const_data_ptr());
-  float* to_scores = static_cast<float*>(merged.scores.mutable_data_ptr());
+  Merged merged{torch::stable::new_empty(kept[2], {total}), torch::stable::new_empty(kept[0], {total, 4}),
+                torch::stable::new_empty(kept[1], {total}), torch::stable::new_empty(kept[2], {total})};
   int64_t place = 0;
   for (int64_t g = 0; g < num_groups; place += counts[g++]) {
-    const int64_t first = sorted.start[g], count = counts[g];
-    std::copy_n(out_scores.get() + spread * first, count, to_scores + place);
-    if (makes_boxes) {
-      std::copy_n(out_boxes.get() + 4 * spread * first, 4 * count,
-                  static_cast<float*>(merged.boxes.mutable_data_ptr()) + 4 * place);
-      std::fill_n(static_cast<int64_t*>(merged.groups.mutable_data_ptr()) + place, count,
-                  numbers[sorted.members[first]]);
-    } else {
-      std::copy_n(index.get() + first, count, static_cast<int64_t*>(merged.index.mutable_data_ptr()) + place);
-    }
+    std::copy_n(index.data() + start[g], std::min(counts[g], start[g + 1] - start[g]),
+                static_cast<int64_t*>(merged.index.mutable_data_ptr()) + place);
+    std::copy_n(out_boxes.data() + 4 * spread * start[g], 4 * counts[g],
+                static_cast<float*>(merged.boxes.mutable_data_ptr()) + 4 * place);
+    std::copy_n(out_scores.data() + spread * start[g], counts[g],
+                static_cast<float*>(merged.scores.mutable_data_ptr()) + place);
+    std::fill_n(static_cast<int64_t*>(merged.groups.mutable_data_ptr()) + place, counts[g], numbers[members[start[g]]]);
   }
   return merged;
 }
 
-Tensor nms(Tensor boxes, Tensor scores, Tensor groups, double iou, bool plus_one) {
-  MergeRule rule;
-  rule.iou = static_cast<float>(iou);
-  rule.plus_one = plus_one;
-  return merge(check(boxes, scores, groups), rule, kernels().nms, 1, false).index;
+Tensor nms_op(Tensor boxes, Tensor scores, Tensor groups, double iou, bool plus_one) {
+  return merge(boxes, scores, groups, {float(iou), 0, 0, plus_one}, nms, 1).index;
 }
 
-std::tuple<Tensor, Tensor> soft_nms(Tensor boxes, Tensor scores, Tensor groups, double iou, double sigma,
-                                    double score_threshold, bool gaussian, bool plus_one) {
-  MergeRule rule;
-  rule.iou = static_cast<float>(iou);
-  rule.sigma = static_cast<float>(sigma);
-  rule.score_threshold = static_cast<float>(score_threshold);
-  rule.gaussian = gaussian;
-  rule.plus_one = plus_one;
-  const Merged merged = merge(check(boxes, scores, groups), rule, kernels().soft_nms, 1, false);
+std::tuple<Tensor, Tensor> soft_nms_op(Tensor boxes, Tensor scores, Tensor groups, double iou, double sigma,
+                                       double score_threshold, bool gaussian, bool plus_one) {
+  const Rule rule{float(iou), float(sigma), float(score_threshold), plus_one, gaussian};
+  const Merged merged = merge(boxes, scores, groups, rule, soft_nms, 1);
   return {merged.index, merged.scores};
 }
 
-std::tuple<Tensor, Tensor, Tensor> box_vote(Tensor boxes, Tensor scores, Tensor groups, double iou,
-                                            double score_threshold, bool soft, bool plus_one) {
-  MergeRule rule;
-  rule.iou = static_cast<float>(iou);
-  rule.score_threshold = static_cast<float>(score_threshold);
-  rule.soft = soft;
-  rule.plus_one = plus_one;
-  const Merged merged = merge(check(boxes, scores, groups), rule, kernels().vote, soft ? 2 : 1, true);
+std::tuple<Tensor, Tensor, Tensor> box_vote_op(Tensor boxes, Tensor scores, Tensor groups, double iou,
+                                               double score_threshold, bool soft, bool plus_one) {
+  const Rule rule{float(iou), 0, float(score_threshold), plus_one, soft};
+  const Merged merged = merge(boxes, scores, groups, rule, vote, soft ? 2 : 1);
   return {merged.boxes, merged.scores, merged.groups};
 }
 
-std::tuple<Tensor, Tensor, Tensor> weighted_box_fusion(Tensor boxes, Tensor scores, Tensor groups, int64_t num_looks,
-                                                       double iou, double score_threshold, bool plus_one) {
-  MergeRule rule;
-  rule.iou = static_cast<float>(iou);
-  rule.score_threshold = static_cast<float>(score_threshold);
-  rule.num_looks = num_looks;
-  rule.plus_one = plus_one;
-  const Merged merged = merge(check(boxes, scores, groups), rule, kernels().fuse, 1, true);
+std::tuple<Tensor, Tensor, Tensor> fuse_op(Tensor boxes, Tensor scores, Tensor groups, int64_t num_looks, double iou,
+                                           double score_threshold, bool plus_one) {
+  const Rule rule{float(iou), 0, float(score_threshold), plus_one, false, num_looks};
+  const Merged merged = merge(boxes, scores, groups, rule, fuse, 1);
   return {merged.boxes, merged.scores, merged.groups};
 }
 
@@ -187,8 +399,8 @@ std::tuple<Tensor, Tensor, Tensor> weighted_box_fusion(Tensor boxes, Tensor scor
 }  // namespace refinedet
 
 STABLE_TORCH_LIBRARY_IMPL(refinedet, CPU, m) {
-  m.impl("nms", TORCH_BOX(&refinedet::nms));
-  m.impl("soft_nms", TORCH_BOX(&refinedet::soft_nms));
-  m.impl("box_vote", TORCH_BOX(&refinedet::box_vote));
-  m.impl("weighted_box_fusion", TORCH_BOX(&refinedet::weighted_box_fusion));
+  m.impl("nms", TORCH_BOX(&refinedet::nms_op));
+  m.impl("soft_nms", TORCH_BOX(&refinedet::soft_nms_op));
+  m.impl("box_vote", TORCH_BOX(&refinedet::box_vote_op));
+  m.impl("weighted_box_fusion", TORCH_BOX(&refinedet::fuse_op));
 }

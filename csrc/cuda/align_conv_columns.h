@@ -8,7 +8,7 @@ namespace refinedet {
 
 // Columns [N, T, F]: thread `item` writes 16 bytes of one tap of one row. Empty rows become zeros.
 template <typename T>
-REFINEDET_BOTH void gather_columns(const DeviceLevels& levels, const float* boxes, const int64_t* index, int64_t item,
+REFINEDET_BOTH void gather_columns(const DeviceLevels& levels, const float* boxes, const int64_t* rows, int64_t item,
                                    T* columns) {
   const int32_t chunks = levels.channels / Chunk<T>::kCount, taps = levels.kernel * levels.kernel;
   const int64_t pair = item / chunks;
@@ -16,7 +16,7 @@ REFINEDET_BOTH void gather_columns(const DeviceLevels& levels, const float* boxe
   const int64_t row = pair / taps;
   const int32_t tap = static_cast<int32_t>(pair - row * taps);
   uint4* to = reinterpret_cast<uint4*>(columns) + item;
-  const Place place = place_of(levels, index[row]);
+  const Place place = place_of(levels, rows[row]);
   if (place.level < 0) {
     *to = {0, 0, 0, 0};
     return;
@@ -26,23 +26,23 @@ REFINEDET_BOTH void gather_columns(const DeviceLevels& levels, const float* boxe
   const Sample sample = make_sample(
       level, place.image, tap_corners(box, 1, tap / levels.kernel, levels.kernel, level.inverse_stride, level.height),
       tap_corners(box, 0, tap % levels.kernel, levels.kernel, level.inverse_stride, level.width));
-  const T* cells = static_cast<const T*>(level.cells) + chunk * Chunk<T>::kCount;
+  const T* cells = static_cast<const T*>(level.data) + chunk * Chunk<T>::kCount;
   uint4 words[4];
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) words[corner] = load_words(cells + sample.offset[corner]);
   *to = interpolate<T>(words, sample.weight);
 }
 
-// Pixels [T * 4 of each row] that a row's gradient goes to, in the gradient of all levels, and their weights.
-// An unused corner gets pixel 0 with weight 0.
+// Cells that a sample's gradient goes to, in the gradient of all levels, and their weights. An unused corner has weight
+// 0.
 struct Target {
   int64_t pixel[4];
   float weight[4];
 };
 
-REFINEDET_BOTH Target find_target(const DeviceLevels& levels, const float* boxes, const int64_t* index, int64_t row,
+REFINEDET_BOTH Target find_target(const DeviceLevels& levels, const float* boxes, const int64_t* rows, int64_t row,
                                   int32_t tap) {
-  const Place place = place_of(levels, index[row]);
+  const Place place = place_of(levels, rows[row]);
   if (place.level < 0) return {};
   const DeviceLevel& level = levels.level[place.level];
   const float* box = boxes + row * 4;
@@ -68,60 +68,29 @@ REFINEDET_BOTH void add_atomically(float* to, const float (&values)[4]) {
 #endif
 }
 
-// Adds four channels of one tap of one row of the columns' gradient [N, T, F] to the features' gradient [pixels, F].
-REFINEDET_BOTH void scatter_columns(const DeviceLevels& levels, const float* boxes, const int64_t* index,
-                                    const float* columns, int64_t item, float* grad) {
-  const int32_t groups = levels.channels / 4, taps = levels.kernel * levels.kernel;
-  const int64_t pair = item / groups;
-  const int32_t channel = static_cast<int32_t>(item - pair * groups) * 4;
+// Adds 16 bytes of channels of one tap of one row of the columns' gradient [N, T, F] to the features' gradient
+// [pixels, F].
+template <typename T>
+REFINEDET_BOTH void scatter_columns(const DeviceLevels& levels, const float* boxes, const int64_t* rows,
+                                    const T* columns, int64_t item, float* grad) {
+  const int32_t chunks = levels.channels / Chunk<T>::kCount, taps = levels.kernel * levels.kernel;
+  const int64_t pair = item / chunks;
+  const int32_t channel = static_cast<int32_t>(item - pair * chunks) * Chunk<T>::kCount;
   const int64_t row = pair / taps;
-  const Target target = find_target(levels, boxes, index, row, static_cast<int32_t>(pair - row * taps));
-  float values[4];
-  Chunk<float>::unpack(load_words(columns + item * 4), values);
+  const Target target = find_target(levels, boxes, rows, row, static_cast<int32_t>(pair - row * taps));
+  float values[Chunk<T>::kCount];
+  Chunk<T>::unpack(load_words(columns + item * Chunk<T>::kCount), values);
 #pragma unroll
   for (int corner = 0; corner < 4; ++corner) {
     const float weight = target.weight[corner];
     if (weight == 0.0f) continue;
-    const float parts[4] = {weight * values[0], weight * values[1], weight * values[2], weight * values[3]};
-    add_atomically(grad + target.pixel[corner] * levels.channels + channel, parts);
-  }
-}
-
-// The deterministic scatter, first half: keys [N, T, 4] and weights of thread `pair` (row, tap).
-REFINEDET_BOTH void write_targets(const DeviceLevels& levels, const float* boxes, const int64_t* index, int64_t pair,
-                                  int64_t* pixels, float* weights) {
-  const int32_t taps = levels.kernel * levels.kernel;
-  const int64_t row = pair / taps;
-  const Target target = find_target(levels, boxes, index, row, static_cast<int32_t>(pair - row * taps));
 #pragma unroll
-  for (int corner = 0; corner < 4; ++corner) {
-    pixels[pair * 4 + corner] = target.pixel[corner];
-    weights[pair * 4 + corner] = target.weight[corner];
+    for (int i = 0; i < Chunk<T>::kCount; i += 4) {
+      const float parts[4] = {weight * values[i], weight * values[i + 1], weight * values[i + 2],
+                              weight * values[i + 3]};
+      add_atomically(grad + target.pixel[corner] * levels.channels + channel + i, parts);
+    }
   }
-}
-
-// Second half: entries sorted by pixel, `order` their places before. The thread at the first entry of a pixel sums four
-// channels over the pixel's entries, in their order; nobody else adds to them.
-REFINEDET_BOTH void sum_targets(const int64_t* pixels, const int64_t* order, const float* weights, const float* columns,
-                                int64_t num_entries, int32_t channels, int64_t item, float* grad) {
-  const int32_t groups = channels / 4;
-  int64_t entry = item / groups;
-  const int32_t channel = static_cast<int32_t>(item - entry * groups) * 4;
-  const int64_t pixel = pixels[entry];
-  if (entry > 0 && pixels[entry - 1] == pixel) return;
-  float total[4] = {};
-  for (; entry < num_entries && pixels[entry] == pixel; ++entry) {
-    const int64_t from = order[entry];
-    const float weight = weights[from];
-    if (weight == 0.0f) continue;
-    float values[4];
-    Chunk<float>::unpack(load_words(columns + (from >> 2) * channels + channel), values);
-#pragma unroll
-    for (int i = 0; i < 4; ++i) total[i] += weight * values[i];
-  }
-  float* to = grad + pixel * channels + channel;
-#pragma unroll
-  for (int i = 0; i < 4; ++i) to[i] += total[i];
 }
 
 }  // namespace refinedet

@@ -1,14 +1,14 @@
 // The bodies of the fused forward: sample a tile of rows into shared memory and multiply it by the filters there, on
 // tensor cores for 16-bit features. Columns never reach the memory of the GPU.
 //
-// A block computes kTileRows rows of one group for kTileOutputs outputs. It runs over stages of one tap and 128 bytes
-// of channels; the cells of the next stage are in flight while the current one is multiplied. Between two barriers
-// every thread calls one of the functions below, so that the tests can run them on the host, thread by thread.
+// A block computes kTileRows rows of one group for kTileOutputs outputs. It runs over stages of 128 bytes of channels
+// and one tap, channels outside and taps inside: the cells that neighbouring taps share are then still in the caches.
+// The cells of the next stage are in flight while the current one is multiplied. Between two barriers every thread
+// calls one of the functions below, so that the tests can run them on the host, thread by thread.
 #pragma once
 
-#ifdef __CUDACC__
-#include <mma.h>
-#endif
+#include <cmath>
+#include <type_traits>
 
 #include "cuda/align_conv_sampling.h"
 
@@ -20,16 +20,15 @@ constexpr int kStageBytes = 128;               // of channels
 constexpr int kStagePitch = kStageBytes + 16;  // keeps the rows of a tile in different banks
 constexpr int kMaxKernel = 7, kMaxGroups = 64;
 
-// Filters of all groups as [groups, T, tiles of outputs, kTileOutputs, channels padded to whole stages], zeros beyond.
-// Rows of group g are order[group_start[g] .. group_start[g + 1]).
+// Filters are read where they are: [aspects, O, T, F] of each level, channels innermost.
 struct FusedArguments {
   const float* boxes;
-  const int64_t* index;
-  const int32_t *order, *group_start;
-  const void* filters;
+  const int64_t* rows;  // [N] ascending
+  const void* filters[kMaxLevels];
   const void* bias[kMaxLevels];  // [aspects, O]
   void* output;                  // [N, O]
-  int32_t outputs, output_tiles, num_groups, stages_per_tap;
+  int64_t num_rows;
+  int32_t outputs, num_groups, parts;  // parts of the channels, of kStageBytes each
 };
 
 template <typename T>
@@ -50,34 +49,73 @@ struct FusedShared {
   }
 };
 
-// Which rows a block works on; group is -1 where there is nothing to do.
+// First of the rows [N] whose number is `value` or more.
+REFINEDET_BOTH int32_t lower_bound(const int64_t* rows, int64_t num_rows, int64_t value) {
+  int64_t low = 0, high = num_rows;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (rows[middle] < value) {
+      low = middle + 1;
+    } else {
+      high = middle;
+    }
+  }
+  return static_cast<int32_t>(low);
+}
+
+// First row number of a group; that of group num_groups is the first of no anchor.
+REFINEDET_BOTH int64_t first_number(const DeviceLevels& levels, int32_t group) {
+  const int32_t level = group / levels.aspects, aspect = group - level * levels.aspects;
+  if (level < levels.num_levels) {
+    return levels.level[level].begin + aspect * levels.batch * levels.level[level].cells_per_image;
+  }
+  const DeviceLevel& last = levels.level[levels.num_levels - 1];
+  return last.begin + levels.aspects * levels.batch * last.cells_per_image;
+}
+
+// Thread g finds the first row of group g, so that the host need not know how many rows a group has. Rows before group
+// 0 have negative numbers: they are taken for its own, and marked as out of order.
+REFINEDET_BOTH void find_starts(const DeviceLevels& levels, const FusedArguments& arguments, int thread,
+                                int32_t* starts) {
+  if (thread > arguments.num_groups) return;
+  starts[thread] = thread == 0 ? 0 : lower_bound(arguments.rows, arguments.num_rows, first_number(levels, thread));
+}
+
+// Which rows a block works on. Group num_groups are the empty rows; -1: nothing to do.
 struct FusedTile {
-  int32_t group, first, count, output_tile;
+  int32_t group, first, count, output_begin;
 };
 
-REFINEDET_BOTH FusedTile find_tile(const FusedArguments& arguments, int32_t block, int32_t output_tile) {
-  for (int32_t group = 0; group < arguments.num_groups; ++group) {
-    const int32_t start = arguments.group_start[group], rows = arguments.group_start[group + 1] - start;
-    const int32_t tiles = (rows + kTileRows - 1) / kTileRows;
+REFINEDET_BOTH FusedTile find_tile(const FusedArguments& arguments, const int32_t* starts, int32_t block,
+                                   int32_t output_tile) {
+  for (int32_t group = 0; group <= arguments.num_groups; ++group) {
+    const int32_t end = group < arguments.num_groups ? starts[group + 1] : static_cast<int32_t>(arguments.num_rows);
+    const int32_t rows = end - starts[group], tiles = (rows + kTileRows - 1) / kTileRows;
     if (block < tiles) {
       const int32_t left = rows - block * kTileRows;
-      return {group, start + block * kTileRows, left < kTileRows ? left : kTileRows, output_tile};
+      return {group, starts[group] + block * kTileRows, left < kTileRows ? left : kTileRows,
+              output_tile * kTileOutputs};
     }
     block -= tiles;
   }
   return {-1, 0, 0, 0};
 }
 
+REFINEDET_BOTH int32_t tile_row(const FusedTile& tile, int r) {
+  return tile.first +
+         (r < tile.count ? r : tile.count - 1);  // beyond the tile its last row, whose sums are not written
+}
+
 // Two of the tile's 16-byte pieces of samples belong to each thread: of rows thread / 8 and thread / 8 + 32.
 constexpr int kPieces = kTileRows * (kStageBytes / 16) / kFusedThreads;
 
 struct FusedThread {
-  int64_t image_begin[kPieces];  // first number of the row's image in the level; -1 beyond the tile
+  int64_t image_begin[kPieces];  // first number of the row's image in the level
   uint4 words[kPieces][4];
   float weight[kPieces][4];
 };
 
-// Corners of all taps of the tile's rows. Rows beyond the tile repeat its last one; their sums are not written.
+// Corners of all taps of the tile's rows.
 template <typename T>
 REFINEDET_BOTH void begin_tile(const DeviceLevels& levels, const FusedArguments& arguments, const FusedTile& tile,
                                const FusedShared<T>& shared, int thread, FusedThread& state) {
@@ -85,7 +123,7 @@ REFINEDET_BOTH void begin_tile(const DeviceLevels& levels, const FusedArguments&
   const int per_row = 2 * levels.kernel;
   for (int item = thread; item < kTileRows * per_row; item += kFusedThreads) {
     const int r = item / per_row, axis = item % per_row / levels.kernel, tap = item % levels.kernel;
-    const int32_t row = arguments.order[tile.first + (r < tile.count ? r : tile.count - 1)];
+    const int32_t row = tile_row(tile, r);
     // Axis 0 of the corners is y, which is coordinate 1 of a box.
     shared.corners()[item] = tap_corners(arguments.boxes + int64_t(row) * 4, 1 - axis, tap, levels.kernel,
                                          level.inverse_stride, axis == 0 ? level.height : level.width);
@@ -93,18 +131,20 @@ REFINEDET_BOTH void begin_tile(const DeviceLevels& levels, const FusedArguments&
 #pragma unroll
   for (int piece = 0; piece < kPieces; ++piece) {
     const int r = thread / 8 + piece * (kTileRows / kPieces);
-    const int32_t row = arguments.order[tile.first + (r < tile.count ? r : tile.count - 1)];
-    state.image_begin[piece] = arguments.index[row] / levels.anchors * level.image_step;
+    const int64_t number = arguments.rows[tile_row(tile, r)] - first_number(levels, tile.group);
+    const int64_t image = number / level.cells_per_image;
+    // A row of another group would read beyond the features; end_tile marks it.
+    state.image_begin[piece] = number < 0 || image >= levels.batch ? 0 : image * level.image_step;
   }
 }
 
 // Puts the cells of a stage in flight, to registers.
 template <typename T>
-REFINEDET_BOTH void fetch_samples(const DeviceLevels& levels, const FusedTile& tile, int stages_per_tap,
-                                  const FusedShared<T>& shared, int stage, int thread, FusedThread& state) {
+REFINEDET_BOTH void fetch_samples(const DeviceLevels& levels, const FusedTile& tile, const FusedShared<T>& shared,
+                                  int stage, int thread, FusedThread& state) {
   const DeviceLevel& level = levels.level[tile.group / levels.aspects];
-  const int tap = stage / stages_per_tap;
-  const int channel = (stage - tap * stages_per_tap) * (kStageBytes / int(sizeof(T))) + thread % 8 * Chunk<T>::kCount;
+  const int taps = levels.kernel * levels.kernel, part = stage / taps, tap = stage - part * taps;
+  const int channel = part * (kStageBytes / int(sizeof(T))) + thread % 8 * Chunk<T>::kCount;
   const int tap_y = tap / levels.kernel, tap_x = tap - tap_y * levels.kernel;
 #pragma unroll
   for (int piece = 0; piece < kPieces; ++piece) {
@@ -112,7 +152,7 @@ REFINEDET_BOTH void fetch_samples(const DeviceLevels& levels, const FusedTile& t
     const Corners<float>* corners = shared.corners() + r * 2 * levels.kernel;
     const Corners<float> y = corners[tap_y], x = corners[levels.kernel + tap_x];
     const bool inside = channel < levels.channels;  // else the stage's channels are padding
-    const T* cells = static_cast<const T*>(level.cells) + state.image_begin[piece] + (inside ? channel : 0);
+    const T* cells = static_cast<const T*>(level.data) + state.image_begin[piece] + (inside ? channel : 0);
     const T* low = cells + y.low * level.row_step;
     const T* high = cells + y.high * level.row_step;
     const int64_t left = x.low * level.column_step, right = x.high * level.column_step;
@@ -137,26 +177,29 @@ REFINEDET_BOTH void store_samples(const FusedShared<T>& shared, int buffer, int 
   }
 }
 
-// Puts the filters of a stage in flight, to shared memory; wait_for_filters before the next barrier.
+// Puts the filters of a stage in flight, to shared memory; wait_for_filters before the next barrier. Outputs and
+// channels beyond the last are zeros.
 template <typename T>
-REFINEDET_BOTH void fetch_filters(const FusedArguments& arguments, const FusedTile& tile, int taps, int stage,
-                                  const FusedShared<T>& shared, int buffer, int thread) {
-  const int tap = stage / arguments.stages_per_tap, part = stage - tap * arguments.stages_per_tap;
-  const int64_t row_bytes = int64_t(arguments.stages_per_tap) * kStageBytes;
-  const unsigned char* from =
-      static_cast<const unsigned char*>(arguments.filters) +
-      ((int64_t(tile.group) * taps + tap) * arguments.output_tiles + tile.output_tile) * kTileOutputs * row_bytes +
-      part * kStageBytes;
+REFINEDET_BOTH void fetch_filters(const DeviceLevels& levels, const FusedArguments& arguments, const FusedTile& tile,
+                                  int stage, const FusedShared<T>& shared, int buffer, int thread) {
+  const int taps = levels.kernel * levels.kernel, part = stage / taps, tap = stage - part * taps;
+  const int32_t level = tile.group / levels.aspects, aspect = tile.group - level * levels.aspects;
+  const int channel = part * (kStageBytes / int(sizeof(T))) + thread % 8 * Chunk<T>::kCount;
+  const T* from = static_cast<const T*>(arguments.filters[level]);
 #pragma unroll
   for (int item = thread; item < kTileOutputs * 8; item += kFusedThreads) {
-    const int output = item / 8, piece = item % 8;
-    unsigned char* to = shared.filters(buffer) + output * kStagePitch + piece * 16;
-    const unsigned char* source = from + output * row_bytes + piece * 16;
+    const int output = item / 8, wanted = tile.output_begin + output;
+    const bool inside = wanted < arguments.outputs && channel < levels.channels;
+    unsigned char* to = shared.filters(buffer) + output * kStagePitch + thread % 8 * 16;
+    const int64_t filter = (int64_t(aspect) * arguments.outputs + (inside ? wanted : 0)) * taps + tap;
+    const T* source = from + filter * levels.channels + (inside ? channel : 0);
 #ifdef __CUDA_ARCH__
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
-                 "l"(source));
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(to))),
+        "l"(source), "r"(inside ? 16 : 0));
 #else
-    memcpy(to, source, 16);
+    const unsigned char zeros[16] = {};
+    memcpy(to, inside ? reinterpret_cast<const unsigned char*>(source) : zeros, 16);
 #endif
   }
 }
@@ -167,74 +210,122 @@ REFINEDET_BOTH void wait_for_filters() {
 #endif
 }
 
-// Sums of a tile: warp w holds the 16 rows from w / 2 * 16 on and the 48 outputs from w % 2 * 48 on.
+// Sums of a tile: warp w holds the 16 rows from w / 2 * 16 on and the 48 outputs from w % 2 * 48 on, as six products
+// m16n8k16 of the tensor cores. Lane l has of each product the rows l / 4 and l / 4 + 8, the outputs l % 4 * 2 and
+// l % 4 * 2 + 1.
+constexpr int kProducts = 6;
+
+// Where lane `lane` of a warp points ldmatrix.x4 for 16 samples, and for 16 outputs, by 16 channels from `channel` on.
+// The four 8x8 matrices of the samples come rows first; those of the filters, outputs by channels, channels first.
+REFINEDET_BOTH int sample_offset(int warp, int lane, int channel) {
+  return (warp / 2 * 16 + lane % 16) * kStagePitch + channel * 2 + lane / 16 * 16;
+}
+REFINEDET_BOTH int filter_offset(int warp, int lane, int channel, int pair) {
+  return (warp % 2 * 48 + pair * 16 + lane / 16 * 8 + lane % 8) * kStagePitch + channel * 2 + lane / 8 % 2 * 16;
+}
+// Place in the tile's sums of a lane's number i (of 4) of a product.
+REFINEDET_BOTH int sum_offset(int warp, int lane, int product, int i, int pitch) {
+  return (warp / 2 * 16 + lane / 4 + i / 2 * 8) * pitch + warp % 2 * 48 + product * 8 + lane % 4 * 2 + i % 2;
+}
+
+#ifdef __CUDA_ARCH__
+__device__ __forceinline__ void load_matrices(const unsigned char* from, uint32_t (&words)[4]) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(words[0]), "=r"(words[1]), "=r"(words[2]), "=r"(words[3])
+               : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(from))));
+}
+
+template <typename T>
+__device__ __forceinline__ void multiply_add(float (&sums)[4], const uint32_t (&left)[4], uint32_t low, uint32_t high) {
+  if constexpr (sizeof(T) == 2 && std::is_same_v<T, __half>) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(low), "r"(high));
+  } else {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0,%1,%2,%3}, {%4,%5,%6,%7}, {%8,%9}, {%0,%1,%2,%3};"
+        : "+f"(sums[0]), "+f"(sums[1]), "+f"(sums[2]), "+f"(sums[3])
+        : "r"(left[0]), "r"(left[1]), "r"(left[2]), "r"(left[3]), "r"(low), "r"(high));
+  }
+}
+#endif
+
 template <typename T>
 class TileSums {
 #ifdef __CUDA_ARCH__
-  using Fragment = nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float>;
-  Fragment sums_[3];
+  float sums_[kProducts][4] = {};
 
  public:
-  __device__ __forceinline__ TileSums() {
-#pragma unroll
-    for (int i = 0; i < 3; ++i) nvcuda::wmma::fill_fragment(sums_[i], 0.0f);
-  }
+  __device__ __forceinline__ TileSums() {}
 
   __device__ __forceinline__ void multiply(const FusedShared<T>& shared, int buffer, int thread) {
-    using namespace nvcuda::wmma;
-    const int warp = thread / 32;
-    constexpr int kPitch = kStagePitch / sizeof(T);
-    const T* samples = reinterpret_cast<const T*>(shared.samples(buffer)) + warp / 2 * 16 * kPitch;
-    const T* filters = reinterpret_cast<const T*>(shared.filters(buffer)) + warp % 2 * 48 * kPitch;
+    const int warp = thread / 32, lane = thread % 32;
 #pragma unroll
-    for (int k = 0; k < kStageBytes / int(sizeof(T)); k += 16) {
-      fragment<matrix_a, 16, 16, 16, T, row_major> left;
-      load_matrix_sync(left, samples + k, kPitch);
+    for (int channel = 0; channel < kStageBytes / 2; channel += 16) {
+      uint32_t left[4], right[4];
+      load_matrices(shared.samples(buffer) + sample_offset(warp, lane, channel), left);
 #pragma unroll
-      for (int i = 0; i < 3; ++i) {
-        fragment<matrix_b, 16, 16, 16, T, col_major> right;
-        load_matrix_sync(right, filters + i * 16 * kPitch + k, kPitch);
-        mma_sync(sums_[i], left, right, sums_[i]);
+      for (int pair = 0; pair < kProducts / 2; ++pair) {
+        load_matrices(shared.filters(buffer) + filter_offset(warp, lane, channel, pair), right);
+        multiply_add<T>(sums_[2 * pair], left, right[0], right[1]);
+        multiply_add<T>(sums_[2 * pair + 1], left, right[2], right[3]);
       }
     }
   }
 
   __device__ __forceinline__ void store(const FusedShared<T>& shared, int thread) const {
-    const int warp = thread / 32;
-    float* to = shared.sums() + warp / 2 * 16 * shared.kSumsPitch + warp % 2 * 48;
 #pragma unroll
-    for (int i = 0; i < 3; ++i) {
-      nvcuda::wmma::store_matrix_sync(to + i * 16, sums_[i], shared.kSumsPitch, nvcuda::wmma::mem_row_major);
+    for (int product = 0; product < kProducts; ++product) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) {
+        shared.sums()[sum_offset(thread / 32, thread % 32, product, i, shared.kSumsPitch)] = sums_[product][i];
+      }
     }
   }
 #else
-  // On the host the first thread of a warp does the work of all.
-  float sums_[16][48] = {};
+  // On the host the first thread of a warp does the work of all, by the definitions of ldmatrix and mma: number i of a
+  // lane in matrix m is at row lane / 4, column lane % 4 * 2 + i of the 8 rows that lanes 8 m .. 8 m + 7 point to.
+  float sums_[32][kProducts][4] = {};
+
+  static float element(const unsigned char* memory, const int (&offsets)[32], int matrix, int row, int column) {
+    T value;
+    memcpy(&value, memory + offsets[8 * matrix + row] + column * 2, 2);
+    return static_cast<float>(value);
+  }
 
  public:
   void multiply(const FusedShared<T>& shared, int buffer, int thread) {
     if (thread % 32 != 0) return;
     const int warp = thread / 32;
-    constexpr int kCount = Chunk<T>::kCount, kChannels = kStageBytes / sizeof(T);
-    float left[16][kChannels], right[48][kChannels];
-    for (int piece = 0; piece < 8; ++piece) {
-      const unsigned char* samples = shared.samples(buffer) + warp / 2 * 16 * kStagePitch + piece * 16;
-      const unsigned char* filters = shared.filters(buffer) + warp % 2 * 48 * kStagePitch + piece * 16;
-      for (int i = 0; i < 16; ++i) Chunk<T>::unpack(load_words(samples + i * kStagePitch), left[i] + piece * kCount);
-      for (int i = 0; i < 48; ++i) Chunk<T>::unpack(load_words(filters + i * kStagePitch), right[i] + piece * kCount);
-    }
-    for (int row = 0; row < 16; ++row) {
-      for (int output = 0; output < 48; ++output) {
-        for (int i = 0; i < kChannels; ++i) sums_[row][output] += left[row][i] * right[output][i];
+    for (int channel = 0; channel < kStageBytes / 2; channel += 16) {
+      int samples[32], filters[32];
+      for (int lane = 0; lane < 32; ++lane) samples[lane] = sample_offset(warp, lane, channel);
+      for (int product = 0; product < kProducts; ++product) {
+        for (int lane = 0; lane < 32; ++lane) filters[lane] = filter_offset(warp, lane, channel, product / 2);
+        for (int lane = 0; lane < 32; ++lane) {
+          for (int i = 0; i < 4; ++i) {
+            const int row = lane / 4, half = i / 2, output = lane % 4 * 2 + i % 2;
+            for (int k = 0; k < 16; ++k) {
+              // a0, a1: channels 0..7 of rows 0..7 and 8..15; a2, a3: channels 8..15. b0, b1: channels 0..7, 8..15.
+              const float left = element(shared.samples(buffer), samples, half + k / 8 * 2, row, k % 8);
+              const float right = element(shared.filters(buffer), filters, product % 2 * 2 + k / 8, output, k % 8);
+              sums_[lane][product][i] += left * right;
+            }
+          }
+        }
       }
     }
   }
 
   void store(const FusedShared<T>& shared, int thread) const {
     if (thread % 32 != 0) return;
-    const int warp = thread / 32;
-    for (int row = 0; row < 16; ++row) {
-      memcpy(shared.sums() + (warp / 2 * 16 + row) * shared.kSumsPitch + warp % 2 * 48, sums_[row], sizeof(sums_[row]));
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int product = 0; product < kProducts; ++product) {
+        for (int i = 0; i < 4; ++i) {
+          shared.sums()[sum_offset(thread / 32, lane, product, i, shared.kSumsPitch)] = sums_[lane][product][i];
+        }
+      }
     }
   }
 #endif
@@ -289,37 +380,25 @@ REFINEDET_BOTH void from_float(float value, float* to) { *to = value; }
 REFINEDET_BOTH void from_float(float value, __nv_bfloat16* to) { *to = __float2bfloat16(value); }
 REFINEDET_BOTH void from_float(float value, __half* to) { *to = __float2half(value); }
 
-// The tile's sums and the bias to the output.
+// The tile's sums and the bias to the output; zeros for empty rows, NaN for rows that are not in ascending order.
 template <typename T>
 REFINEDET_BOTH void end_tile(const DeviceLevels& levels, const FusedArguments& arguments, const FusedTile& tile,
                              const FusedShared<T>& shared, int thread) {
-  const int32_t level = tile.group / levels.aspects, aspect = tile.group - level * levels.aspects;
-  const int32_t begin = tile.output_tile * kTileOutputs;
-  const int32_t left = arguments.outputs - begin, columns = left < kTileOutputs ? left : kTileOutputs;
-  const T* bias = static_cast<const T*>(arguments.bias[level]) + int64_t(aspect) * arguments.outputs + begin;
+  const bool empty = tile.group == arguments.num_groups;
+  const int32_t level = empty ? 0 : tile.group / levels.aspects, aspect = tile.group - level * levels.aspects;
+  const int32_t left = arguments.outputs - tile.output_begin, columns = left < kTileOutputs ? left : kTileOutputs;
+  const T* bias = static_cast<const T*>(arguments.bias[level]) +
+                  (empty ? 0 : int64_t(aspect) * arguments.outputs + tile.output_begin);
+  const int64_t low = first_number(levels, tile.group);
+  const int64_t high = empty ? INT64_MAX : first_number(levels, tile.group + 1);
   for (int item = thread; item < tile.count * columns; item += kFusedThreads) {
     const int r = item / columns, column = item - r * columns;
-    T* to = static_cast<T*>(arguments.output) + int64_t(arguments.order[tile.first + r]) * arguments.outputs + begin;
-    from_float(shared.sums()[r * shared.kSumsPitch + column] + to_float(bias[column]), to + column);
+    const int64_t row = tile.first + r;
+    T* to = static_cast<T*>(arguments.output) + row * arguments.outputs + tile.output_begin + column;
+    float value = empty ? 0.0f : shared.sums()[r * shared.kSumsPitch + column] + to_float(bias[column]);
+    if (arguments.rows[row] < low || arguments.rows[row] >= high) value = NAN;
+    from_float(value, to);
   }
-}
-
-// Filters [aspects, O, F, T] of a level, one number a thread, into the layout of FusedArguments.
-template <typename T>
-REFINEDET_BOTH void pack_filter(const T* weight, int32_t level, int32_t aspects, int32_t outputs, int32_t channels,
-                                int32_t taps, int32_t output_tiles, int32_t padded_channels, int64_t item, T* packed) {
-  // Written in order: channel, output, tap, aspect.
-  const int32_t channel = static_cast<int32_t>(item % padded_channels);
-  int64_t rest = item / padded_channels;
-  const int32_t padded_outputs = output_tiles * kTileOutputs;
-  const int32_t output = static_cast<int32_t>(rest % padded_outputs);
-  rest /= padded_outputs;
-  const int32_t tap = static_cast<int32_t>(rest % taps), aspect = static_cast<int32_t>(rest / taps);
-  T value{};
-  if (channel < channels && output < outputs) {
-    value = weight[((int64_t(aspect) * outputs + output) * channels + channel) * taps + tap];
-  }
-  packed[int64_t(level) * aspects * taps * padded_outputs * padded_channels + item] = value;
 }
 
 }  // namespace refinedet

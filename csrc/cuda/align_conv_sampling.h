@@ -1,7 +1,4 @@
 // Bilinear samples on a GPU, 16 bytes of channels at a time. Everything here runs on the host too, for the tests.
-//
-// Legend: B images, F channels, H W cells of a level, N rows (anchors that are computed), K kernel side, T = K * K
-// taps, O outputs. A group is one aspect of one level: the rows that share filters.
 #pragma once
 
 #include <cuda_bf16.h>
@@ -16,32 +13,22 @@ namespace refinedet {
 
 // A level as the kernels see it; passed by value as a __grid_constant__, so that indexing it costs no local memory.
 struct DeviceLevel {
-  const void* cells;                          // channels of a cell are contiguous, 16-byte aligned
+  const void* data;                           // channels of a cell are contiguous, 16-byte aligned
   int64_t image_step, row_step, column_step;  // elements
-  int64_t grad_begin;                         // first pixel of the level in the gradient of all levels
-  int32_t height, width;
+  int64_t grad_begin;                         // first cell of the level in the gradient of all levels
+  int64_t begin;                              // first row number of the level
+  int32_t cells_per_image, height, width;
   float inverse_stride;
-  int32_t anchor_begin;  // first anchor of the level in an image
 };
 
 struct DeviceLevels {
   DeviceLevel level[kMaxLevels];
   int32_t num_levels, aspects, kernel, channels;
-  int64_t anchors, batch;  // anchors of one image
+  int64_t batch;
 };
 
-// What an index says of its row. level is -1 for an empty row: a negative index, or one beyond the images.
-struct Place {
-  int32_t level, aspect, image;
-};
-
-REFINEDET_BOTH Place place_of(const DeviceLevels& levels, int64_t index) {
-  if (index < 0 || index >= levels.anchors * levels.batch) return {-1, 0, 0};
-  const int32_t image = static_cast<int32_t>(index / levels.anchors);
-  const int32_t anchor = static_cast<int32_t>(index - image * levels.anchors);
-  int32_t level = 0;
-  while (level + 1 < levels.num_levels && anchor >= levels.level[level + 1].anchor_begin) ++level;
-  return {level, (anchor - levels.level[level].anchor_begin) % levels.aspects, image};
+REFINEDET_BOTH Place place_of(const DeviceLevels& levels, int64_t row) {
+  return place_of(levels.level, levels.num_levels, levels.aspects, levels.batch, row);
 }
 
 // 16 bytes of channels as accumulation values, and back.

@@ -35,41 +35,50 @@ inline Tensor sampled_layout(const Tensor& feature) {
 
 struct DeviceInputs {
   std::vector<Tensor> features;
-  Tensor boxes, index;
+  Tensor boxes, rows;
   DeviceLevels levels;
-  int64_t pixels;  // of all levels and images
 };
 
 inline DeviceInputs device_inputs(const AlignConvShape& shape, const std::vector<Tensor>& features,
-                                  const std::vector<int64_t>& strides, const Tensor& boxes, const Tensor& index) {
+                                  const std::vector<int64_t>& strides, const Tensor& boxes, const Tensor& rows) {
   const bool single = boxes.scalar_type() == ScalarType::Float;
   DeviceInputs inputs{{},
                       torch::stable::contiguous(single ? boxes : torch::stable::to(boxes, ScalarType::Float)),
-                      torch::stable::contiguous(index),
-                      {},
-                      0};
+                      torch::stable::contiguous(rows),
+                      {}};
+  int64_t pixels = 0;
   DeviceLevels& levels = inputs.levels;
   levels.num_levels = shape.num_levels;
   levels.aspects = shape.aspects;
   levels.kernel = shape.kernel;
   levels.channels = static_cast<int32_t>(shape.channels);
-  levels.anchors = shape.anchors;
   levels.batch = shape.batch;
   for (int l = 0; l < shape.num_levels; ++l) {
     inputs.features.push_back(sampled_layout(features[l]));
     const Tensor& feature = inputs.features[l];
+    const int32_t cells = shape.height[l] * shape.width[l];
     levels.level[l] = {feature.const_data_ptr(),
                        feature.stride(0),
                        feature.stride(2),
                        feature.stride(3),
-                       inputs.pixels,
+                       pixels,
+                       pixels * shape.aspects,
+                       cells,
                        shape.height[l],
                        shape.width[l],
-                       1.0f / static_cast<float>(strides[l]),
-                       static_cast<int32_t>(shape.level_begin[l])};
-    inputs.pixels += shape.batch * shape.height[l] * shape.width[l];
+                       1.0f / static_cast<float>(strides[l])};
+    pixels += shape.batch * cells;
   }
   return inputs;
+}
+
+// Calls run(T()) for the type of the features.
+template <typename Run>
+void by_device_type(ScalarType type, const Run& run) {
+  if (type == ScalarType::Float) return run(float());
+  if (type == ScalarType::BFloat16) return run(__nv_bfloat16());
+  STD_TORCH_CHECK(type == ScalarType::Half, "align_conv: features must be float32, bfloat16 or float16 on a GPU.");
+  run(__half());
 }
 
 }  // namespace refinedet

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import align_conv_cuda, library
+from . import align_conv_products, library
 from .align_conv_reference import align_conv_reference
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -28,7 +28,7 @@ def align_conv(
     features: Sequence[Tensor],
     strides: Sequence[int],
     boxes: Tensor,
-    index: Tensor,
+    rows: Tensor,
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
 ) -> Tensor:
@@ -42,41 +42,39 @@ def align_conv(
     features  a level each: [B, F, H, W]; fp32, bf16, fp16 or fp64. Channels-last is read in place, else copied
     strides   a level each: pixels a cell
     boxes     [N, 4]  xyxy, pixels of the image, fp32 or fp64; no gradient reaches them
-    index     [N] int64, ascending: image * A + anchor, anchors in the order level, y, x, aspect;
-              a negative index marks an empty row: zero output, no gradient. One of B * A or more is an error on the
-              CPU and an empty row on a GPU, where reading it would make the host wait
-    weight    a level each: [aspects, O, F, K, K]
+    rows      [N] int64, ascending: numbers of the anchors of all images in the order (level, aspect, image, y, x), see
+              `anchors.order_rows`; the number of all anchors marks an empty row: zero output, no gradient. Rows that
+              are not ascending are an error on a CPU, and NaN on a GPU, where the host does not wait to read them
+    weight    a level each: [aspects, O, F, K, K]; read in place where channels are innermost in memory, else copied
     bias      a level each: [aspects, O]
     returns   [N, O]  accumulated in fp32 (fp64 for fp64), in the features' dtype
 
     Under autocast features, weight and bias are cast as for a convolution. Rows whose gradient is zero are skipped in
-    the backward. It is deterministic on the CPU, and on a GPU under `torch.use_deterministic_algorithms`.
+    the backward; every filter gets a gradient, of zeros where no row asked for one. The backward is deterministic on a
+    CPU, and on a GPU under `torch.use_deterministic_algorithms`. Second derivatives are refused with an error.
     """
     features, weight, bias = (_autocast(tensors, features) for tensors in (features, weight, bias))
-    _check(features, strides, boxes, index, weight, bias)
+    _check(features, strides, boxes, rows, weight, bias)
     device = features[0].device
     if not _is_ready(device.type, device.index, features[0].dtype):
-        return align_conv_reference(features, strides, boxes, index, weight, bias)
+        return align_conv_reference(features, strides, boxes, rows, weight, bias)
     if features[0].is_cuda:
         features, weight = _pad_channels(features), _pad_channels(weight)
-    return torch.ops.refinedet.align_conv(
-        list(features), list(strides), boxes.detach(), index, list(weight), list(bias)
-    )
+    weight = [filters.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) for filters in weight]
+    return torch.ops.refinedet.align_conv(list(features), list(strides), boxes.detach(), rows, weight, list(bias))
 
 
-def top_anchors(scores: Tensor, capacity: int, threshold: float) -> Tensor:
-    """Index of the anchors to compute, of a fixed size, for CUDA graphs and torch.compile: the host never waits.
+def top_rows(scores: Tensor, capacity: int, threshold: float) -> Tensor:
+    """The rows to compute, of a fixed number, for CUDA graphs and torch.compile: the host never waits.
 
-    scores    [B, A]  such as 1 - negative confidence
-    capacity  rows of the result, at most B * A; where more anchors pass, those with the highest scores stay
-    returns   [capacity] int64  index of `align_conv`: scores above the threshold, ascending, then -1 for empty rows
+    scores    [B * A]  such as 1 - negative confidence, in the order of the row numbers
+    capacity  of the result, at most B * A; where more anchors pass, those with the highest scores stay
+    returns   [capacity] int64  numbers of the rows with `threshold` or more, ascending, then B * A for empty rows
     """
     if not 0 < capacity <= scores.numel():
         raise ValueError(f"capacity must lie in [1, {scores.numel()}] (all anchors), received {capacity}.")
-    values, index = scores.flatten().topk(capacity, sorted=False)
-    beyond = scores.numel()
-    ascending = torch.where(values > threshold, index, beyond).sort().values
-    return torch.where(ascending < beyond, ascending, -1)
+    values, rows = scores.topk(capacity, sorted=False)
+    return torch.where(values >= threshold, rows, scores.numel()).sort().values
 
 
 def _autocast(tensors: Sequence[Tensor], features: Sequence[Tensor]) -> Sequence[Tensor]:
@@ -91,7 +89,7 @@ def _check(
     features: Sequence[Tensor],
     strides: Sequence[int],
     boxes: Tensor,
-    index: Tensor,
+    rows: Tensor,
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
 ) -> None:
@@ -122,13 +120,13 @@ def _check(
                     f"The {name} of level {level} must be {first.dtype} on {first.device} as the first features are, "
                     f"received {tensor.dtype} on {tensor.device}."
                 )
-    if index.dim() != 1 or index.dtype != torch.int64 or index.device != first.device:
+    if rows.dim() != 1 or rows.dtype != torch.int64 or rows.device != first.device:
         raise ValueError(
-            f"index must be [N] int64 on {first.device}, received {list(index.shape)} {index.dtype} on {index.device}."
+            f"rows must be [N] int64 on {first.device}, received {list(rows.shape)} {rows.dtype} on {rows.device}."
         )
-    if boxes.shape != (*index.shape, 4) or boxes.dtype not in (torch.float32, torch.float64):
+    if boxes.shape != (*rows.shape, 4) or boxes.dtype not in (torch.float32, torch.float64):
         raise ValueError(
-            f"boxes must be [{index.shape[0]}, 4] float32 or float64, received {list(boxes.shape)} {boxes.dtype}."
+            f"boxes must be [{rows.shape[0]}, 4] float32 or float64, received {list(boxes.shape)} {boxes.dtype}."
         )
     if boxes.device != first.device:
         raise ValueError(f"boxes must be on {first.device} as the features are, received {boxes.device}.")
@@ -157,36 +155,41 @@ def _register() -> bool:
     torch.library.register_fake("refinedet::align_conv", _fake)
     torch.library.register_fake("refinedet::align_conv_backward", _fake_backward)
     torch.library.register_autograd("refinedet::align_conv", _backward, setup_context=_setup_context)
-    if library.describe().cuda:
-        torch.library.impl("refinedet::align_conv_backward", "CUDA", align_conv_cuda.align_conv_backward)
+    torch.library.register_autograd("refinedet::align_conv_backward", _refuse_second_derivative)
+    torch.library.impl("refinedet::align_conv", "CPU", align_conv_products.align_conv_forward)
+    for device in ("CPU", "CUDA") if library.describe().cuda else ("CPU",):
+        torch.library.impl("refinedet::align_conv_backward", device, align_conv_products.align_conv_backward)
     return True
 
 
-def _fake(features, strides, boxes, index, weight, bias):
-    return features[0].new_empty(index.shape[0], weight[0].shape[1])
+def _fake(features, strides, boxes, rows, weight, bias):
+    return features[0].new_empty(rows.shape[0], weight[0].shape[1])
 
 
-def _fake_backward(grad, features, strides, boxes, index, weight, features_grad, filters_grad, deterministic):
+def _fake_backward(grad, features, strides, boxes, rows, weight, features_grad, filters_grad, deterministic):
     gradients = []
     if features_grad:
         for feature in features:
             batch, channels, height, width = feature.shape
             gradients.append(feature.new_empty(batch, height, width, channels).permute(0, 3, 1, 2))
     if filters_grad:
-        gradients += [filters.new_empty(filters.shape) for filters in weight]
+        for filters in weight:
+            aspects, outputs, channels, kernel, _ = filters.shape
+            innermost = filters.new_empty(aspects, outputs, kernel, kernel, channels)
+            gradients.append(innermost.permute(0, 1, 4, 2, 3))
         gradients += [filters.new_empty(filters.shape[:2]) for filters in weight]
     return gradients
 
 
 def _setup_context(ctx, inputs, output):
-    features, strides, boxes, index, weight, _ = inputs
-    ctx.save_for_backward(*features, boxes, index, *weight)
+    features, strides, boxes, rows, weight, _ = inputs
+    ctx.save_for_backward(*features, boxes, rows, *weight)
     ctx.strides = strides
 
 
 def _backward(ctx, grad):
     num_levels = len(ctx.strides)
-    features, (boxes, index), weight = (
+    features, (boxes, rows), weight = (
         ctx.saved_tensors[:num_levels],
         ctx.saved_tensors[num_levels : num_levels + 2],
         ctx.saved_tensors[num_levels + 2 :],
@@ -198,7 +201,7 @@ def _backward(ctx, grad):
         features,
         ctx.strides,
         boxes,
-        index,
+        rows,
         weight,
         to_features,
         to_filters,
@@ -208,3 +211,10 @@ def _backward(ctx, grad):
     of_features = gradients[:num_levels] if to_features else absent
     of_filters = gradients[-2 * num_levels :] if to_filters else absent * 2
     return of_features, None, None, None, of_filters[:num_levels], of_filters[num_levels:]
+
+
+def _refuse_second_derivative(ctx, *gradients):
+    raise NotImplementedError(
+        "align_conv has no second derivative, received a backward through its gradient; compute it without "
+        "create_graph, or with align_conv_reference."
+    )

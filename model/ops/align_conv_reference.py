@@ -19,7 +19,7 @@ def align_conv_reference(
     features: Sequence[Tensor],
     strides: Sequence[int],
     boxes: Tensor,
-    index: Tensor,
+    rows: Tensor,
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
     *,
@@ -33,12 +33,12 @@ def align_conv_reference(
         boxes = boxes.detach()
     accumulate = torch.float64 if features[0].dtype == torch.float64 else torch.float32
     boxes = boxes.to(accumulate)
-    level, image, aspect = split_index(index, features, aspects=weight[0].shape[0])
-    kernel = weight[0].shape[-1]
-    rows, values = [], []
+    aspects, outputs, _, kernel, _ = weight[0].shape
+    level, aspect, image = split_rows(rows, features, aspects)
+    places, values = [], []
     for position, (feature, stride) in enumerate(zip(features, strides, strict=True)):
         cells = feature.permute(0, 2, 3, 1).to(accumulate)
-        for shape in range(weight[0].shape[0]):
+        for shape in range(aspects):
             # [O, F, K, K] -> [K*K*F, O]: taps outside, channels inside, like the samples.
             filters = weight[position][shape].permute(2, 3, 1, 0).flatten(0, 2).to(accumulate)
             offset = bias[position][shape].to(accumulate)
@@ -47,25 +47,30 @@ def align_conv_reference(
             for chunk in chosen.split(ROWS_PER_CHUNK) if chosen.numel() else (chosen,):
                 y, x = sample_points(boxes[chunk], kernel, stride)
                 samples = _bilinear(cells, image[chunk], y, x)
-                rows.append(chunk)
+                places.append(chunk)
                 values.append(torch.addmm(offset, samples.flatten(1), filters))
-    output = values[0].new_zeros(index.shape[0], weight[0].shape[1])
-    return output.index_copy(0, torch.cat(rows), torch.cat(values)).to(features[0].dtype)
+    output = values[0].new_zeros(rows.shape[0], outputs)
+    return output.index_copy(0, torch.cat(places), torch.cat(values)).to(features[0].dtype)
 
 
-def split_index(index: Tensor, features: Sequence[Tensor], aspects: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Level, image and aspect of each row, [N] int64; the level of an empty row (index < 0) is -1.
+def split_rows(rows: Tensor, features: Sequence[Tensor], aspects: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Level, aspect and image of each row, [N] int64; the level of an empty row is -1.
 
-    index [N] counts image * A + anchor, with the anchors in the order level, y, x, aspect.
+    rows  [N]  numbers of anchors in the order (level, aspect, image, y, x)
     """
-    sizes = [feature.shape[-2] * feature.shape[-1] * aspects for feature in features]
-    image = index.div(sum(sizes), rounding_mode="floor")
-    anchor = index - image * sum(sizes)
-    level = torch.zeros_like(index)
-    for start in itertools.accumulate(sizes[:-1]):
-        level = level + (anchor >= start)
-    # A level holds a whole number of cells, so the aspect follows from the anchor alone.
-    return torch.where(index < 0, -1, level), image, anchor % aspects
+    batch = features[0].shape[0]
+    sizes = [feature.shape[-2] * feature.shape[-1] for feature in features]
+    ends = list(itertools.accumulate(batch * aspects * size for size in sizes))
+    level = torch.zeros_like(rows)
+    rest, cells = rows.clone(), torch.full_like(rows, sizes[0])
+    for position, start in enumerate(ends[:-1], start=1):
+        here = rows >= start
+        level = level + here
+        rest = torch.where(here, rows - start, rest)
+        cells = torch.where(here, sizes[position], cells)
+    image = rest // cells
+    empty = (rows < 0) | (rows >= ends[-1])
+    return torch.where(empty, -1, level), image // batch, image % batch
 
 
 def sample_points(boxes: Tensor, kernel: int, stride: int) -> tuple[Tensor, Tensor]:

@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 LIBRARY_NAME = "librefinedet.so"
 CARRIED = "operators"
 """directory beside the package `refinedet` in which a submitted job carries the library of the machine it came from"""
+VERSION = "2"
+"""of the operators, as csrc/schemas.cpp has it"""
 BUILD_COMMAND = "uv pip install --no-build-isolation --no-deps -e ."
 
 
@@ -62,9 +64,12 @@ def describe() -> LibraryStatus:
         torch.ops.load_library(path)
         build_info = ctypes.CDLL(str(path)).refinedet_build_info
         build_info.restype = ctypes.c_char_p
-        cuda, compiler, oldest_torch = build_info().decode().split("|")
+        cuda, compiler, oldest_torch, *version = build_info().decode().split("|")
     except (OSError, AttributeError, ValueError, RuntimeError) as error:
         reason = f"The operators at {path} cannot be loaded on torch {torch.__version__} ({error}); "
+        return LibraryStatus(loaded=False, path=path, reason=f"{reason}rebuild them with `{BUILD_COMMAND}`.")
+    if version != [VERSION]:
+        reason = f"The operators at {path} were built from another version of the sources; "
         return LibraryStatus(loaded=False, path=path, reason=f"{reason}rebuild them with `{BUILD_COMMAND}`.")
     nvcc, _, architectures = cuda.partition(":")
     reason = "The operators are built for the CPU"
@@ -133,23 +138,3 @@ def lowest_capability(architectures: Sequence[str]) -> tuple[int, int]:
     numbers = [int(number[0]) for name in architectures if (number := re.match(r"\d+", name))]
     major, minor = divmod(min(numbers, default=0), 10)
     return major, minor
-
-
-def cpu_capability() -> str:
-    """Instructions that the CPU kernels use: "baseline", "avx2" or "avx512"."""
-    function = _symbol("refinedet_cpu_capability")
-    function.restype = ctypes.c_char_p
-    return function().decode()
-
-
-def use_cpu_capability(name: str) -> bool:
-    """Choose them, for tests and measurements; False where this CPU lacks them."""
-    function = _symbol("refinedet_set_cpu_capability")
-    function.restype = ctypes.c_bool
-    return function(name.encode())
-
-
-def _symbol(name: str):
-    status = describe()
-    assert status.loaded, status.reason
-    return getattr(ctypes.CDLL(str(status.path)), name)

@@ -4,7 +4,7 @@
 
 Every repetition runs every case once, so that a busy machine slows all of them alike; the ratios are of medians. The
 peers do the same work: all levels, all aspects, location and class outputs together. torchvision gets its offsets ready
-made. On a GPU, whole-detector inference at 320 pixels with either head is compared as well.
+made, and computes bf16 in fp16. `bench_detector` measures whole detectors.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def make_workload(arguments: argparse.Namespace) -> Workload:
         centre = centre + 0.1 * size * torch.randn(side, side, 3, 2, generator=generator)
         size = size * torch.exp(0.2 * torch.randn(side, side, 3, 2, generator=generator))
         corners = torch.cat([centre - size / 2, centre + size / 2], dim=-1)
-        boxes.append(corners.flatten(0, 2))
+        boxes.append(corners.permute(2, 0, 1, 3).flatten(0, 2))  # in the order of row numbers
         offsets.append([_offsets(corners[:, :, aspect], kernel, stride) for aspect in range(3)])
     filters = [torch.randn(3, outputs, channels, kernel, kernel, generator=generator) / 50 for _ in strides]
     bias = [torch.randn(3, outputs, generator=generator) for _ in strides]
@@ -77,7 +77,8 @@ def make_workload(arguments: argparse.Namespace) -> Workload:
         features=[feature.to(device, dtype) for feature in features],
         strides=strides,
         boxes=torch.cat(boxes).to(device),
-        weight=[part.to(device, dtype) for part in filters],
+        # Channels innermost, as the detector's head arranges them.
+        weight=[part.to(device, dtype).permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3) for part in filters],
         bias=[part.to(device, dtype) for part in bias],
         offsets=[[offset.to(device, dtype) for offset in level] for level in offsets],
         survivors={percent: torch.nonzero(keys < percent / 100).squeeze(1).to(device) for percent in (100, 20, 10, 5)},
@@ -113,21 +114,26 @@ def make_cases(work: Workload) -> dict[str, Callable[[], None]]:
             for feature, filters, offset in zip(work.features, joined, work.bias, strict=True):
                 functional.conv2d(feature, filters, offset.flatten(), padding=padding)
 
-    def deform(inputs: list[Tensor], filters: list[Tensor], offset: list[Tensor]) -> list[Tensor]:
+    # torchvision has no bf16 kernel.
+    kind = torch.float16 if output.dtype == torch.bfloat16 else output.dtype
+    places = [[offset.to(kind) for offset in level] for level in work.offsets]
+    theirs = [tensor.detach().to(kind).requires_grad_() for tensor in trained]
+
+    def deform() -> list[Tensor]:
         return [
-            deform_conv2d(inputs[level], work.offsets[level][aspect], filters[level][aspect], offset[level][aspect],
-                          padding=padding)
+            deform_conv2d(theirs[level], places[level][aspect], theirs[num_levels + level][aspect],
+                          theirs[2 * num_levels + level][aspect], padding=padding)
             for level in range(num_levels)
             for aspect in range(3)
         ]  # fmt: skip
 
     def deform_forward() -> None:
         with torch.no_grad():
-            deform(work.features, work.weight, work.bias)
+            deform()
 
     def deform_train() -> None:
-        outputs = deform(features, weight, bias)
-        torch.autograd.grad(outputs, trained, [torch.ones_like(output) for output in outputs])
+        outputs = deform()
+        torch.autograd.grad(outputs, theirs, [torch.ones_like(output) for output in outputs])
 
     def sparse(percent: int) -> Callable[[], None]:
         index = work.survivors[percent]
@@ -159,45 +165,39 @@ def make_cases(work: Workload) -> dict[str, Callable[[], None]]:
     }
 
 
-def make_detector_cases(device: torch.device) -> dict[str, Callable[[], None]]:
-    """Inference of one image of 320 pixels, with AlignConv and with the vanilla head."""
-    from refinedet.model import RefineDet, RefineDetConfig
-
-    images = torch.randint(0, 256, (1, 3, 320, 320), dtype=torch.uint8, device=device)
-    cases = {}
-    for head in ("align", "vanilla"):
-        torch.manual_seed(0)
-        detector = RefineDet(RefineDetConfig(head=head)).to(device, memory_format=torch.channels_last).eval()
-
-        def run(detector: RefineDet = detector) -> None:
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                detector.detect(images)
-
-        cases[f"detector at 320, {head}"] = run
-    return cases
-
-
 def measure(cases: dict[str, Callable[[], None]], device: torch.device, repeats: int) -> dict[str, list[float]]:
-    """Milliseconds of every repetition of every case but the first, which warms up.
+    """Milliseconds of every repetition of every case but the first, which warms up; a GPU's by its own events.
 
     On a CPU deform_conv2d takes many seconds: it needs no warming up, and two repetitions are enough.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
+    milliseconds: dict[str, list[float]] = {name: [] for name in cases}
     for repeat in range(repeats + 1):
         for name, case in cases.items():
             slow = device.type == "cpu" and name.startswith("deform")
             if slow and repeat >= 2:
                 continue
-            if device.type == "cuda":
-                case()  # queues are full and clocks up
-                torch.cuda.synchronize()
-            start = time.perf_counter()
-            case()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            elapsed = _time_on_gpu(case) if device.type == "cuda" else _time_on_cpu(case)
             if repeat > 0 or slow:
-                seconds[name].append(1e3 * (time.perf_counter() - start))
-    return seconds
+                milliseconds[name].append(elapsed)
+    return milliseconds
+
+
+def _time_on_cpu(case: Callable[[], None]) -> float:
+    start = time.perf_counter()
+    case()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def _time_on_gpu(case: Callable[[], None], calls: int = 10) -> float:
+    """Of one call among several, so that the queue is full and the host's clock plays no part."""
+    begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    case()
+    begin.record()
+    for _ in range(calls):
+        case()
+    end.record()
+    torch.cuda.synchronize()
+    return begin.elapsed_time(end) / calls
 
 
 def measure_roofline(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
@@ -306,8 +306,6 @@ def main() -> None:
     work = make_workload(arguments)
     memory = measure_memory(work)
     cases = {n: case for n, case in make_cases(work).items() if not any(part in n for part in arguments.skip)}
-    if device.type == "cuda":
-        cases.update(make_detector_cases(device))
     milliseconds = measure(cases, device, arguments.repeats)
     flops, bandwidth = measure_roofline(device, getattr(torch, arguments.dtype))
     medians = {name: statistics.median(times) for name, times in milliseconds.items()}

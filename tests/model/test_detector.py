@@ -135,7 +135,8 @@ def test_training_after_inference_mode(build):
     generator = torch.Generator().manual_seed(0)
     images, targets = random_images(generator, 2), [random_targets(generator, 3) for _ in range(2)]
     with torch.inference_mode():
-        model.detect(images)
+        model.eval().detect(images)
+    model.train()
     detection_loss(model(images, targets), targets, model.config).total.backward()
 
 

@@ -6,9 +6,15 @@ import pytest
 import torch
 from refinedet.model import RefineDetConfig, select_detections
 from refinedet.model.boxes import decode_boxes
-from refinedet.model.inference import suppress
+from refinedet.model.inference import finish_detections, select_batch
+from refinedet.model.structures import Predictions
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tests.model.cases import random_images
+
+
+def suppress(boxes, scores, config):
+    return finish_detections(boxes[None], scores[None], config)[0]
 
 
 def loop_suppress(boxes, scores, config):
@@ -67,6 +73,7 @@ def test_selection_is_that_of_the_loop(options, ties):
         scores = (scores * 8).round() / 8
     ours = suppress(boxes, scores, config)
     expected = loop_suppress(boxes, scores, config)
+    assert len(expected) > 0 or config.score_threshold > 0.9
     assert ours.scores.tolist() == [score for score, _, _ in expected]
     assert ours.labels.tolist() == [label for _, label, _ in expected]
     assert torch.equal(ours.boxes, torch.tensor([box for _, _, box in expected]).view(-1, 4))
@@ -114,3 +121,92 @@ def test_all_anchors_filtered_gives_no_detections(build):
     model = build(theta=1e-6).eval()
     images = random_images(torch.Generator().manual_seed(0), 2)
     assert [len(found.scores) for found in model.detect(images)] == [0, 0]
+
+
+def make_predictions(batch, classes, device="cpu", levels=(4800, 1200, 300, 75), share=0.1):
+    """Predictions of random numbers, the surviving rows in no order."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    anchors = sum(levels)
+    corner = torch.rand(anchors, 2, generator=generator) * 300
+    tiled = torch.cat([corner, corner + 20 + torch.rand(anchors, 2, generator=generator) * 60], dim=1)
+    index = torch.randperm(batch * anchors, generator=generator)[: int(share * batch * anchors)]
+    parts = (tiled, tiled + draw(batch, anchors, 4), draw(batch, anchors, 2), draw(batch, anchors, 4), index)
+    rows = (2 * draw(len(index), classes + 1), draw(len(index), 4), parts[1].flatten(0, 1)[index])
+    parts = [part.to(device) for part in (*parts, *rows)]
+    return Predictions(*parts, level_anchors=levels, filtered=True)
+
+
+class Dispatches(TorchDispatchMode):
+    """The names of all operators that run, views too."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.append(str(function))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_batch_takes_few_operators_and_never_waits():
+    config = RefineDetConfig(num_classes=80)
+    predictions = make_predictions(8, 80)
+    select_batch(predictions, config)
+    with Dispatches() as seen:
+        found = select_detections(predictions, config)
+    assert len(found) == 8
+    assert all(len(one.scores) == 200 for one in found)
+    assert len(seen.names) <= 40, "\n".join(seen.names)
+    # On the meta device there are no values: whatever had to wait for one would raise.
+    nowhere = make_predictions(8, 80, "meta")
+    for scope in ("image", "class"):
+        batch = select_batch(nowhere, replace(config, pre_nms_scope=scope))
+        assert batch.boxes.shape == (8, 200, 4)
+        assert batch.counts.shape == (8,)
+
+
+@pytest.mark.parametrize("options", [{}, {"pre_nms_scope": "class", "pre_nms_top_k": 30, "max_detections": 300}])
+def test_a_batch_of_sparse_rows_is_that_of_the_loop(options):
+    config = RefineDetConfig(num_classes=5, score_threshold=0.05, **options)
+    p = make_predictions(3, 5, levels=(96, 24, 6, 3), share=0.5)
+    p = replace(p, adm_class=(p.adm_class * 2).round() / 2)  # equal scores abound
+    anchors = p.refined.shape[1]
+    for image, found in enumerate(select_detections(p, config)):
+        rows = (p.index // anchors == image).nonzero().squeeze(1)
+        rows = rows[p.index[rows].argsort()]
+        boxes = decode_boxes(p.adm_box[rows], p.refined[image, p.index[rows] % anchors])
+        expected = loop_suppress(boxes, p.adm_class[rows].softmax(-1)[:, 1:], config)
+        assert found.scores.tolist() == [score for score, _, _ in expected]
+        assert found.labels.tolist() == [label for _, label, _ in expected]
+        assert torch.equal(found.boxes, torch.tensor([box for _, _, box in expected]).view(-1, 4))
+
+
+@pytest.mark.parametrize("head", ["align", "vanilla"])
+def test_a_fixed_capacity_changes_nothing_where_it_suffices(build, head):
+    model = build(head=head, theta=0.4).eval()
+    images = random_images(torch.Generator().manual_seed(0), 2)
+    survivors = len(model(images).index)
+    capacity = survivors + 17
+    padded = model(images, capacity=capacity)
+    assert len(padded.adm_class) == capacity
+    assert (padded.index == padded.refined.shape[0] * padded.refined.shape[1]).sum() == 17
+    for ours, theirs in zip(model.detect_padded(images, capacity).split(), model.detect(images), strict=True):
+        assert torch.equal(ours.labels, theirs.labels)
+        assert torch.allclose(ours.scores, theirs.scores, atol=1e-6)
+        assert torch.allclose(ours.boxes, theirs.boxes, atol=1e-3)
+    few = model(images, capacity=9)
+    trust = few.arm_class.softmax(-1)[..., 1].flatten()
+    assert trust[few.index].min() >= trust.sort(descending=True).values[8]
+    with pytest.raises(ValueError, match="excludes dense and targets"):
+        model(images, dense=True, capacity=9)
+
+
+def test_detection_in_training_mode_is_refused_and_changes_nothing(build):
+    model = build()
+    before = [value.clone() for value in model.state_dict().values()]
+    images = random_images(torch.Generator().manual_seed(0), 2)
+    for detect in (model.detect, lambda images: model.detect_padded(images, 10)):
+        with pytest.raises(RuntimeError, match=r"received a detector in training mode.*call eval\(\) first"):
+            detect(images)
+    assert all(torch.equal(a, b) for a, b in zip(before, model.state_dict().values(), strict=True))

@@ -16,7 +16,7 @@ class Case:
     features: list[Tensor]
     strides: list[int]
     boxes: Tensor
-    index: Tensor
+    index: Tensor  # row numbers
     weight: list[Tensor]
     bias: list[Tensor]
 
@@ -73,17 +73,17 @@ def align_conv_by_loops(case: Case) -> Tensor:
     """The definition: [N, O] in fp64."""
     aspects, outputs, channels, kernel, _ = case.weight[0].shape
     sizes = [feature.shape[-2:] for feature in case.features]
-    anchors = sum(height * width for height, width in sizes) * aspects
+    batch, anchors = case.features[0].shape[0], sum(height * width for height, width in sizes) * aspects
     result = torch.zeros(len(case.index), outputs, dtype=torch.float64)
-    for row, (index, box) in enumerate(zip(case.index.tolist(), case.boxes.double().tolist(), strict=True)):
-        if index < 0:
+    for row, (number, box) in enumerate(zip(case.index.tolist(), case.boxes.double().tolist(), strict=True)):
+        if number >= batch * anchors:
             continue
-        image, anchor = divmod(index, anchors)
         level = 0
-        while anchor >= sizes[level][0] * sizes[level][1] * aspects:
-            anchor -= sizes[level][0] * sizes[level][1] * aspects
+        while number >= sizes[level][0] * sizes[level][1] * aspects * batch:
+            number -= sizes[level][0] * sizes[level][1] * aspects * batch
             level += 1
-        aspect = anchor % aspects
+        cells = sizes[level][0] * sizes[level][1]
+        aspect, image = number // (cells * batch), number // cells % batch
         feature = case.features[level][image].detach().double()
         total = case.bias[level][aspect].detach().double().clone()
         for tap_y in range(kernel):

@@ -36,8 +36,6 @@ def test_describes_what_is_built() -> None:
     assert status.reason.startswith("The operators are built for the CPU")
     assert status.oldest_torch == "2.11"
     assert bool(status.architectures) == (len(status.compilers) == 2)
-    assert library.cpu_capability() in ("baseline", "avx2", "avx512")
-    assert not library.use_cpu_capability("a CPU of the future")
 
 
 @pytest.mark.usefixtures("looked_up_afresh")

@@ -2,35 +2,22 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
-from collections.abc import Iterator
 
 import numpy as np
 import pytest
 import torch
-from refinedet.model.ops import library, merge
+from refinedet.model.ops import merge
 from torch import Tensor
 
-CAPABILITIES = ("reference", "baseline", "avx2")
 
-
-@pytest.fixture(params=CAPABILITIES)
-def implementation(request, monkeypatch) -> Iterator[str]:
-    """The plain reference, and the compiled kernels of each instruction set that this CPU has."""
+@pytest.fixture(params=["reference", "library"])
+def implementation(request, monkeypatch) -> str:
     if request.param == "reference":
         monkeypatch.setattr(merge, "_is_ready", lambda: False)
-        yield request.param
-        return
-    if not merge._is_ready():
+    elif not merge._is_ready():
         pytest.skip("the operators are not built")
-    loaded = ctypes.CDLL(str(library.describe().path))
-    loaded.refinedet_cpu_capability.restype = ctypes.c_char_p
-    before = loaded.refinedet_cpu_capability()
-    if not loaded.refinedet_set_cpu_capability(request.param.encode()):
-        pytest.skip(f"this CPU has no {request.param}")
-    yield request.param
-    loaded.refinedet_set_cpu_capability(before)
+    return request.param
 
 
 def random_boxes(count: int, seed: int, *, groups: int = 1, ties: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,164 @@
+"""AlignConv as gather, matrix product and scatter: its forward on a CPU, and its backward everywhere.
+
+Legend: B images, F channels, H W cells of a level, N rows (anchors that are computed), K kernel side, T = K * K taps,
+O outputs. A group is one aspect of one level: the rows that share filters.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+# Bounds the columns alive at once, rows * T * F numbers: in the caches of a CPU, 19 MB for 256 channels in fp32.
+ROWS_PER_CHUNK = {"cpu": 2048, "cuda": 16384}
+
+Levels = tuple[Sequence[Tensor], Sequence[int]]
+
+
+def group_bounds(features: Sequence[Tensor], aspects: int) -> list[int]:
+    """First row number of each group, and the number of all rows."""
+    sizes = [feature.shape[0] * feature.shape[2] * feature.shape[3] for feature in features for _ in range(aspects)]
+    return [0, *itertools.accumulate(sizes)]
+
+
+def align_conv_forward(
+    features: list[Tensor], strides: list[int], boxes: Tensor, rows: Tensor, weight: list[Tensor], bias: list[Tensor]
+) -> Tensor:
+    """What `align_conv` documents, for features on a CPU."""
+    aspects, outputs, _, kernel = weight[0].shape[:4]
+    if len(rows) and (rows[0] < 0 or (rows[1:] < rows[:-1]).any()):
+        raise ValueError("align_conv: rows must be ascending numbers from 0 on, received others.")
+    output = features[0].new_zeros(len(rows), outputs)
+    rows = rows.contiguous()
+    starts = torch.searchsorted(rows, torch.tensor(group_bounds(features, aspects))).tolist()
+    for group, bounds in enumerate(itertools.pairwise(starts)):
+        level, aspect = divmod(group, aspects)
+        filters = _as_matrix(weight[level][aspect]).T
+        for start in range(*bounds, ROWS_PER_CHUNK["cpu"]):
+            part = slice(start, min(start + ROWS_PER_CHUNK["cpu"], bounds[1]))
+            # One level alone, with numbers as if it were the only one.
+            place = ([features[level]], [strides[level]], boxes[part], rows[part] - _first(features, level, aspects))
+            columns = torch.ops.refinedet.align_conv_columns(*place, aspects, kernel)
+            torch.addmm(bias[level][aspect], columns, filters, out=output[part])
+    return output
+
+
+def align_conv_backward(
+    grad: Tensor,
+    features: list[Tensor],
+    strides: list[int],
+    boxes: Tensor,
+    rows: Tensor,
+    weight: list[Tensor],
+    features_grad: bool,
+    filters_grad: bool,
+    deterministic: bool,
+) -> list[Tensor]:
+    """Gradients of the features (where asked for), then of the weights and of the biases (where asked for).
+
+    Rows without a gradient are skipped: their number is the one thing that the host waits for. A filter without rows
+    gets a gradient of zeros.
+    """
+    aspects, outputs, channels, kernel = weight[0].shape[:4]
+    sums = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    pixels = [feature.shape[0] * feature.shape[2] * feature.shape[3] for feature in features]
+    cells = grad.new_zeros(sum(pixels) if features_grad else 0, channels, dtype=sums)
+    filters = grad.new_zeros(len(features) * aspects, outputs, kernel * kernel * channels, dtype=sums)
+    bias = grad.new_zeros(len(features) * aspects, outputs, dtype=sums)
+
+    chosen, starts = _rows_with_gradient(grad, rows, group_bounds(features, aspects))
+    grad, boxes, rows = grad[chosen], boxes[chosen], rows[chosen]
+    step = ROWS_PER_CHUNK["cuda" if grad.is_cuda else "cpu"]
+    for first in range(0, len(chosen), step):
+        part = slice(first, min(first + step, len(chosen)))
+        place = (features, strides, boxes[part], rows[part], aspects, kernel)
+        columns = operators().align_conv_columns(*place) if filters_grad else None
+        spread = grad.new_empty(part.stop - first, filters.shape[2]) if features_grad else None
+        for group, (start, end) in enumerate(itertools.pairwise(starts)):
+            start, end = max(start, part.start), min(end, part.stop)
+            if start >= end:
+                continue
+            here = slice(start - first, end - first)
+            if columns is not None:
+                filters[group] += grad[start:end].T @ columns[here]
+                bias[group] += grad[start:end].sum(dim=0, dtype=sums)
+            if spread is not None:
+                torch.mm(grad[start:end], _as_matrix(weight[group // aspects][group % aspects]), out=spread[here])
+        if spread is not None:
+            _scatter(cells, spread, place, deterministic and grad.is_cuda)
+
+    gradients = []
+    if features_grad:
+        for part, feature in zip(cells.split(pixels), features, strict=True):
+            batch, _, height, width = feature.shape
+            own = part.view(batch, height, width, channels).permute(0, 3, 1, 2)
+            gradients.append(own.to(grad.dtype, copy=True))  # results of an operator share no memory
+    if filters_grad:
+        shape = (len(features), aspects, outputs, kernel, kernel, channels)
+        for sum_of_levels in (filters.view(shape).permute(0, 1, 2, 5, 3, 4), bias.view(shape[:3])):
+            gradients += [own.to(grad.dtype, copy=True) for own in sum_of_levels]
+    return gradients
+
+
+def operators():
+    """The kernels around the products; the tests put the bodies of the GPU's kernels in their place."""
+    return torch.ops.refinedet
+
+
+def _as_matrix(filters: Tensor) -> Tensor:
+    """[O, F, K, K] -> [O, T * F]: taps outside, channels inside, like the columns."""
+    return filters.permute(0, 2, 3, 1).reshape(filters.shape[0], -1)
+
+
+def _first(features: Sequence[Tensor], level: int, aspects: int) -> int:
+    return group_bounds(features, aspects)[level * aspects]
+
+
+def _rows_with_gradient(grad: Tensor, rows: Tensor, bounds: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Rows whose gradient is not zero, in order, and where each group begins among them."""
+    used = (grad != 0).any(dim=1) & (rows >= 0) & (rows < bounds[-1])
+    before = torch.cat([used.new_zeros(1, dtype=torch.int64), used.cumsum(0)])
+    starts = before[torch.searchsorted(rows.contiguous(), torch.tensor(bounds, device=rows.device))].tolist()
+    return (~used).sort(stable=True).indices[: starts[-1]], starts
+
+
+def _scatter(cells: Tensor, columns: Tensor, place: tuple, deterministic: bool) -> None:
+    """Add columns [n, T * F] to the cells [pixels, F]; where asked for, in one order on a GPU too."""
+    if not deterministic:
+        operators().align_conv_scatter(cells, columns, *place)
+        return
+    features, strides, boxes, rows, aspects, kernel = place
+    from_taps = columns.view(-1, cells.shape[1]).to(cells.dtype)
+    for pixel, share in find_corners(features, strides, boxes, rows, aspects, kernel):
+        # Accumulation by index_put_ sorts, so that equal places add up in one order.
+        cells.index_put_((pixel.flatten(),), from_taps * share.flatten()[:, None], accumulate=True)
+
+
+def find_corners(
+    features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, rows: Tensor, aspects: int, kernel: int
+) -> list[tuple[Tensor, Tensor]]:
+    """Of the four corners of every sample: its cell among those of all levels, and its weight; [n, T] each."""
+    bounds = torch.tensor(group_bounds(features, aspects)[::aspects], device=rows.device)
+    level = torch.searchsorted(bounds, rows, right=True) - 1
+    numbers = lambda values: torch.tensor(values, device=rows.device)[level][:, None]  # noqa: E731
+    height, width = (numbers([feature.shape[side] for feature in features]) for side in (2, 3))
+    batch = features[0].shape[0]
+    cell = (rows - bounds[level])[:, None] % (batch * height * width)
+    begin = bounds[level][:, None] // aspects + cell // (height * width) * height * width
+    parts = (torch.arange(kernel, device=boxes.device, dtype=boxes.dtype) + 0.5) / kernel
+    corner, size = boxes[:, None, :2], boxes[:, None, 2:] - boxes[:, None, :2]
+    points = (corner + size * parts[:, None]) / numbers(strides)[..., None] - 0.5  # [n, K, (x, y)]
+    x = points[:, None, :, 0].expand(-1, kernel, -1).flatten(1)
+    y = points[:, :, None, 1].expand(-1, -1, kernel).flatten(1)
+    found = []
+    for corner_y in (y.floor(), y.floor() + 1):
+        for corner_x in (x.floor(), x.floor() + 1):
+            # False for NaN too: such a sample is outside every map.
+            inside = (corner_y >= 0) & (corner_y < height) & (corner_x >= 0) & (corner_x < width)
+            share = torch.where(inside, (1 - (y - corner_y).abs()) * (1 - (x - corner_x).abs()), 0)
+            place = begin + torch.where(inside, corner_y, 0).long() * width + torch.where(inside, corner_x, 0).long()
+            found.append((place, share))
+    return found
