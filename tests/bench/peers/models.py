@@ -1,0 +1,118 @@
+"""RefineDet++ and its peers behind one interface: the same backbone, weights, input and classes.
+
+B images, H W pixels, G boxes in one image
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import timm
+import torch
+from refinedet.model import RefineDet, RefineDetConfig, detection_loss, load_weights
+from refinedet.model.norms import freeze_norms
+from refinedet.model.structures import Targets
+from torch import Tensor, nn
+from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.ssd import SSD, SSDHead
+
+Detected = list[dict[str, Tensor]]
+"""boxes [N, 4] xyxy pixels of the input, scores [N], labels [N] 1..num_classes, of each image"""
+
+
+class Peer(nn.Module):
+    """A detector that trains on uint8 images [B, 3, H, W] and `Targets`, and detects on the same images."""
+
+    def losses(self, images: Tensor, targets: Sequence[Targets]) -> Mapping[str, Tensor]:
+        """The parts of the loss, scalars."""
+        raise NotImplementedError
+
+    def detect(self, images: Tensor) -> Detected:
+        raise NotImplementedError
+
+
+class RefineDetPeer(Peer):
+    """This project's detector."""
+
+    def __init__(self, config: RefineDetConfig, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.detector = RefineDet(config)
+        unset = [name for name in load_weights(self.detector, weights).missing if name.startswith("backbone.body.")]
+        if unset:
+            raise ValueError(f"the weights leave {len(unset)} tensors of the backbone unset ({unset[0]}, ...).")
+
+    def losses(self, images: Tensor, targets: Sequence[Targets]) -> Mapping[str, Tensor]:
+        return detection_loss(self.detector(images, targets), targets, self.detector.config).parts()
+
+    def detect(self, images: Tensor) -> Detected:
+        return [{"boxes": d.boxes, "scores": d.scores, "labels": d.labels} for d in self.detector.detect(images)]
+
+
+class SsdPeer(Peer):
+    """torchvision's SSD head. Its levels are 1x1 convolutions to `channels` with batch norm, at strides 8 to 64."""
+
+    def __init__(self, config: RefineDetConfig, weights: Mapping[str, Tensor], channels: int = 128) -> None:
+        super().__init__()
+        size = config.input_size
+        # Sides 32 to 256 pixels as RefineDet++'s anchors have, with SSD's own aspects and square in between.
+        scales = [32 / size, 64 / size, 128 / size, 256 / size, max(1.0, 320 / size)]
+        anchors = DefaultBoxGenerator([[2]] * 4, scales=scales, steps=[8, 16, 32, 64])
+        classes = config.num_classes + 1
+        self.detector = SSD(
+            Levels(config, weights, channels), anchors, (size, size), classes,
+            head=SSDHead([channels] * 4, anchors.num_anchors_per_location(), classes), image_mean=[0.5] * 3,
+            image_std=[0.5] * 3, score_thresh=0.01, nms_thresh=0.45, detections_per_img=200, topk_candidates=400,
+        )  # fmt: skip
+
+    def losses(self, images: Tensor, targets: Sequence[Targets]) -> Mapping[str, Tensor]:
+        kept = [row for row, target in enumerate(targets) if len(target.labels)]  # SSD takes no image without objects
+        pixels = images.float().div(255)
+        truth = [{"boxes": targets[row].boxes, "labels": targets[row].labels} for row in kept]
+        return self.detector([pixels[row] for row in kept], truth)
+
+    def detect(self, images: Tensor) -> Detected:
+        return self.detector(list(images.float().div(255)))
+
+
+class Levels(nn.Module):
+    """The backbone's maps and one coarser, each as `channels` channels of unit scale."""
+
+    def __init__(self, config: RefineDetConfig, weights: Mapping[str, Tensor], channels: int) -> None:
+        super().__init__()
+        source = RefineDetPeer(dataclasses.replace(config, tcb_channels=1), weights).detector.backbone
+        self.body = timm.create_model(config.backbone, features_only=True, out_indices=source.wanted)
+        self.body.load_state_dict(source.body.state_dict(), strict=False)  # `out_indices` drops the last stage
+        widths = self.body.feature_info.channels()
+        self.extra = nn.Sequential(*_conv(widths[-1], 256, 1), *_conv(256, 256, 3, stride=2))
+        self.laterals = nn.ModuleList(nn.Sequential(*_conv(width, channels, 1)) for width in (*widths, 256))
+        self.out_channels = [channels] * 4  # read by torchvision
+        self.frozen = config.norm == "frozen"
+
+    def train(self, mode: bool = True) -> Levels:
+        super().train(mode)
+        if self.frozen:
+            freeze_norms(self.body)
+        return self
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        maps = self.body(x)
+        maps.append(self.extra(maps[-1]))
+        levels = zip(self.laterals, maps, strict=True)
+        return OrderedDict((str(level), lateral(y)) for level, (lateral, y) in enumerate(levels))
+
+
+def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
+    return [conv, nn.BatchNorm2d(out_channels), nn.ReLU()]
+
+
+PEERS: dict[str, Callable[..., Peer]] = {"refinedet": RefineDetPeer, "ssd": SsdPeer}
+
+
+def build_peer(name: str, config: RefineDetConfig, weights: Mapping[str, Tensor], **options: Any) -> Peer:
+    """A peer of `PEERS`, its backbone from `weights`; initialised alike in every process."""
+    torch.manual_seed(0)
+    return PEERS[name](config, weights, **options).train()
