@@ -12,7 +12,7 @@ from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
 if TYPE_CHECKING:
-    from refinedet.pipeline.evaluation.metrics import Metrics
+    from refinedet.pipeline.evaluation.protocols import Metrics
 
 # Torch, Ray and matplotlib are loaded inside the commands that need them: each takes seconds.
 
@@ -54,9 +54,16 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="a run's direc
 def evaluate(
     run: Annotated[str | None, typer.Argument(metavar="[RUN]", help="a run's directory")] = None,
     overrides: Overrides = None,
-    detections: Annotated[str | None, typer.Option(help="instead of a run: COCO results JSON")] = None,
+    detections: Annotated[str | None, typer.Option(help="instead of a run: JSON of detections")] = None,
     annotations: Annotated[str | None, typer.Option(help="instead of a run: COCO instances JSON")] = None,
-    rule: Annotated[str | None, typer.Option(help="coco, voc2007 or voc2012; default: as the data set")] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(help="coco, voc2007, voc2012, lvis, openimages or crowdhuman; default: as the data set"),
+    ] = None,
+    iou: Annotated[list[float] | None, typer.Option(help="an overlap to measure at; may be repeated")] = None,
+    max_detections: Annotated[
+        list[int] | None, typer.Option(help="detections of a category in an image that count; may be repeated")
+    ] = None,
     weights: Weights = None,
     shards: Shards = None,
     output: Output = None,
@@ -68,14 +75,17 @@ def evaluate(
     if run and not (detections or annotations):
         from refinedet.pipeline.cluster.evaluate import evaluate_run
 
-        changes = [*(overrides or ()), *([f"evaluation.rule={rule}"] if rule else ())]
+        settings = {"metric": metric, "ious": iou, "max_detections": max_detections}
+        changes = [*(overrides or ()), *(f"evaluation.{name}={value}" for name, value in settings.items() if value)]
         metrics = evaluate_run(
             run, "single", overrides=changes, weights=weights, shards=shards, output=output, address=address
         )
     elif detections and annotations and not run:
         from refinedet.pipeline.evaluation.files import evaluate_files
+        from refinedet.pipeline.evaluation.metrics import make_protocol
 
-        metrics = evaluate_files(detections, annotations, rule=rule or "coco")
+        protocol = make_protocol(metric or "coco", ious=iou, max_detections=max_detections)
+        metrics = evaluate_files(detections, annotations, protocol)
     else:
         raise UserError("evaluate takes either a run's directory, or --detections FILE and --annotations FILE.")
     _print_metrics(metrics, json_file)

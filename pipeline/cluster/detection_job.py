@@ -11,7 +11,8 @@ from typing import Any, Literal
 from refinedet.pipeline.config.recipes import rules_to_compare
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec, MergeRule
-from refinedet.pipeline.evaluation.metrics import Metrics, Rule, usual_rule
+from refinedet.pipeline.evaluation.metrics import protocol_of
+from refinedet.pipeline.evaluation.protocols import Metrics, Protocol
 from refinedet.pipeline.evaluation.server_files import write_submission, write_voc_files
 from refinedet.pipeline.evaluation.unreadable import UnreadableImage, unreadable_to_json
 from refinedet.pipeline.inference.detections import DetectionTable
@@ -30,7 +31,7 @@ class DetectionJob:
     shards       folder of the shards with the images
     truth        COCO instances file of those images, in the shards' order
     output       folder that detections/, metrics.json and the pieces come to lie in
-    measure      whose average precision counts
+    protocol     how the detections are measured
     merge_rules  to be compared on the same passes, by name
     format       of the data set: coco, voc or shapes
     image_set    VOC's year and list, as in VOC2012/test
@@ -44,7 +45,7 @@ class DetectionJob:
     output: str
     image_ids: tuple[int, ...]
     fingerprint: str
-    measure: Rule
+    protocol: Protocol
     merge_rules: Mapping[str, MergeRule]
     format: str
     image_set: str
@@ -99,7 +100,7 @@ def make_detection_job(
     multiscale = spec.multiscale if mode == "multiscale" else None
     settings = {
         "model": asdict(spec.model),
-        "evaluation": spec.evaluation.model_dump(mode="json", exclude={"rule"}),
+        "evaluation": spec.evaluation.model_dump(mode="json", include={"batch_size", "merge"}),
         "multiscale": multiscale.model_dump(mode="json", exclude={"compare_rules"}) if multiscale else None,
     }
     detected = {
@@ -109,7 +110,7 @@ def make_detection_job(
     }
     listed = spec.data.val[0].set if spec.data.val and not shards else None  # shards of earlier releases do not say
     image_set = found.sets[0] if found.sets else listed
-    measure: Rule = spec.evaluation.rule or usual_rule(found.format, image_set)
+    protocol = protocol_of(spec.evaluation, found.format, image_set)
     job = DetectionJob(
         mode=mode,
         name=spec.name,
@@ -119,13 +120,17 @@ def make_detection_job(
         output=output,
         image_ids=tuple(image["id"] for image in storage.read_json(truth)["images"]),
         fingerprint=storage.digest_json(detected),
-        measure=measure,
+        protocol=protocol,
         merge_rules=rules_to_compare(multiscale) if multiscale and multiscale.compare_rules else {},
         format=found.format,
-        image_set=image_set or f"VOC{measure[3:] if measure != 'coco' else 2012}/test",
+        image_set=image_set or f"{'VOC2007' if protocol.metric == 'voc2007' else 'VOC2012'}/test",
     )
     compared = {name: job.rule_fingerprint(name) for name in job.merge_rules}
-    return job, {**detected, "measure": measure, "merge_rules": storage.digest_json(compared)}
+    return job, {
+        **detected,
+        "protocol": storage.digest_json(protocol.to_json()),
+        "merge_rules": storage.digest_json(compared),
+    }
 
 
 def _check_weights(path: str, spec: JobSpec) -> None:

@@ -31,7 +31,8 @@ from refinedet.pipeline.evaluation.chunks import (
     write_chunk,
 )
 from refinedet.pipeline.evaluation.comparison import best_first
-from refinedet.pipeline.evaluation.metrics import Metrics, accumulate_by_rule, match_by_rule
+from refinedet.pipeline.evaluation.metrics import accumulate_matches, match_detections
+from refinedet.pipeline.evaluation.protocols import Metrics
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.evaluation.unreadable import UnreadableImage, sum_unreadable
 from refinedet.pipeline.runs import storage
@@ -102,7 +103,7 @@ def run_detection(
     def measure(rule: str) -> Metrics | None:
         if truth is None:
             return None
-        return accumulate_by_rule(job.measure, truth, [answer.matches[rule] for answer in ordered])
+        return accumulate_matches(job.protocol, truth, [answer.matches[rule] for answer in ordered])
 
     tables = []
     for piece in pieces:
@@ -228,7 +229,7 @@ class _DetectionWorker:
             return _Answer(again=again, unreadable=unreadable)
         ids = job.image_ids[piece.start : piece.stop]
         found = {
-            name: match_by_rule(job.measure, self._truth, result.detections, ids) for name, result in tables.items()
+            name: match_detections(job.protocol, self._truth, result.detections, ids) for name, result in tables.items()
         }
         return _Answer(found, again, unreadable)
 

@@ -15,7 +15,7 @@ from refinedet.pipeline.config.files import load_spec
 from refinedet.pipeline.config.recipes import describe_cost, resolve_passes
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.evaluation.comparison import format_comparison
-from refinedet.pipeline.evaluation.metrics import Metrics
+from refinedet.pipeline.evaluation.protocols import Metrics
 from refinedet.pipeline.evaluation.unreadable import name_images
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError

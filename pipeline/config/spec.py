@@ -202,8 +202,21 @@ class Evaluation(Section):
     """a piece is the unit that is handed to a worker and committed"""
     merge: MergeRule | None = None
     """default: the model's own inference (section IV-H)"""
-    rule: Literal["coco", "voc2007", "voc2012"] | None = None
-    """whose average precision counts; default: coco, and for voc the year's: 11 points in 2007, the area after"""
+    metric: str | None = None
+    """coco, voc2007, voc2012, lvis, openimages or crowdhuman; default: coco, and for voc the year's"""
+    ious: tuple[Fraction, ...] | None = None
+    """overlaps from which a detection finds an object, ascending; default: the metric's"""
+    max_detections: tuple[PositiveInt, ...] | None = None
+    """detections that count, of one category in one image (lvis: of one image), ascending; default: the metric's"""
+    areas: dict[str, tuple[NonNegativeFloat, PositiveFloat]] | None = None
+    """area ranges beside all objects, name -> (low, high), square pixels; default: the metric's"""
+    diagnose: bool = True
+    """also find what the errors are and cost: `diagnosis` in metrics.json"""
+    trace_images: NonNegativeInt = 500
+    """images whose objects the diagnosis follows through the detector, spread over the data set; they are detected on
+    once more"""
+    validation_timeout_s: PositiveFloat = 3600
+    """limit of one validation during training, on each rank"""
 
 
 class Pass(Section):

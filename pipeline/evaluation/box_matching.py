@@ -1,8 +1,8 @@
-"""COCO matching of detections to objects, for some images, exact.
+"""Matching of detections to objects, for some images, exact.
 
-D detections, G objects, P pairs that overlap enough; T IoU thresholds, A area ranges. A cell is one category in one
-image. The rules are pycocotools' `evaluateImg`: best first, each detection takes the object it overlaps most (on a
-tie the later one), an object that counts before an ignored one; a crowd can be taken any number of times.
+D detections, G objects, P pairs that overlap enough; T IoUs, A area ranges. A cell is one category in one image. The
+order of choice is pycocotools' `evaluateImg`: best first, each detection takes the object it overlaps most (on a tie
+the later one), an object that counts before an ignored one; a crowd can be taken any number of times.
 """
 
 from __future__ import annotations
@@ -11,23 +11,16 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from pycocotools.cocoeval import Params
+from refinedet.pipeline.evaluation.protocols import Protocol
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.runs.errors import UserError
 
-_PARAMS = Params("bbox")
-IOU_THRESHOLDS: np.ndarray = _PARAMS.iouThrs  # 0.50, 0.55 .. 0.95
-RECALLS: np.ndarray = _PARAMS.recThrs  # 0, 0.01 .. 1
-AREA_RANGES = np.array(_PARAMS.areaRng, np.float64)  # all, small, medium, large; square pixels, both ends in
-MAX_DETECTIONS: tuple[int, ...] = tuple(_PARAMS.maxDets)  # 1, 10, 100 of a category in an image
-
-_BITS = np.uint64(1) << np.arange(len(AREA_RANGES) * len(IOU_THRESHOLDS), dtype=np.uint64).reshape(len(AREA_RANGES), -1)
 _PAIRS_AT_ONCE = 2**20  # bounds the memory of the IoUs, about 100 bytes a pair
 
 
 @dataclass(frozen=True)
-class Matches:
+class MatchedDetections:
     """What accumulation needs of the detections of some images.
 
     images      image ids that were matched
@@ -35,9 +28,9 @@ class Matches:
     category    [D] int16 index of the category, ascending
     score       [D] float64
     image_id    [D] int64
-    rank        [D] uint8 place among the detections of its cell, best first
-    true, false [D] uint64: bit a * T + t says that it is a true (false) positive at area range a and threshold t;
-                neither where it is ignored
+    rank        [D] int32 place among the detections of its cell, best first
+    true, false [D] uint64: the bit of `Protocol.bits` at [a, t] marks a true (false) positive at area range a and IoU
+                t; neither where it is ignored
     """
 
     images: np.ndarray
@@ -50,14 +43,28 @@ class Matches:
     false: np.ndarray
 
 
-def match(truth: GroundTruth, detections: DetectionTable, image_ids: Sequence[int] | None = None) -> Matches:
+def match_boxes(
+    protocol: Protocol,
+    truth: GroundTruth,
+    detections: DetectionTable,
+    image_ids: Sequence[int] | None = None,
+    *,
+    crowd: np.ndarray,
+    ignored: np.ndarray,
+    unpunished: np.ndarray | None = None,
+) -> MatchedDetections:
     """Match the detections of `image_ids` (default: all images of the truth); each image belongs in one call.
 
+    crowd       [G] bool of the truth's objects: regions that any number of detections may lie in
+    ignored     [G] bool: objects that are neither to be found nor wrong to be found; crowds are always
+    unpunished  [D] bool: detections that are ignored where they find nothing
     Raises UserError for detections of images or categories that the truth does not have.
     """
     images = truth.image_ids if image_ids is None else np.unique(np.asarray(image_ids, np.int64))
     check_known(truth, images, detections)
     num_categories = len(truth.category_ids)
+    low, high = np.array([area[1:] for area in protocol.areas], np.float64).T
+    bits = protocol.bits
 
     def cell_of(image_id: np.ndarray, category_id: np.ndarray) -> np.ndarray:
         category = np.searchsorted(truth.category_ids, category_id)
@@ -67,41 +74,43 @@ def match(truth: GroundTruth, detections: DetectionTable, image_ids: Sequence[in
     cell = cell_of(truth.image_id[chosen], truth.category_id[chosen])
     order = np.argsort(cell, kind="stable")
     objects, object_cell = chosen[order], cell[order]
-    area, crowd = truth.area[objects], truth.crowd[objects]
-    outside = (area[:, None] < AREA_RANGES[:, 0]) | (area[:, None] > AREA_RANGES[:, 1])
-    ignored = crowd[:, None] | outside  # [G, A]
-    positives = np.zeros((num_categories, len(AREA_RANGES)), np.int64)
-    np.add.at(positives, object_cell // max(len(images), 1), ~ignored)
+    area, crowd = truth.area[objects], crowd[objects]
+    outside = (area[:, None] < low) | (area[:, None] > high)
+    skipped_object = (crowd | ignored[objects])[:, None] | outside  # [G, A]
+    positives = np.zeros((num_categories, len(low)), np.int64)
+    np.add.at(positives, object_cell // max(len(images), 1), ~skipped_object)
 
     cell = cell_of(detections.image_id, detections.category_id)
     order = np.lexsort((-detections.score, cell))  # stable: equal scores stay in the file's order
     cell = cell[order]
     rank = np.arange(len(cell)) - np.searchsorted(cell, cell)
-    kept = rank < MAX_DETECTIONS[-1]
+    kept = rank < protocol.limit
     order, cell, rank = order[kept], cell[kept], rank[kept]
     boxes = detections.bbox[order]
 
-    pairs = _overlapping_pairs(boxes, cell, truth.bbox[objects], object_cell, crowd)
-    contenders, taken = _take_objects(*pairs, cell, ignored, crowd)
+    pairs = _overlapping_pairs(boxes, cell, truth.bbox[objects], object_cell, crowd, protocol.ious[0])
+    contenders, taken = _take_objects(*pairs, cell, skipped_object, crowd, np.array(protocol.ious))
 
     area = boxes[:, 2] * boxes[:, 3]
-    inside = ~((area[:, None] < AREA_RANGES[:, 0]) | (area[:, None] > AREA_RANGES[:, 1]))  # [D, A]
+    punished = ~((area[:, None] < low) | (area[:, None] > high))  # [D, A]
+    if unpunished is not None:
+        punished &= ~unpunished[order][:, None]
     true = np.zeros(len(boxes), np.uint64)
-    false = (inside * _BITS.sum(1)).sum(1, dtype=np.uint64)  # as if nothing was found; put right below
+    false = (punished * bits.sum(1)).sum(1, dtype=np.uint64)  # as if nothing was found; replaced below
     if len(contenders):
         # The COCO API marks a match by the object's id, so that an object with the id 0 counts as not found.
         found = (taken >= 0) & (truth.annotation_id[objects][taken] != 0)
-        skipped = (taken >= 0) & ignored[taken, np.arange(len(AREA_RANGES))[:, None]]
-        skipped |= ~found & ~inside[contenders][:, :, None]
-        true[contenders] = ((found & ~skipped) * _BITS).sum((1, 2), dtype=np.uint64)
-        false[contenders] = ((~found & ~skipped) * _BITS).sum((1, 2), dtype=np.uint64)
-    return Matches(
+        skipped = (taken >= 0) & skipped_object[taken, np.arange(len(low))[:, None]]
+        skipped |= ~found & ~punished[contenders][:, :, None]
+        true[contenders] = ((found & ~skipped) * bits).sum((1, 2), dtype=np.uint64)
+        false[contenders] = ((~found & ~skipped) * bits).sum((1, 2), dtype=np.uint64)
+    return MatchedDetections(
         images=images,
         positives=positives,
         category=(cell // max(len(images), 1)).astype(np.int16),
         score=detections.score[order],
         image_id=detections.image_id[order],
-        rank=rank.astype(np.uint8),
+        rank=rank.astype(np.int32),
         true=true,
         false=false,
     )
@@ -139,7 +148,12 @@ def check_known(truth: GroundTruth, images: np.ndarray, detections: DetectionTab
 
 
 def _overlapping_pairs(
-    boxes: np.ndarray, cell: np.ndarray, object_boxes: np.ndarray, object_cell: np.ndarray, crowd: np.ndarray
+    boxes: np.ndarray,
+    cell: np.ndarray,
+    object_boxes: np.ndarray,
+    object_cell: np.ndarray,
+    crowd: np.ndarray,
+    lowest_iou: float,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Pairs (detection [P], object [P], IoU [P]) of one cell that reach the lowest threshold, detections ascending.
 
@@ -165,7 +179,7 @@ def _overlapping_pairs(
         shared = width[inner] * height[inner]
         area, object_area = d[2] * d[3], g[2] * g[3]
         iou = shared / np.where(crowd[target], area, area + object_area - shared)
-        near = iou >= IOU_THRESHOLDS[0]
+        near = iou >= min(lowest_iou, 1 - 1e-10)
         found.append((detection[near], target[near], iou[near]))
         start = stop
     if not found:
@@ -181,6 +195,7 @@ def _take_objects(
     cell: np.ndarray,
     ignored: np.ndarray,
     crowd: np.ndarray,
+    ious: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Which object each contending detection takes.
 
@@ -189,9 +204,9 @@ def _take_objects(
     order = np.lexsort((target, iou, detection))  # the last available pair of a detection is its best
     detection, target, iou = detection[order], target[order], iou[order]
     contenders, first, count = np.unique(detection, return_index=True, return_counts=True)
-    taken = np.full((len(contenders), *_BITS.shape), -1, np.int64)
-    free = np.ones((len(ignored), *_BITS.shape), bool)
-    # Cells do not meddle with each other: their first contenders choose together, then their second, ...
+    taken = np.full((len(contenders), ignored.shape[1], len(ious)), -1, np.int64)
+    free = np.ones((*ignored.shape, len(ious)), bool)
+    # Cells are independent of each other: their first contenders choose together, then their second, ...
     turn = np.arange(len(contenders)) - np.searchsorted(cell[contenders], cell[contenders])
     for now in range(turn.max(initial=-1) + 1):
         choosing = np.flatnonzero(turn == now)
@@ -199,7 +214,7 @@ def _take_objects(
         pairs = np.repeat(first[choosing] - starts, count[choosing]) + np.arange(count[choosing].sum())
         objects = target[pairs]
         available = (free[objects] | crowd[objects][:, None, None]) & (
-            iou[pairs][:, None, None] >= np.minimum(IOU_THRESHOLDS, 1 - 1e-10)
+            iou[pairs][:, None, None] >= np.minimum(ious, 1 - 1e-10)
         )
         preference = np.arange(1, len(pairs) + 1)[:, None] + np.where(ignored[objects], 0, len(pairs))  # [P, A]
         best = np.maximum.reduceat(np.where(available, preference[:, :, None], 0), starts, axis=0)

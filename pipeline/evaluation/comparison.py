@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from refinedet.pipeline.evaluation.metrics import Metrics
+from refinedet.pipeline.evaluation.protocols import Metrics
 
 
 def best_first(metrics: Mapping[str, Metrics]) -> dict[str, Metrics]:

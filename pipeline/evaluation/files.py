@@ -1,28 +1,20 @@
-"""Evaluation from files alone: a COCO results file and an annotation file."""
+"""Evaluation from files alone: a file of detections and an annotation file."""
 
 from __future__ import annotations
 
-from typing import Any
-
-from refinedet.pipeline.evaluation.metrics import Metrics, check_rule, evaluate_by_rule
-from refinedet.pipeline.evaluation.truth import GroundTruth, read_json_file
-from refinedet.pipeline.inference.detections import DetectionTable
-from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.evaluation.metrics import accumulate_matches, make_protocol, match_detections
+from refinedet.pipeline.evaluation.predictions import read_predictions
+from refinedet.pipeline.evaluation.protocols import Metrics, Protocol
+from refinedet.pipeline.evaluation.truth import GroundTruth
 
 
-def evaluate_files(detections: str, annotations: str, *, rule: str = "coco") -> Metrics:
-    """Metrics of the results file `detections` against the COCO instances file `annotations`.
+def evaluate_files(detections: str, annotations: str, protocol: Protocol | str = "coco") -> Metrics:
+    """Metrics of the file `detections` (formats: `read_predictions`) against the COCO instances file `annotations`.
 
-    rule  coco; voc2007 (11 points) or voc2012 (area), which leave `difficult` (or `ignore`) annotations out
-    UserError where a file is missing, cut short or not what it should be.
+    protocol  or the name of a metric, for its published one
+    UserError where a file is missing, cut short or not what it should be, or where the metric does not fit the truth.
     """
-    checked = check_rule(rule)
+    protocol = make_protocol(protocol) if isinstance(protocol, str) else protocol
     truth = GroundTruth.of(annotations)
-    rows: Any = read_json_file(detections, "detections")
-    if not isinstance(rows, list):
-        kind = "an annotation file" if isinstance(rows, dict) and "annotations" in rows else type(rows).__name__
-        raise UserError(
-            f"detections: {detections} holds no list of detections, received {kind}; give the results file, "
-            "[{image_id, category_id, bbox, score}, ...]"
-        )
-    return evaluate_by_rule(checked, truth, DetectionTable.of(rows))
+    table = read_predictions(detections, truth)
+    return accumulate_matches(protocol, truth, [match_detections(protocol, truth, table)])

@@ -1,8 +1,9 @@
-"""AP in the middle of training, on W ranks, without Ray."""
+"""AP in the middle of training, on W ranks, without Ray: the same chunks, metrics and limits as the evaluation."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,22 +13,25 @@ from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import Evaluation
 from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.reading import EvaluationSamples
-from refinedet.pipeline.evaluation.box_matching import Matches
-from refinedet.pipeline.evaluation.metrics import Metrics, Rule, accumulate_by_rule, match_by_rule, usual_rule
+from refinedet.pipeline.data.samples import Sample
+from refinedet.pipeline.evaluation.metrics import accumulate_matches, match_detections, protocol_of
+from refinedet.pipeline.evaluation.protocols import Metrics, Protocol
 from refinedet.pipeline.evaluation.truth import GroundTruth
-from refinedet.pipeline.evaluation.voc_metric import VocMatches
+from refinedet.pipeline.evaluation.unreadable import ReadableSamples, UnreadableImage, sum_unreadable
 from refinedet.pipeline.inference.detect import detect_samples
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
 
 @dataclass(frozen=True)
-class _Failure:
-    """What a rank that failed hands to the others."""
+class _Outcome:
+    """What a rank sends to the others: its matches, or why it has none."""
 
-    reason: str
-    of_user: bool
-    """it was a UserError"""
+    matches: Any = None
+    unreadable: tuple[UnreadableImage, ...] = ()
+    failure: str = ""
+    of_user: bool = False
+    """the failure is a UserError"""
 
 
 def validate(
@@ -39,39 +43,52 @@ def validate(
     world_size: int,
     all_gather: Callable[[Any], list[Any]],
     evaluation: Evaluation,
-    measure: Rule = "coco",
+    protocol: Protocol,
+    max_bad_samples: int,
+    timeout_s: float | None = None,
     autocast: torch.dtype | None = None,
-    max_bad_samples: int = 10,
 ) -> Metrics:
-    """Metrics by the rule `measure` over all samples, each detected by exactly one rank; every rank returns the same.
+    """Metrics over all samples, each detected by exactly one rank; every rank returns the same.
 
-    `all_gather` returns the objects of all ranks on every rank (torch.distributed.all_gather_object, or [x] alone).
-    It is called once, also by a rank that failed: then every rank raises, naming the failed one. What raises is a
-    UserError where a rank failed with one, as for more than `max_bad_samples` images on it that cannot be decoded:
-    trying again would not mend it.
+    all_gather       returns the objects of all ranks on every rank (torch.distributed.all_gather_object, or [x] alone)
+    max_bad_samples  unreadable images of all ranks together; they have no detections
+    timeout_s        limit of one rank's detection
+    `all_gather` is called once, also by a rank that failed: then every rank raises, naming the failed one. What raises
+    is a UserError where a rank failed with one, as trying again would not help.
     """
     failure: Exception | None = None
-    outcome: Matches | VocMatches | _Failure
     try:
         own = range(shards.num_samples * rank // world_size, shards.num_samples * (rank + 1) // world_size)
-        detections, images = detect_samples(
-            model,
-            EvaluationSamples(shards, own, max_bad_samples=max_bad_samples),
-            shards.categories,
-            evaluation,
-            autocast,
+        samples = ReadableSamples(EvaluationSamples(shards, own, max_bad_samples=len(own)))
+        table, images = detect_samples(
+            model, _until(samples, timeout_s, len(own)), shards.categories, evaluation, autocast
         )
-        outcome = match_by_rule(measure, truth, detections, images)
-    except Exception as error:  # told to the other ranks, which would wait for ever otherwise
+        images += [image.image_id for image in samples.unreadable]
+        matches = match_detections(protocol, truth, table, images)
+        outcome = _Outcome(matches, tuple(samples.unreadable))
+    except Exception as error:  # sent to the other ranks, which would wait for ever otherwise
         failure = error
-        outcome = _Failure(f"{type(error).__name__}: {error}", of_user=isinstance(error, UserError))
-    parts = all_gather(outcome)
-    failed = {place: part for place, part in enumerate(parts) if isinstance(part, _Failure)}
+        outcome = _Outcome(failure=f"{type(error).__name__}: {error}", of_user=isinstance(error, UserError))
+    outcomes: list[_Outcome] = all_gather(outcome)
+    failed = {place: one for place, one in enumerate(outcomes) if one.failure}
     if failed:
-        said = "; ".join(f"rank {place}: {part.reason}" for place, part in failed.items())
-        kind = UserError if any(part.of_user for part in failed.values()) else RuntimeError
-        raise kind(f"validation failed on {len(failed)} of {world_size} ranks: {said}") from failure
-    return accumulate_by_rule(measure, truth, parts)
+        named = "; ".join(f"rank {place}: {one.failure}" for place, one in failed.items())
+        kind = UserError if any(one.of_user for one in failed.values()) else RuntimeError
+        raise kind(f"validation failed on {len(failed)} of {world_size} ranks: {named}") from failure
+    sum_unreadable((one.unreadable for one in outcomes), max_bad_samples)
+    return accumulate_matches(protocol, truth, [one.matches for one in outcomes])
+
+
+def _until(samples: Iterable[Sample], timeout_s: float | None, count: int) -> Iterator[Sample]:
+    """The samples; TimeoutError where the one that comes next is later than `timeout_s` after the first was wanted."""
+    began = time.monotonic()
+    for number, sample in enumerate(samples):
+        if timeout_s is not None and time.monotonic() - began > timeout_s:
+            raise TimeoutError(
+                f"{number} of {count} images were detected on in evaluation.validation_timeout_s {timeout_s:g} s; "
+                "raise it, or validate on fewer images"
+            )
+        yield sample
 
 
 def prepare_validation(
@@ -84,7 +101,7 @@ def prepare_validation(
     part = run.spec.training.validate_on
     shards = open_shards(storage.join(run.shards, part))
     splits = run.spec.data.train if part == "train" else run.spec.data.val
-    rule = run.spec.evaluation.rule or usual_rule(shards.format, shards.sets[0] if shards.sets else splits[0].set)
+    protocol = protocol_of(run.spec.evaluation, shards.format, shards.sets[0] if shards.sets else splits[0].set)
     truth = GroundTruth.of(run.ground_truth(part))
 
     def measure(detector: torch.nn.Module, epochs_done: int) -> dict[str, float]:
@@ -97,8 +114,9 @@ def prepare_validation(
             world_size=world_size,
             all_gather=all_gather,
             evaluation=run.spec.evaluation,
-            measure=rule,
+            protocol=protocol,
             max_bad_samples=run.spec.data.max_bad_samples,
+            timeout_s=run.spec.evaluation.validation_timeout_s,
         ).values
 
     return measure

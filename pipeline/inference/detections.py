@@ -46,9 +46,10 @@ class DetectionTable:
         ]
 
     @staticmethod
-    def of(detections: DetectionTable | Sequence[Mapping[str, Any]]) -> DetectionTable:
+    def of(detections: DetectionTable | Sequence[Mapping[str, Any]], *, first_row: int = 0) -> DetectionTable:
         """The table of COCO results rows, in their order; a table is returned as it is.
 
+        first_row  number of the first row in its file, for errors
         Raises UserError, naming the row, where a row lacks a field, an id is no whole number, a number is not finite
         or a box has a negative side.
         """
@@ -74,7 +75,7 @@ class DetectionTable:
             whole = False
         if not whole or len(table.bbox) != len(detections):
             for index, row in enumerate(detections):
-                _check_row(index, row)
+                _check_row(first_row + index, row)
             table = DetectionTable(  # whole numbers written as floats
                 np.array([int(row["image_id"]) for row in detections], np.int64),
                 np.array([int(row["category_id"]) for row in detections], np.int64),
@@ -89,7 +90,8 @@ class DetectionTable:
         )
         faulty = ~(np.isfinite(table.bbox).all(1) & np.isfinite(table.score) & (table.bbox[:, 2:] >= 0).all(1))
         if faulty.any():
-            _check_row(index := int(faulty.argmax()), detections[index])
+            index = int(faulty.argmax())
+            _check_row(first_row + index, detections[index])
         return table
 
     @staticmethod

@@ -33,9 +33,8 @@ from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.drills.bench import SPEC
-from refinedet.pipeline.evaluation.coco_metric import evaluate_coco
+from refinedet.pipeline.evaluation.metrics import evaluate
 from refinedet.pipeline.evaluation.server_files import ROW_SCHEMA
-from refinedet.pipeline.evaluation.voc_metric import evaluate_voc
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.inference.predict import predict_images
 from refinedet.pipeline.inference.predictor import Predictor
@@ -136,7 +135,7 @@ def test_a_killed_worker_and_a_cut_file_cost_a_piece_each_and_no_digit(cluster, 
     whole, numbers = results.read_bytes(), measured.read_bytes()
     truth, rows = json.loads(Path(job.truth).read_text()), json.loads(whole)
     assert undisturbed.metrics is not None
-    assert undisturbed.metrics.values == evaluate_coco(truth, rows).values
+    assert undisturbed.metrics.values == evaluate("coco", truth, rows).values
     assert undisturbed.metrics.values["AR100"] > 0
     shapes_run.commit_stage("evaluate", inputs, list(undisturbed.files))
     assert shapes_run.stage_is_done("evaluate", inputs)
@@ -204,20 +203,20 @@ def test_a_voc_job_is_measured_by_its_years_rule_and_by_every_merge_rule(cluster
         multiscale={"passes": [{"size": 64}, {"size": 128}], "merge": {"method": "vote"}, "compare_rules": True},
     )
     job, _ = make_detection_job(run, "multiscale")
-    assert (job.measure, job.image_set) == ("voc2007", "VOC2007/test")
+    assert (job.protocol.metric, job.image_set) == ("voc2007", "VOC2007/test")
     found = detect(run, job)
     truth, rows = json.loads(Path(job.truth).read_text()), json.loads(Path(job.detections).read_text())
     assert sum(one["difficult"] for one in truth["annotations"]) == 1
-    expected = evaluate_voc(truth, rows, rule="voc2007")
+    expected = evaluate("voc2007", truth, rows)
     metrics = json.loads(Path(run.file("metrics.json")).read_text())
     assert metrics["multiscale"] == {**expected.to_json(), "unreadable": {"count": 0, "images": []}}
     assert metrics["multiscale"]["voc2007"]["mAP"] > 0
-    assert expected.mean != evaluate_voc(truth, rows, rule="voc2012").mean
+    assert expected.values["mAP"] != evaluate("voc2012", truth, rows).values["mAP"]
 
     table = metrics["merge_rules"]
     assert {row["rule"] for row in table} == set(MERGE_RULES)
     assert [row["mAP"] for row in table] == sorted((row["mAP"] for row in table), reverse=True)
-    assert next(row["mAP"] for row in table if row["rule"] == "box voting") == expected.mean
+    assert next(row["mAP"] for row in table if row["rule"] == "box voting") == expected.values["mAP"]
     pieces = [*Path(job.folder).glob("*.json"), *Path(job.folder).glob("*/*.json")]
     assert len(pieces) == 2 * (1 + len(MERGE_RULES))
     assert len({len(path.read_bytes()) for path in pieces if path.name == "chunk-00000.json"}) >= len(MERGE_RULES) - 1
@@ -245,14 +244,16 @@ def test_other_voc_shards_are_measured_and_sent_as_their_own_year(tmp_path: Path
     run = make_run(tmp_path, data=data, model={**SPEC["model"], "num_classes": 20})
     own, _ = make_detection_job(run, "single")
     named, _ = make_detection_job(run, "single", shards=f"{run.shards}/val", output=str(tmp_path / "again"))
-    assert (own.measure, own.image_set) == (named.measure, named.image_set) == ("voc2007", "VOC2007/test")
+    assert (
+        (own.protocol.metric, own.image_set) == (named.protocol.metric, named.image_set) == ("voc2007", "VOC2007/test")
+    )
 
     path = Path(run.file("spec.yaml"))
     overrides = ["data.train=[]", f"data.shards={tmp_path}/voc12-test", "data.val=[{set: VOC2012/test}]"]
     done = CliRunner().invoke(app, ["shard", str(path), *overrides], catch_exceptions=False)
     assert "6 images in 1 shards" in done.output
     job, _ = make_detection_job(run, "single", shards=f"{tmp_path}/voc12-test/val", output=str(tmp_path / "out"))
-    assert (job.measure, job.image_set) == ("voc2012", "VOC2012/test")
+    assert (job.protocol.metric, job.image_set) == ("voc2012", "VOC2012/test")
     truth = json.loads(Path(job.truth).read_text())
     assert (len(truth["images"]), truth["annotations"]) == (6, [])
     rows = [{"image_id": image, "category_id": 12, "bbox": [1, 2, 30, 40], "score": 0.5} for image in job.image_ids]

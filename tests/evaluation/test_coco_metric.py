@@ -8,9 +8,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from refinedet.pipeline.evaluation import coco_metric as coco
-from refinedet.pipeline.evaluation.box_matching import match
-from refinedet.pipeline.evaluation.coco_metric import accumulate, evaluate_coco
+from refinedet.pipeline.evaluation import curves
+from refinedet.pipeline.evaluation.metrics import accumulate_matches, evaluate, make_protocol, match_detections
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.runs.errors import UserError
@@ -18,6 +17,7 @@ from refinedet.pipeline.runs.errors import UserError
 from .judges import judge_by_faster_coco_eval, judge_by_pycocotools
 from .random_truth import random_truth
 
+COCO = make_protocol("coco")
 KNOWN = {
     "AP": 0.504581,
     "AP50": 0.696973,
@@ -44,8 +44,8 @@ def evaluate_in_parts(truth: dict[str, Any], rows: list[dict[str, Any]], workers
     parts = []
     for worker in range(workers):
         images = np.random.default_rng(0).permutation(known.image_ids)[worker::workers]
-        parts.append(match(known, table.select(np.isin(table.image_id, images)), images.tolist()))
-    return accumulate(known, parts[::-1]).values
+        parts.append(match_detections(COCO, known, table.select(np.isin(table.image_id, images)), images.tolist()))
+    return accumulate_matches(COCO, known, parts[::-1]).values
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
@@ -61,7 +61,7 @@ def test_random_truth_equals_pycocotools(seed):
     detections = 300 if seed == 0 else 40
     truth, rows = random_truth(seed, images=12, categories=1 + 2 * seed, detections=detections, ties=seed % 2 == 0)
     expected = judge_by_pycocotools(truth, rows)
-    assert evaluate_coco(truth, rows).values == expected
+    assert evaluate("coco", truth, rows).values == expected
     assert evaluate_in_parts(truth, rows, 3) == expected
     # faster-coco-eval sums in another order, so that its last digit may differ
     assert judge_by_faster_coco_eval(truth, rows) == pytest.approx(expected, rel=1e-12)
@@ -70,31 +70,31 @@ def test_random_truth_equals_pycocotools(seed):
 @pytest.mark.parametrize("threads", [2, 3, 16])
 def test_categories_shared_out_to_threads_equal_pycocotools(threads, monkeypatch):
     truth, rows = random_truth(seed=threads, images=12, categories=7)
-    monkeypatch.setattr(coco, "_DETECTIONS_A_THREAD", 1)
+    monkeypatch.setattr(curves, "_DETECTIONS_A_THREAD", 1)
     monkeypatch.setattr(os, "cpu_count", lambda: threads)
-    assert evaluate_coco(truth, rows).values == judge_by_pycocotools(truth, rows)
+    assert evaluate("coco", truth, rows).values == judge_by_pycocotools(truth, rows)
 
 
 def test_shares_hold_every_category_once_and_about_as_many_detections(monkeypatch):
-    monkeypatch.setattr(coco, "_DETECTIONS_A_THREAD", 10)
+    monkeypatch.setattr(curves, "_DETECTIONS_A_THREAD", 10)
     counts = np.random.default_rng(0).integers(0, 20, 80)
     for most in (1, 2, 5, 100):
-        shares = coco._shares(counts, most)
+        shares = curves._shares(counts, most)
         assert [category for share in shares for category in share] == list(range(80))
         assert len(shares) <= most
         assert max(counts[list(share)].sum() for share in shares) <= counts.sum() / len(shares) + 20
-    assert coco._shares(np.zeros(0, int), 4) == [range(0)]
-    assert coco._shares(np.zeros(3, int), 4) == [range(3)]
+    assert curves._shares(np.zeros(0, int), 4) == [range(0)]
+    assert curves._shares(np.zeros(3, int), 4) == [range(3)]
 
 
 def test_more_detections_of_a_class_than_count():
     truth, rows = random_truth(7, images=4, categories=1, objects=20, detections=300)
-    assert evaluate_coco(truth, rows).values == judge_by_pycocotools(truth, rows)
+    assert evaluate("coco", truth, rows).values == judge_by_pycocotools(truth, rows)
 
 
 def test_per_class_is_pycocotools_on_that_class(cocoeval_100):
     truth, rows = cocoeval_100
-    metrics = evaluate_coco(truth, rows)
+    metrics = evaluate("coco", truth, rows)
     for category in truth["categories"][:5]:
         alone = {**truth, "categories": [category]}
         alone["annotations"] = [a for a in truth["annotations"] if a["category_id"] == category["id"]]
@@ -104,8 +104,9 @@ def test_per_class_is_pycocotools_on_that_class(cocoeval_100):
         expected = judge_by_pycocotools(alone, own)
         for name, value in metrics.per_class[category["name"]].items():
             assert value == pytest.approx(expected[name], abs=1e-12)
-    curves = np.stack([curve for curve in metrics.curves.values() if curve.max() >= 0])
-    assert curves.mean() == pytest.approx(metrics.values["AP"])
+    for iou, name in ((0.5, "AP50"), (0.75, "AP75")):
+        measured = np.stack([curve for curve in metrics.curves[iou].values() if curve.max() >= 0])
+        assert measured.mean() == pytest.approx(metrics.values[name])
 
 
 def one_object(**changes: Any) -> dict[str, Any]:
@@ -121,16 +122,16 @@ HIT = {"image_id": 5, "category_id": 18, "bbox": [10, 10, 50, 50], "score": 0.9}
 
 
 def test_annotation_id_zero_counts_as_pycocotools_counts_it_and_is_named(caplog):
-    values = evaluate_coco(one_object(id=0), [HIT]).values
+    values = evaluate("coco", one_object(id=0), [HIT]).values
     assert values == judge_by_pycocotools(one_object(id=0), [HIT])
     assert values["AP"] == 0
     assert "id 0" in caplog.text
-    assert evaluate_coco(one_object(), [HIT]).values["AP"] == pytest.approx(1)
+    assert evaluate("coco", one_object(), [HIT]).values["AP"] == pytest.approx(1)
 
 
 def test_area_is_the_annotations_own():
     small = one_object(area=900)  # the mask's; the box has 2500 square pixels
-    values = evaluate_coco(small, [HIT]).values
+    values = evaluate("coco", small, [HIT]).values
     assert values == judge_by_pycocotools(small, [HIT])
     assert (values["APs"], values["APm"]) == (pytest.approx(1), -1)
 
@@ -139,34 +140,38 @@ def test_an_image_counted_twice_or_never_is_refused():
     truth = GroundTruth.of(one_object())
     table = DetectionTable.of([HIT])
     with pytest.raises(ValueError, match="exactly once: 1 came more than once"):
-        accumulate(truth, [match(truth, table), match(truth, DetectionTable.empty(), [9])])
+        accumulate_matches(
+            COCO,
+            truth,
+            [match_detections(COCO, truth, table), match_detections(COCO, truth, DetectionTable.empty(), [9])],
+        )
     with pytest.raises(ValueError, match="1 of 2 are missing"):
-        accumulate(truth, [match(truth, table, [5])])
+        accumulate_matches(COCO, truth, [match_detections(COCO, truth, table, [5])])
 
 
 def test_a_hundred_detections_count_and_no_more():
     rows = [{**HIT, "bbox": [200, 200, 5, 5], "score": 0.95} for _ in range(100)] + [HIT]
-    assert evaluate_coco(one_object(), rows).values["AR100"] == 0
-    assert evaluate_coco(one_object(), rows[1:]).values["AR100"] == 1
-    assert evaluate_coco(one_object(), rows).values == judge_by_pycocotools(one_object(), rows)
+    assert evaluate("coco", one_object(), rows).values["AR100"] == 0
+    assert evaluate("coco", one_object(), rows[1:]).values["AR100"] == 1
+    assert evaluate("coco", one_object(), rows).values == judge_by_pycocotools(one_object(), rows)
 
 
 def test_a_crowd_is_neither_missed_nor_wrong():
     truth = one_object()
     truth["annotations"].append({**truth["annotations"][0], "id": 2, "iscrowd": 1, "bbox": [100, 100, 80, 80]})
     rows = [HIT, *({**HIT, "bbox": [110 + 3 * i, 110, 20, 20], "score": 0.95} for i in range(5))]
-    values = evaluate_coco(truth, rows).values
+    values = evaluate("coco", truth, rows).values
     assert values == judge_by_pycocotools(truth, rows)
     assert values["AP"] == pytest.approx(1)
 
 
 def test_an_empty_result_and_a_truth_without_objects():
-    values = evaluate_coco(one_object(), []).values
+    values = evaluate("coco", one_object(), []).values
     assert (values["AP"], values["AR100"], values["APl"]) == (0, 0, -1)
     nothing = {**one_object(), "annotations": []}
-    assert set(evaluate_coco(nothing, [HIT]).values.values()) == {-1}
-    assert evaluate_coco(nothing, [HIT]).values == judge_by_pycocotools(nothing, [HIT])
-    assert set(evaluate_coco(nothing, []).values.values()) == {-1}
+    assert set(evaluate("coco", nothing, [HIT]).values.values()) == {-1}
+    assert evaluate("coco", nothing, [HIT]).values == judge_by_pycocotools(nothing, [HIT])
+    assert set(evaluate("coco", nothing, []).values.values()) == {-1}
 
 
 @pytest.mark.parametrize(
@@ -192,16 +197,16 @@ def test_an_empty_result_and_a_truth_without_objects():
 )
 def test_bad_rows_are_named(change, said):
     with pytest.raises(UserError, match=said):
-        evaluate_coco(one_object(), [HIT, {**HIT, **change}])
+        evaluate("coco", one_object(), [HIT, {**HIT, **change}])
 
 
 def test_rows_that_lack_a_field_or_are_no_rows():
     with pytest.raises(UserError, match="row 0 has no score"):
-        evaluate_coco(one_object(), [{key: HIT[key] for key in ("image_id", "category_id", "bbox")}])
+        evaluate("coco", one_object(), [{key: HIT[key] for key in ("image_id", "category_id", "bbox")}])
     with pytest.raises(UserError, match="must be a list"):
-        evaluate_coco(one_object(), {"annotations": []})  # pyright: ignore[reportArgumentType]
+        evaluate("coco", one_object(), {"annotations": []})  # pyright: ignore[reportArgumentType]
     whole = [{**HIT, "image_id": 5.0}]
-    assert evaluate_coco(one_object(), whole).values["AP"] == pytest.approx(1)
+    assert evaluate("coco", one_object(), whole).values["AP"] == pytest.approx(1)
 
 
 @pytest.mark.parametrize(
@@ -219,7 +224,7 @@ def test_rows_that_lack_a_field_or_are_no_rows():
         ({"annotations": [{**one_object()["annotations"][0], "area": "9"}]}, "area must be numbers, received '9'"),
         ({"annotations": [{**one_object()["annotations"][0], "iscrowd": "0"}]}, "iscrowd must be 0 or 1, received '0'"),
         ({"annotations": ["annotation"]}, "is not a COCO instances file"),
-        ({"images": [{"id": "5"}]}, "an image's id must be a whole number"),
+        ({"images": [{"id": "5"}, {"id": 9}]}, "all whole numbers or all text"),
         ({"categories": [{"id": 3.5, "name": "x"}]}, "a category's id must be a whole number"),
     ],
 )

@@ -10,7 +10,7 @@ from refinedet.pipeline.config.spec import Data, Split
 from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
-from refinedet.pipeline.evaluation.coco_metric import evaluate_coco
+from refinedet.pipeline.evaluation.metrics import evaluate
 from refinedet.pipeline.runs.errors import UserError
 
 from .judges import judge_by_pycocotools
@@ -49,7 +49,7 @@ def test_annotation_ids_of_two_splits_stay_unique(tmp_path: Path) -> None:
         for one in truth["annotations"]
         if not one["iscrowd"]
     ]
-    values = evaluate_coco(truth, rows).values
+    values = evaluate("coco", truth, rows).values
     assert values == judge_by_pycocotools(truth, rows)
     assert values["AP"] == pytest.approx(1)
 

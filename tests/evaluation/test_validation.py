@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from refinedet.model import RefineDet, RefineDetConfig
@@ -14,17 +15,24 @@ from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.reading import EvaluationSamples, write_coco_annotations
 from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
-from refinedet.pipeline.evaluation.box_matching import match
+from refinedet.pipeline.evaluation.chunk_work import detect_chunk
 from refinedet.pipeline.evaluation.chunks import merge_chunks, split_into_chunks
-from refinedet.pipeline.evaluation.coco_metric import accumulate, evaluate_coco
 from refinedet.pipeline.evaluation.comparison import best_first, format_comparison
-from refinedet.pipeline.evaluation.metrics import evaluate_by_rule, usual_rule
+from refinedet.pipeline.evaluation.metrics import (
+    accumulate_matches,
+    evaluate,
+    make_protocol,
+    match_detections,
+    usual_metric,
+)
 from refinedet.pipeline.evaluation.truth import GroundTruth
+from refinedet.pipeline.evaluation.unreadable import sum_unreadable
 from refinedet.pipeline.evaluation.validation import validate
 from refinedet.pipeline.inference.detect import detect_piece
 from refinedet.pipeline.inference.multiscale import detect_by_rules
 from refinedet.pipeline.runs.errors import UserError
 
+COCO = make_protocol("coco")
 EVALUATION = Evaluation(batch_size=1)  # results of a convolution may differ in the last bit with the batch's size
 
 
@@ -86,29 +94,47 @@ def run_ranks(size: int, run) -> list[Any]:
 @pytest.mark.parametrize("rule", ["coco", "voc2007", "voc2012"])
 def test_validation_is_the_same_on_any_number_of_ranks(model, shards, truth, rule):
     model.eval()  # threads share the model
-    whole = evaluate_by_rule(rule, truth, detect_piece(model, shards, range(shards.num_samples), evaluation=EVALUATION))
+    whole = evaluate(rule, truth, detect_piece(model, shards, range(shards.num_samples), evaluation=EVALUATION))
 
     def run(rank: int, all_gather):
         return validate(
-            model, shards, truth, rank=rank, world_size=3, all_gather=all_gather, evaluation=EVALUATION, measure=rule
+            model,
+            shards,
+            truth,
+            rank=rank,
+            world_size=3,
+            all_gather=all_gather,
+            evaluation=EVALUATION,
+            protocol=make_protocol(rule),
+            max_bad_samples=10,
         ).values
 
     assert run_ranks(3, run) == [whole.values] * 3
 
 
 def test_voc_sets_are_measured_by_their_years_rule():
-    assert [usual_rule("voc", name) for name in ("VOC2007/test", "VOC2012/val", None)] == [
+    assert [usual_metric("voc", name) for name in ("VOC2007/test", "VOC2012/val", None)] == [
         "voc2007",
         "voc2012",
         "voc2012",
     ]
-    assert usual_rule("coco", None) == usual_rule("shapes", "VOC2007/test") == "coco"
+    assert usual_metric("coco", None) == usual_metric("shapes", "VOC2007/test") == "coco"
 
 
 def test_a_rank_that_fails_fails_all_and_is_named(model, shards, truth):
     def run(rank: int, all_gather):
         broken = "not shards" if rank == 1 else shards
-        return validate(model, broken, truth, rank=rank, world_size=2, all_gather=all_gather, evaluation=EVALUATION)  # pyright: ignore[reportArgumentType]
+        return validate(
+            model,
+            broken,  # pyright: ignore[reportArgumentType]
+            truth,
+            rank=rank,
+            world_size=2,
+            all_gather=all_gather,
+            evaluation=EVALUATION,
+            protocol=COCO,
+            max_bad_samples=10,
+        )
 
     for outcome in run_ranks(2, run):
         assert isinstance(outcome, RuntimeError)
@@ -141,47 +167,57 @@ def test_the_jobs_own_limit_of_bad_samples_counts(model, damaged, tmp_path):
             world_size=1,
             all_gather=lambda part: [part],
             evaluation=EVALUATION,
+            protocol=COCO,
             **limit,
         )
 
-    for detect in (
-        lambda **limit: detect_piece(model, damaged, positions, evaluation=EVALUATION, **limit),
-        lambda **limit: detect_by_rules(model, damaged, positions, multiscale=multiscale, **limit),
-        validate_alone,
-    ):
-        detect(max_bad_samples=11)
-        with pytest.raises(UserError, match="more than 10 faults"):
-            detect(max_bad_samples=10)
+    validate_alone(max_bad_samples=11)
+    with pytest.raises(UserError, match=r"11 images cannot be read, data\.max_bad_samples allows 10"):
+        validate_alone(max_bad_samples=10)
+    # One limit for all chunks: each of these alone would pass.
+    for settings in ({}, {"multiscale": multiscale, "merge_methods": {"": MERGE_RULES["NMS 0.45"]}}):
+        found = [
+            detect_chunk(model, damaged, chunk.positions, evaluation=EVALUATION, **settings)[""]
+            for chunk in split_into_chunks(len(positions), 4)
+        ]
+        unreadable = sum_unreadable((one.unreadable for one in found), 11)
+        assert len(unreadable) == 11
+        assert all(image.file_name.endswith((".jpg", ".png")) for image in unreadable)
+        ids = {image.image_id for image in unreadable}
+        assert not ids & set(np.concatenate([one.detections.image_id for one in found]).tolist())
+        with pytest.raises(UserError, match="allows 10"):
+            sum_unreadable((one.unreadable for one in found), 10)
 
 
-def test_a_users_mistake_on_one_rank_is_one_on_all(model, damaged, truth):
-    """A UserError is not tried again: the other ranks must not make another error of it."""
-
+def test_a_validation_that_takes_too_long_is_ended_on_all_ranks(model, shards, truth):
     def run(rank: int, all_gather):
-        limit = 0 if rank == 1 else 11
         return validate(
             model,
-            damaged,
+            shards,
             truth,
             rank=rank,
             world_size=2,
             all_gather=all_gather,
             evaluation=EVALUATION,
-            max_bad_samples=limit,
+            protocol=COCO,
+            max_bad_samples=10,
+            timeout_s=1e-9 if rank else None,
         )
 
     for outcome in run_ranks(2, run):
-        assert isinstance(outcome, UserError)
-        assert "rank 1: UserError: shards" in str(outcome)
+        assert isinstance(outcome, RuntimeError)
+        assert "rank 1: TimeoutError: 0 of 4 images" in str(outcome)
 
 
 def test_pieces_matched_apart_equal_the_whole(model, shards, truth):
     pieces = split_into_chunks(shards.num_samples, 3)
     ids = [[sample.image_id for sample in EvaluationSamples(shards, piece.positions)] for piece in pieces]
     tables = [detect_piece(model, shards, piece.positions, evaluation=EVALUATION) for piece in pieces]
-    apart = accumulate(truth, [match(truth, table, part) for table, part in zip(tables, ids, strict=True)])
+    apart = accumulate_matches(
+        COCO, truth, [match_detections(COCO, truth, table, part) for table, part in zip(tables, ids, strict=True)]
+    )
     together = merge_chunks(tables, [image for part in ids for image in part])
-    assert apart.values == evaluate_coco(truth, together).values
+    assert apart.values == evaluate("coco", truth, together).values
     assert len(together) > 0
 
 
@@ -189,7 +225,7 @@ def test_multiscale_of_a_real_model(model, shards, truth):
     multiscale = Multiscale(passes=(Pass(size=64), Pass(size=(64, 128)), Pass(size=128, min_side_below=40)))
     rules = {"own": resolve_merge(multiscale)}
     table = detect_by_rules(model, shards, range(shards.num_samples), multiscale=multiscale, rules=rules)["own"]
-    assert 0 <= evaluate_coco(truth, table).values["AP"] <= 1
+    assert 0 <= evaluate("coco", truth, table).values["AP"] <= 1
     boxes = table.bbox.copy()
     boxes[:, 2:] += boxes[:, :2]
     assert boxes.min() >= 0
@@ -204,7 +240,7 @@ def test_every_merge_rule_from_one_look(model, shards, truth):
     rules = {"alone": MERGE_RULES["box voting"]}
     alone = detect_by_rules(model, shards, positions, multiscale=multiscale, rules=rules)
     assert tables["box voting"].rows() == alone["alone"].rows()
-    metrics = best_first({name: evaluate_by_rule("coco", truth, table) for name, table in tables.items()})
+    metrics = best_first({name: evaluate("coco", truth, table) for name, table in tables.items()})
     ap = [one.values["AP"] for one in metrics.values()]
     assert ap == sorted(ap, reverse=True)
     lines = format_comparison(metrics).splitlines()
