@@ -162,10 +162,14 @@ def _derive_names(data: Data, part: str, sources: list[Source]) -> list[str]:
     this = {"train": data.train, "val": data.val}[part]
     silent = FaultLog(2**62, "the other part", silent=True)
     part_of = {"train": "val", "val": "train"}[part]
-    sources = sources + [_read_split(data, part_of, split, silent) for split in others if split not in this]
-    names = {clean_name(category.name) for source in sources for category in source.categories} - {""}
+    all_sources = sources + [_read_split(data, part_of, split, silent) for split in others if split not in this]
+    names = {clean_name(category.name) for source in all_sources for category in source.categories} - {""}
     if not names:
-        raise UserError(f"data.{part} names no classes, nor does the other part: list them in data.classes")
+        count = sum(len(source.records) for source in sources)
+        raise UserError(
+            f"data.{part} has {count} images and not one object to learn from: check where its annotations are, and "
+            "what they are called, or list the classes in data.classes"
+        )
     _refuse_similar(names)
     logger.info("data.classes is not given: the data set has %d classes: %s", len(names), ", ".join(sorted(names)))
     return sorted(names)
