@@ -29,8 +29,8 @@ def train(spec: Training, world: World, task: Task, callbacks: Callbacks) -> Tra
     Raises, on all ranks alike: NonFiniteError; UserError or RuntimeError for a stream that failed on one of them;
     OSError where the last checkpoint could not be written, with the place of the weights.
     """
-    _configure_torch(spec.deterministic)
     with ExitStack() as stack:
+        _configure_torch(stack, spec.deterministic)
         state, checkpoint = start(stack, spec, world, task, callbacks)
         upkeep = stack.enter_context(closing(Upkeep(state, world, task, callbacks, checkpoint)))
         stopped = False
@@ -81,8 +81,10 @@ def start(
     return state, checkpoint
 
 
-def _configure_torch(deterministic: bool) -> None:
+def _configure_torch(stack: ExitStack, deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
-    torch.backends.cudnn.benchmark = not deterministic  # images are all of one size
+    # Images are all of one size, so that trying algorithms pays.
+    flags = torch.backends.cudnn.flags(enabled=True, benchmark=not deterministic, deterministic=deterministic)
+    stack.enter_context(flags)
