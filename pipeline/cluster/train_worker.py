@@ -66,7 +66,7 @@ def train_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _train(run: Run, monitor: MonitorClient, config: dict[str, Any]) -> dict[str, Any]:
-    from refinedet.model import detection_loss
+    from refinedet.model import sum_losses
     from refinedet.pipeline.evaluation.validation import prepare_validation
     from refinedet.pipeline.training.job import Attempt, check_job, train_job
     from refinedet.pipeline.training.world import open_world
@@ -83,7 +83,7 @@ def _train(run: Run, monitor: MonitorClient, config: dict[str, Any]) -> dict[str
         if config["preflight_only"]:
             return {"status": "checked", "report": check_job(run, world, link, attempt).facts()}
         faults = [Fault(**fault) for fault in config["faults"]]
-        loss = with_faults(functools.partial(detection_loss, config=spec.model), faults, world.rank, run.path)
+        loss = with_faults(functools.partial(sum_losses, config=spec.model), faults, world.rank, run.path)
         validate = None
         if spec.training.validate_every_epochs:
             validate = prepare_validation(run, world.rank, world.size, world.all_gather_object)

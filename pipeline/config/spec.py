@@ -150,7 +150,8 @@ class Training(Section):
     optimizer: Literal["sgd", "fused_sgd", "apex_sgd"] = "sgd"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device computes in it natively, else fp32"""
-    zero_stage: NonNegativeInt = 0
+    zero_stage: NonNegativeInt = 1
+    """1 shards momentum over the workers, 2 the gradients of micro-batches as well"""
     gradient_clip: PositiveFloat | None = None
     """largest gradient norm; none by default, as in the paper"""
     channels_last: bool = True
@@ -170,15 +171,27 @@ class Training(Section):
     """train: on the training photos, augmentation off, to see that a model can learn them"""
     non_finite: Literal["stop", "skip"] = "stop"
     max_skipped_steps: PositiveInt = 10
+    max_failed_saves: PositiveInt = 2
+    """saves that may fail in a row; then training waits and saves again"""
+    save_wait_s: NonNegativeFloat = 3600
+    """seconds of such waiting after which training ends, with the weights in the first place that takes them"""
+    profile_steps: tuple[NonNegativeInt, NonNegativeInt] | None = None
+    """[after, until]: steps that rank 0 profiles; the trace goes to profile/ in the run's directory"""
     stall_timeout_s: PositiveFloat = 600
     """a step that takes longer is a stall: the rank and its stack are named"""
 
     @model_validator(mode="after")
     def _supported(self) -> Training:
-        if self.zero_stage > 2:
+        if self.zero_stage not in (1, 2):
             raise ValueError(
-                f"training.zero_stage must be 0, 1 or 2, received {self.zero_stage}: stage 3 needs the same module "
-                "calls on every rank, which a head that computes only surviving anchors does not make"
+                f"training.zero_stage must be 1 or 2, received {self.zero_stage}: at 0 DeepSpeed reduces gradients "
+                "only after backward, and 3 needs the same module calls on every rank, which a head that computes only "
+                "surviving anchors does not make"
+            )
+        if self.profile_steps and not 0 < self.profile_steps[0] < self.profile_steps[1]:
+            raise ValueError(
+                "training.profile_steps must be [after, until] with 0 < after < until, received "
+                f"{list(self.profile_steps)}"
             )
         return self
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from refinedet.pipeline.runs import storage
@@ -84,7 +84,7 @@ def _broken(loss: Callable[..., Any], fault: Fault, run_dir: str) -> Callable[..
             while True:
                 time.sleep(3600)
         else:
-            losses = type(losses)(*(part * float("nan") for part in losses.parts().values()))
+            losses = replace(losses, adm_class=losses.adm_class * float("nan"))
         return losses
 
     return broken

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from refinedet.pipeline.training.state import assign_owners, mean_buffers, persistent_buffers
+from refinedet.pipeline.training.owners import assign_owners
 from refinedet.pipeline.training.world import World
 from torch import Tensor, nn
 
@@ -33,16 +33,14 @@ class AveragedWeights:
             return
         decay = min(self.decay, (1 + step) / (10 + step))
         parameters = dict(self.detector.named_parameters())
-        torch._foreach_lerp_(  # pyright: ignore[reportPrivateImportUsage]
-            list(self.own.values()), [parameters[name].detach() for name in self.own], 1 - decay
-        )
-
-    def load(self, saved: Callable[[str], Tensor | None]) -> None:
-        """Take over averages of a checkpoint; a parameter it has none of starts from its weight."""
         for name, average in self.own.items():
-            value = saved(name)
-            if value is not None:
-                average.copy_(value)
+            average.lerp_(parameters[name].detach(), 1 - decay)
+
+    def load(self, saved: Mapping[str, Tensor]) -> None:
+        """Take over the averages of a checkpoint; a parameter that it has none of starts from its weight."""
+        for name, average in self.own.items():
+            if name in saved:
+                average.copy_(saved[name])
 
     @torch.no_grad()
     def gather(self) -> dict[str, Tensor]:
@@ -59,9 +57,9 @@ class AveragedWeights:
 
     @contextmanager
     def applied(self) -> Iterator[nn.Module]:
-        """The detector in eval mode, with averaged weights and with buffers averaged over the ranks. Collective."""
-        before = {name: tensor.detach().clone() for name, tensor in self._tensors()}
-        self._assign({**self.gather(), **mean_buffers(self.detector, self.world)})
+        """The detector in eval mode, with averaged weights. Collective."""
+        before = {name: parameter.detach().clone() for name, parameter in self.detector.named_parameters()}
+        self._assign(self.gather())
         self.detector.eval()
         try:
             yield self.detector
@@ -69,11 +67,7 @@ class AveragedWeights:
             self.detector.train()
             self._assign(before)
 
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self.detector.named_parameters()
-        yield from persistent_buffers(self.detector)
-
     @torch.no_grad()
     def _assign(self, values: Mapping[str, Tensor]) -> None:
-        for name, tensor in self._tensors():
-            tensor.copy_(values[name])
+        for name, parameter in self.detector.named_parameters():
+            parameter.copy_(values[name])

@@ -1,30 +1,44 @@
-"""The DeepSpeed engine around a detector, and the one function that derives DeepSpeed's config from the spec.
+"""The DeepSpeed engine around detector and loss, and the one function that derives DeepSpeed's config from the spec.
 
-What it adds to DeepSpeed: gradients are averaged when the loop says so, so that the time of it can be told; the loop
-sees the gradient's norm before the update and may refuse it; loss scaling for fp16 is alike on all ranks (DeepSpeed's
-scaler under torch_autocast decides on every rank, and on every parameter group, for itself).
+DeepSpeed does backward, reduction during backward, accumulation, loss scaling, clipping, the check of the gradient's
+norm on all ranks, and the update of a sharded optimizer (ZeRO 1 or 2). What is added here:
+
+- the loss is divided by the positives of the global batch, summed over ranks (equation 1);
+- a loss that is not finite makes the gradient not finite, which DeepSpeed then refuses on all ranks alike;
+- the order in which gradients become ready is checked to be the same on all ranks: DeepSpeed fills its buckets in that
+  order, and would add up gradients of different parameters without a word.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
-import os
-import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+import zlib
+from array import array
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from types import SimpleNamespace
 from typing import Any
 
+import deepspeed
 import torch
+from deepspeed.accelerator import set_accelerator
+from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
+from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
 from refinedet.pipeline.config.batches import BatchPlan
 from refinedet.pipeline.config.spec import Training
+from refinedet.pipeline.training.buffers import Buffers
 from refinedet.pipeline.training.optimizers import group_parameters, make_optimizer
 from refinedet.pipeline.training.world import World
 from torch import Tensor, nn
 
 logger = logging.getLogger(__name__)
 
+LossFunction = Callable[[Any, Sequence[Any]], Any]
+"""(predictions, targets) -> `LossSums`: sums, their positives, and `divide`"""
 _BUCKET_ELEMENTS = 50_000_000
-"""Gradients are averaged in buckets of this many elements, 200 MB: large enough for any link's bandwidth."""
+"""Gradients are reduced in buckets of this many elements, 200 MB: large enough for any link's bandwidth."""
+_MOMENTUM = "momentum_buffer"
 
 
 def resolve_precision(spec: Training, device: torch.device) -> str:
@@ -33,30 +47,28 @@ def resolve_precision(spec: Training, device: torch.device) -> str:
         return spec.precision
     if device.type == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    return "bf16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "fp32"
+    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
 
 
-def deepspeed_config(
-    spec: Training, plan: BatchPlan, precision: str, device: torch.device, parameters: int
-) -> dict[str, Any]:
+def deepspeed_config(spec: Training, plan: BatchPlan, precision: str, parameters: int) -> dict[str, Any]:
     """DeepSpeed's config; the only place that makes one.
 
     parameters  trainable elements, which bound the buckets
     """
     bucket = max(2, min(_BUCKET_ELEMENTS, parameters + parameters % 2))
-    zero: dict[str, Any] = {"stage": spec.zero_stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
-    if spec.zero_stage > 0:
-        # At stage 1 reduction would no longer be apart from backward, and its gradients need to be complete first.
-        zero["overlap_comm"] = spec.zero_stage == 2 and device.type == "cuda" and plan.world_size > 1
-        zero["compute_grad_norm"] = spec.gradient_clip is not None  # the loop computes it for its own check
     return {
-        "train_batch_size": plan.micro_batch * plan.accumulation * plan.world_size,  # more where shares differ
         "train_micro_batch_size_per_gpu": plan.micro_batch,
         "gradient_accumulation_steps": plan.accumulation,
         "gradient_clipping": spec.gradient_clip or 0.0,  # DeepSpeed's own default is 1
         "torch_autocast": {"enabled": precision == "bf16", "dtype": "bfloat16"},
         "zero_allow_untested_optimizer": True,  # SGD
-        "zero_optimization": zero,
+        "zero_optimization": {
+            "stage": spec.zero_stage,
+            "overlap_comm": True,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
         "timers": {"throughput": {"enabled": False}},  # it synchronises the device twice a step
     }
 
@@ -64,74 +76,39 @@ def deepspeed_config(
 class Objective(nn.Module):
     """Detector and loss as one module, so that all of a step's forward goes through DeepSpeed's."""
 
-    def __init__(self, detector: nn.Module, loss: Callable[[Any, Sequence[Any]], Any], fp16: bool, tie: bool) -> None:
+    def __init__(self, detector: nn.Module, loss: LossFunction, world: World, fp16: bool) -> None:
         super().__init__()
         self.detector = detector
         self.loss = loss
+        self.world = world
         self.fp16 = fp16
-        self.tie = tie
+        self.waiting: Callable[[], AbstractContextManager[Any]] = nullcontext
+        """entered while other ranks are waited for"""
         self.names: tuple[str, ...] = ()
         """of the loss parts, in the order of the second output; known after the first forward"""
 
-    def forward(self, images: Tensor, targets: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """-> total loss, and total and parts together [P], detached, fp32"""
+    def forward(self, images: Tensor | None, targets: Sequence[Any]) -> tuple[Tensor, Tensor]:
+        """One micro-batch of this rank -> its share of equation 1 over the micro-batches of all ranks.
+
+        images   None: no images, and a total of zero that every parameter is part of
+        returns  total with gradient; total and parts [P], detached, fp32. Shares add up over the ranks.
+        """
+        if images is None:
+            zero = torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0
+            return zero, zero.detach()
         device = images.device.type
         with torch.autocast(device, torch.float16) if self.fp16 else nullcontext():
             predictions = self.detector(images, targets)
         with torch.autocast(device, enabled=False):
-            losses = self.loss(predictions, targets)
+            sums = self.loss(predictions, targets)
+            with self.waiting():
+                positives = self.world.sum(sums.positives)
+            losses = sums.divide(positives)
             total = losses.total.float()
         parts = {"total": total, **losses.parts()}
         self.names = tuple(parts)
         values = torch.stack([part.detach().float().reshape(()) for part in parts.values()])
-        if self.tie:
-            total = _Tie.apply(total, *(parameter for parameter in self.parameters() if parameter.requires_grad))
-        return total, values
-
-
-class _Tie(torch.autograd.Function):
-    """Give every parameter a gradient, zero where the graph has none.
-
-    A head that computes only surviving anchors may leave a parameter out on one rank and not on another, where ZeRO 2
-    averages gradients as they come.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, total: Tensor, *parameters: Tensor) -> Tensor:
-        ctx.shapes = [(parameter.shape, parameter.dtype, parameter.device) for parameter in parameters]
-        return total.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        zeros = [torch.zeros((), dtype=dtype, device=device).expand(shape) for shape, dtype, device in ctx.shapes]
-        return (gradients[0], *zeros)
-
-
-class _InOrder:
-    """Hand gradients to ZeRO 2's buckets in one order on all ranks, the last parameter's first, as they become ready.
-
-    ZeRO 2 fills its buckets in the order in which backward happens to make gradients, and that depends on the graph:
-    two parameters that this rank's graph left out come in another order than where it used them, and would be added
-    up with each other.
-    """
-
-    def __init__(self, optimizer: Any, parameters: Iterable[Tensor]) -> None:
-        self._reduce = optimizer.reduce_ready_partitions_and_remove_grads
-        self._order = [id(parameter) for parameter in parameters][::-1]
-        self._ready: dict[int, tuple[Tensor, int]] = {}
-        self._next = 0
-        optimizer.reduce_ready_partitions_and_remove_grads = self
-
-    def __call__(self, parameter: Tensor, group: int) -> None:
-        self._ready[id(parameter)] = parameter, group
-        while self._next < len(self._order) and self._order[self._next] in self._ready:
-            self._reduce(*self._ready[self._order[self._next]])
-            self._next += 1
-
-    def begin(self) -> None:
-        """Before each backward."""
-        self._ready.clear()
-        self._next = 0
+        return total * torch.where(total.detach().isfinite(), 1.0, torch.nan), values
 
 
 class LossScale:
@@ -160,223 +137,148 @@ class LossScale:
 
 
 class Engine:
-    """A step is `forward`, `backward` for each micro-batch, then `reduce`, then `update` or `discard`.
+    """A step is `forward` and `backward` for each of `plan.accumulation` micro-batches; the last one updates."""
 
-    Where steps may be discarded and training goes on, `remember` comes first.
-    """
-
-    def __init__(
-        self,
-        detector: nn.Module,
-        loss: Callable[[Any, Sequence[Any]], Any],
-        spec: Training,
-        plan: BatchPlan,
-        world: World,
-    ) -> None:
-        deepspeed = _import_deepspeed()
+    def __init__(self, detector: nn.Module, loss: LossFunction, spec: Training, plan: BatchPlan, world: World) -> None:
+        self.spec = spec
         self.world = world
         self.plan = plan
-        self.zero_stage = spec.zero_stage
         self.precision = resolve_precision(spec, world.device)
         self.scale = LossScale(self.precision == "fp16")
         self.detector = detector.to(world.device)
-        self.objective = Objective(
-            self.detector, loss, self.precision == "fp16", tie=spec.zero_stage == 2 and world.size > 1
-        )
-        groups = group_parameters(self.objective, spec)
+        self.buffers = Buffers(self.detector)
+        self.objective = Objective(self.detector, loss, world, self.precision == "fp16")
         self.parameters = {name: p for name, p in self.detector.named_parameters() if p.requires_grad}
-        self.base_optimizer = make_optimizer(groups, spec, world.device)
+        self.base_optimizer = make_optimizer(group_parameters(self.objective, spec), spec, world.device)
+        self.order = GradientOrder(self.parameters)
         elements = sum(parameter.numel() for parameter in self.parameters.values())
-        with _environment(LOCAL_RANK=str(world.device.index or 0)):  # DeepSpeed takes it for the device's index
-            self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
-                model=self.objective,
-                optimizer=self.base_optimizer,
-                config=deepspeed_config(spec, plan, self.precision, world.device, elements),
-            )
-        self.deepspeed.enable_backward_allreduce = False  # `reduce` does it
-        shared = spec.zero_stage == 2 and world.size > 1
-        self._in_order = _InOrder(self.optimizer, self.parameters.values()) if shared else None
-        if spec.channels_last and spec.zero_stage == 0:  # not before: DeepSpeed broadcasts contiguous weights only
-            self.detector.to(memory_format=torch.channels_last)  # pyright: ignore
+        if world.device.type == "cpu":
+            set_accelerator(_PlainCpu())
+        self.optimizer: Any
+        self.deepspeed, self.optimizer, *_ = deepspeed.initialize(
+            args=SimpleNamespace(device_rank=world.device.index or 0),
+            model=self.objective,
+            optimizer=self.base_optimizer,
+            config=deepspeed_config(spec, plan, self.precision, elements),
+        )
         self.deepspeed.train()
-        persistent = self.detector.state_dict(keep_vars=True).values()
-        self._buffers = [tensor for tensor in persistent if not isinstance(tensor, nn.Parameter)]
-        self._remembered: list[Tensor] | None = None
-
-    def remember(self) -> None:
-        """Keep what a forward changes, the running statistics, so that `discard` undoes it."""
-        if self._remembered is None:
-            self._remembered = [buffer.clone() for buffer in self._buffers]
-        else:
-            torch._foreach_copy_(self._remembered, self._buffers)  # pyright: ignore[reportPrivateImportUsage]
+        self._create_momentum()
 
     def forward(self, images: Tensor, targets: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """One micro-batch -> its total loss, and [P] total and parts, detached."""
+        """One micro-batch -> as `Objective.forward`."""
+        if self.scale.enabled:
+            self.optimizer.override_loss_scale(self.scale.value)
         return self.deepspeed(images, targets)
 
-    def backward(self, total: Tensor, *, last: bool) -> None:
-        """Accumulate a micro-batch's gradient; `last` of the global batch."""
-        if self._in_order:
-            self._in_order.begin()
-        self.deepspeed.set_gradient_accumulation_boundary(last)
-        self.deepspeed.backward(total * self.scale.value if self.scale.enabled else total)
+    def backward(self, total: Tensor) -> None:
+        """Add a micro-batch's gradient. DeepSpeed takes means over ranks and micro-batches; equation 1 is a sum."""
+        self.order.clear()
+        self.deepspeed.backward(total * self.world.size)
 
-    def reduce(self) -> None:
-        """Average gradients over the ranks; after every `backward`. Only ZeRO 2 does any work before the last one."""
-        if self.deepspeed.is_gradient_accumulation_boundary() and self.zero_stage < 2:
-            for parameter in self.parameters.values():
-                if parameter.grad is None:  # alike on all ranks, or buckets would not match
-                    parameter.grad = torch.zeros_like(parameter)
-        if self.zero_stage > 0 or self.world.size > 1:
-            self.deepspeed.allreduce_gradients()
+    def step(self, learning_rate: float) -> bool:
+        """Count a micro-batch; at the last one update the weights. False where the gradient was not finite.
 
-    def squared_norm(self) -> Tensor:
-        """This rank's share of the averaged gradient's squared norm, unscaled; the ranks' shares add up to it."""
-        norms = torch._foreach_norm(list(self._gradients()))  # pyright: ignore[reportPrivateImportUsage]
-        square = torch.stack(norms).double().square().sum() / self.scale.value**2
-        return square if self.zero_stage > 0 else square / self.world.size
-
-    def update(self, learning_rate: float) -> None:
-        """Take the step."""
+        Then weights and momentum are as before; the same on all ranks.
+        """
+        last = self.deepspeed.is_gradient_accumulation_boundary()
         for group in self.base_optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_multiplier"]
-        if self.scale.enabled:
-            for gradient in self._gradients():
-                gradient.mul_(1 / self.scale.value)
         self.deepspeed.step()
-        self.scale.update(overflow=False)
+        applied = self.deepspeed.was_step_applied()
+        if last:
+            self.scale.update(overflow=not applied)
+        return applied
 
-    def discard(self) -> None:
-        """Forget the gradient instead of taking the step, and what the forward changed, if it was remembered."""
-        if self._remembered is not None:
-            torch._foreach_copy_(self._buffers, self._remembered)  # pyright: ignore[reportPrivateImportUsage]
-        if self.zero_stage > 0:
-            self.optimizer.zero_grad(set_to_none=True)
-            self.optimizer.micro_step_id = -1
-            for group in list(self.optimizer.averaged_gradients):
-                self.optimizer.averaged_gradients[group] = None
-                self.optimizer.all_grad_tensors[group] = None
-        else:
-            self.deepspeed.zero_grad()
-        self.scale.update(overflow=True)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the losses, in the order of `forward`'s second output."""
+        return self.objective.names
 
-    def non_finite_gradients(self) -> list[str]:
-        """Names of parameters whose averaged gradient, as far as this rank holds it, is not finite."""
-        names = []
-        for name, parameter in self.parameters.items():
-            if self.zero_stage == 0:
-                gradient = parameter.grad
-            elif (fragment := getattr(parameter, "_hp_mapping", None)) is not None:
-                gradient = fragment.get_lp_grad_fragment(parameter._index_in_param_group)  # pyright: ignore
-            else:
-                gradient = None
-            if gradient is not None and not bool(torch.isfinite(gradient).all()):
-                names.append(name)
-        return names
+    @property
+    def gradient_norm(self) -> float:
+        """Norm of the last step's gradient before clipping, without the loss scale; inf where it was not finite."""
+        norm = self.deepspeed.get_global_grad_norm()
+        assert norm is not None
+        return float(norm)
 
-    def momentum(self) -> Iterator[tuple[str, int, Tensor]]:
-        """Momentum that this rank holds: parameter name, first element, elements in the parameter's logical order.
+    def non_finite_gradients(self, batches: Sequence[tuple[Tensor, Sequence[Any]]]) -> list[str]:
+        """Names of parameters whose gradient on this rank's micro-batches is not finite, computed again. Collective."""
+        names: set[str] = set()
+        for images, targets in batches:
+            total, _ = self.objective(images, targets)
+            gradients = torch.autograd.grad(total * self.scale.value, list(self.parameters.values()), allow_unused=True)
+            for name, gradient in zip(self.parameters, gradients, strict=True):
+                if gradient is not None and not gradient.isfinite().all():
+                    names.add(name)
+        return sorted(names)
 
-        All parameters whole at ZeRO 0; slices of some above. Nothing before the first step.
-        """
-        for name, parameter in self.parameters.items():
-            if self.zero_stage == 0:
-                momentum = self.base_optimizer.state[parameter].get("momentum_buffer")
-                if momentum is not None:
-                    yield name, 0, momentum
-            elif (fragment := getattr(parameter, "_hp_mapping", None)) is not None:
-                partition = self.optimizer.single_partition_of_fp32_groups[fragment.param_group_index]
-                momentum = self.base_optimizer.state[partition].get("momentum_buffer")
-                if momentum is not None:
-                    where = fragment.hp_fragment_address
-                    yield name, fragment.lp_fragment_address.start, momentum.narrow(0, where.start, where.numel)
-
-    def load_momentum(self, whole: Callable[[str], Tensor]) -> None:
-        """Set the momentum this rank holds; `whole` gives that of a parameter, flat, in logical order."""
-        if self.zero_stage == 0:
+    def momentum(self) -> Iterator[tuple[str, Tensor]]:
+        """Momentum of every parameter, whole, on every rank, one after the other. Collective."""
+        if self.spec.momentum:
             for name, parameter in self.parameters.items():
-                momentum = torch.empty_like(parameter)
-                momentum.copy_(whole(name).view(parameter.shape))
-                self.base_optimizer.state[parameter]["momentum_buffer"] = momentum
-            return
-        for partition in self.optimizer.single_partition_of_fp32_groups:
-            self.base_optimizer.state[partition]["momentum_buffer"] = torch.zeros_like(partition, requires_grad=False)
-        for name, parameter in self.parameters.items():
-            if (fragment := getattr(parameter, "_hp_mapping", None)) is not None:
-                partition = self.optimizer.single_partition_of_fp32_groups[fragment.param_group_index]
-                here, there = fragment.hp_fragment_address, fragment.lp_fragment_address
-                self.base_optimizer.state[partition]["momentum_buffer"].narrow(0, here.start, here.numel).copy_(
-                    whole(name).narrow(0, there.start, there.numel)
-                )
+                momentum = safe_get_full_optimizer_state(parameter, _MOMENTUM)
+                assert momentum is not None
+                yield name, momentum
+
+    def load_momentum(self, values: Mapping[str, Tensor]) -> None:
+        """Set the momentum of every parameter; each rank keeps what its partition holds."""
+        for name, parameter in self.parameters.items() if self.spec.momentum else ():
+            safe_set_full_optimizer_state(parameter, values[name].to(parameter.device), _MOMENTUM)
 
     def close(self) -> None:
+        self.order.close()
         self.deepspeed.destroy()
 
-    def _gradients(self) -> Iterator[Tensor]:
-        """Averaged gradients: of all parameters at ZeRO 0, of this rank's partition above."""
-        if self.zero_stage > 0:
-            for gradients in self.optimizer.averaged_gradients.values():
-                yield from gradients or ()
-        else:
-            for parameter in self.parameters.values():
-                if parameter.grad is not None:
-                    yield parameter.grad
+    def _create_momentum(self) -> None:
+        """Create zero momentum, and take one step of no gradient, rate and decay: it links parameters with their state.
+
+        DeepSpeed does so once, after the first group's first step, when that of later groups must be there.
+        """
+        for group in self.base_optimizer.param_groups if self.spec.momentum else ():
+            for partition in group["params"]:
+                self.base_optimizer.state[partition][_MOMENTUM] = torch.zeros_like(partition, requires_grad=False)
+        decays = [group["weight_decay"] for group in self.base_optimizer.param_groups]
+        for group in self.base_optimizer.param_groups:
+            group["lr"] = group["weight_decay"] = 0.0
+        for _ in range(self.plan.accumulation):
+            zero, _ = self.deepspeed(None, ())
+            self.deepspeed.backward(zero)
+            self.deepspeed.step()
+        for group, decay in zip(self.base_optimizer.param_groups, decays, strict=True):
+            group["weight_decay"] = decay
 
 
-def _import_deepspeed() -> Any:
-    """Import DeepSpeed without what it does beside that.
+class GradientOrder:
+    """The order in which the last backward made gradients."""
 
-    It would import mlflow and pandas for its autotuner (8 s) and torch's compiler for an optimizer of its own (10 s);
-    write to stdout; and, on a CPU, compile a shared-memory operator that only inference calls: a minute on the first
-    start, behind a lock that a killed build leaves for ever. It asks `__compatible_ops__` whether it can.
+    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+        self._seen = array("I")
+        self._hooks = [
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._note, number))
+            for number, parameter in enumerate(parameters.values())
+        ]
+
+    @property
+    def checksum(self) -> int:
+        """16 bits that are alike where the order is."""
+        return zlib.crc32(self._seen.tobytes()) & 0xFFFF
+
+    def clear(self) -> None:
+        del self._seen[:]
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _note(self, number: int, parameter: Tensor) -> None:
+        self._seen.append(number)
+
+
+class _PlainCpu(CPU_Accelerator):
+    """DeepSpeed's CPU without operators that are compiled at the first start: training calls none of them.
+
+    One of them takes a minute, behind a lock that a killed build leaves for ever.
     """
-    with _without_mlflow(), _without_compiling():
-        import deepspeed
-        import deepspeed.ops
-        import deepspeed.runtime.zero.muon.muon_optimizer
-    deepspeed.ops.__dict__["__compatible_ops__"] = {}
-    own = logging.getLogger("DeepSpeed")
-    for handler in list(own.handlers):
-        own.removeHandler(handler)
-    own.propagate = True
-    if not own.filters:
-        own.addFilter(lambda record: "untested optimizer" not in record.getMessage())
-    return deepspeed
 
-
-@contextmanager
-def _without_mlflow() -> Iterator[None]:
-    if "mlflow" in sys.modules:
-        yield
-        return
-    sys.modules["mlflow"] = None  # pyright: ignore[reportArgumentType]
-    try:
-        yield
-    finally:
-        del sys.modules["mlflow"]
-
-
-@contextmanager
-def _without_compiling() -> Iterator[None]:
-    """Functions that are decorated with `torch.compile` stay as they are."""
-    compile_ = torch.compile
-    torch.compile = lambda model=None, **options: model if model is not None else lambda function: function  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        torch.compile = compile_
-
-
-@contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    """Set environment variables for a while."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+    def create_op_builder(self, op_name: str) -> None:
+        return None

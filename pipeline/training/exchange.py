@@ -1,78 +1,74 @@
-"""One small collective a step, in which every rank learns what every other one has to say."""
+"""One small collective a step, in which the ranks agree; its size does not grow with their number."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import astuple, dataclass, fields
+from dataclasses import dataclass
 
 import torch
-from refinedet.pipeline.training.checkpoint import SaveState
-from refinedet.pipeline.training.records import StepTimes
+from refinedet.pipeline.training.saving import SaveState
 from refinedet.pipeline.training.world import World
 from torch import Tensor
 
-_NUM_TIMES = len(fields(StepTimes))
-
 
 @dataclass(frozen=True)
-class Exchanged:
-    """What the ranks said, by rank."""
+class Agreed:
+    """The same on all ranks."""
 
-    losses: list[list[float]]
-    """of each rank: total and parts, means over its micro-batches"""
-    gradient_norm: float
-    """of the averaged gradient, over all ranks"""
+    losses: list[float]
+    """of the global batch: total and parts"""
     stop: bool
     """one rank at least was asked to stop"""
     failed: bool
-    """one rank at least could not do its part"""
-    save_states: list[SaveState]
+    """one rank at least has no batch"""
+    saving: SaveState
+    """WRITTEN once all ranks have written, FAILED once all have and one could not, else WRITING or IDLE"""
+    given_up: bool
+    """rank 0 has seen too many saves fail in a row"""
     committed_step: int
     """newest committed checkpoint that rank 0 knows of; -1: none"""
-    times: tuple[StepTimes, ...]
-    """of the step before"""
-
-    @property
-    def mean_losses(self) -> list[float]:
-        return [sum(values) / len(values) for values in zip(*self.losses, strict=True)]
+    same_order: bool
+    """gradients became ready in the same order on all ranks"""
 
     @property
     def finite(self) -> bool:
-        return all(map(math.isfinite, self.mean_losses)) and math.isfinite(self.gradient_norm)
-
-    @property
-    def losses_finite(self) -> bool:
-        return all(map(math.isfinite, self.mean_losses))
+        return all(map(math.isfinite, self.losses))
 
 
-def exchange(
+def agree(
     world: World,
     losses: Tensor,
-    squared_norm: Tensor,
     *,
     stop: bool,
     failed: bool,
-    save_state: SaveState,
+    saving: SaveState,
+    given_up: bool,
     committed_step: int,
-    times: StepTimes,
-) -> Exchanged:
+    order: int,
+) -> Agreed:
     """All ranks call it once a step; it waits for the device.
 
-    losses        [P] of this rank
-    squared_norm  scalar, this rank's share
+    losses  [P], this rank's shares, which add up over the ranks
+    order   checksum, 16 bits: equal on all ranks where (sum of orders)^2 is `size` times the sum of squares
     """
-    told = [float(stop), float(failed), float(save_state), float(committed_step), *astuple(times)]
-    numbers = torch.tensor(told, dtype=torch.float64, device=losses.device)
-    values = torch.cat([losses.double(), squared_norm.double().reshape(1), numbers])
-    rows = world.all_gather(values).tolist()
+    states = [float(saving == state) for state in SaveState]
+    of_main = [float(given_up), float(committed_step + 1)] if world.is_main else [0.0, 0.0]
+    told = [float(stop), float(failed), *of_main, float(order), float(order) ** 2]
+    numbers = torch.tensor([*told, *states], dtype=torch.float64, device=losses.device)
+    sums = world.sum(torch.cat([losses.double(), numbers])).tolist()
     parts = losses.numel()
-    rest = [row[parts + 1 :] for row in rows]
-    return Exchanged(
-        losses=[row[:parts] for row in rows],
-        gradient_norm=math.sqrt(total) if (total := sum(row[parts] for row in rows)) >= 0 else math.nan,
-        stop=any(row[0] for row in rest),
-        failed=any(row[1] for row in rest),
-        save_states=[SaveState(int(row[2])) for row in rest],
-        committed_step=int(rest[0][3]),
-        times=tuple(StepTimes(*row[4 : 4 + _NUM_TIMES]) for row in rest),
+    stops, failures, lost_hope, committed, orders, squares, *counts = sums[parts:]
+    idle, _, written, lost = counts
+    if written + lost == world.size:
+        state = SaveState.FAILED if lost else SaveState.WRITTEN
+    else:
+        state = SaveState.IDLE if idle == world.size else SaveState.WRITING
+    return Agreed(
+        losses=sums[:parts],
+        stop=stops > 0,
+        failed=failures > 0,
+        saving=state,
+        given_up=lost_hope > 0,
+        committed_step=int(committed) - 1,
+        same_order=orders**2 == world.size * squares,
     )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from refinedet.pipeline.training.engine import Engine
 from refinedet.pipeline.training.world import World
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -15,7 +16,13 @@ class MicroBatch:
     """What is remembered of a micro-batch until the step is checked."""
 
     keys: tuple[str, ...]
-    losses: dict[str, float]
+    images: Tensor
+    targets: Sequence[Any]
+    values: Tensor
+    """[P] losses, in the order of the engine's names"""
+
+    def losses(self, names: Sequence[str]) -> dict[str, float]:
+        return dict(zip(names, self.values.tolist(), strict=True))
 
 
 class NonFiniteError(FloatingPointError):
@@ -25,15 +32,16 @@ class NonFiniteError(FloatingPointError):
 def explain_non_finite(engine: Engine, world: World, step: int, micro_batches: Sequence[MicroBatch]) -> str:
     """Say which rank, which loss parts, which samples; or which parameters. All ranks call it."""
     mine = [
-        f"rank {world.rank}: {', '.join(f'{name} {value}' for name, value in batch.losses.items())}; "
+        f"rank {world.rank}: {', '.join(f'{name} {value}' for name, value in batch.losses(engine.names).items())}; "
         f"samples {', '.join(batch.keys)}"
         for batch in micro_batches
-        if not all(math.isfinite(value) for value in batch.losses.values())
+        if not batch.values.isfinite().all()
     ]
     said = [line for lines in world.all_gather_object(mine) for line in lines]
     if said:
         return f"step {step}: the loss is not finite on {' | '.join(said)}"
-    names = sorted({name for names in world.all_gather_object(engine.non_finite_gradients()) for name in names})
+    again = engine.non_finite_gradients([(batch.images, batch.targets) for batch in micro_batches])
+    names = sorted({name for names in world.all_gather_object(again) for name in names})
     keys = [f"rank {rank}: {', '.join(keys)}" for rank, keys in enumerate(_all_keys(world, micro_batches))]
     shown = ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
     return f"step {step}: the loss is finite, its gradient is not, in {shown or 'its norm'}; samples {' | '.join(keys)}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from refinedet.model import RefineDet, detection_loss
+from refinedet.model import RefineDet, sum_losses
 from refinedet.pipeline.config.batches import BatchPlan
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.data.index import ShardSet, open_shards
@@ -16,19 +16,18 @@ from refinedet.pipeline.data.samples import Cursor
 from refinedet.pipeline.data.stream import TrainingStream
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
-from refinedet.pipeline.training.checkpoint import find_checkpoint
+from refinedet.pipeline.training.engine import LossFunction
 from refinedet.pipeline.training.initial_weights import load_initial_weights
 from refinedet.pipeline.training.loop import train
 from refinedet.pipeline.training.preflight import PreflightReport, check_workers
 from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
+from refinedet.pipeline.training.task import Callbacks, Task
 from refinedet.pipeline.training.watchdog import StallVerdict, exit_process
 from refinedet.pipeline.training.world import World
 from torch import nn
 
 Validate = Callable[[nn.Module, int], Mapping[str, float]]
 """(detector in eval mode, epochs done) -> metrics; called on every rank, rank 0's metrics count"""
-LossFunction = Callable[[Any, Sequence[Any]], Any]
-"""(predictions, targets) -> Losses"""
 
 
 class Link(Protocol):
@@ -89,25 +88,26 @@ def train_job(
     shards = open_shards(storage.join(run.shards, "train"))
     torch.manual_seed(spec.seed)
     detector = RefineDet(spec.model)
-    if spec.training.init_weights and world.broadcast_object(world.is_main and not find_checkpoint(run.path)[0]):
-        load_initial_weights(detector, spec.training.init_weights)
-    tell = link.push if world.is_main else _discard
-    return train(
-        spec.training,
-        seed=spec.seed,
-        world=world,
-        detector=detector,
-        loss=loss or functools.partial(detection_loss, config=spec.model),
+    initial = spec.training.init_weights
+    task = Task(
+        detector,
+        loss or functools.partial(sum_losses, config=spec.model),
         make_stream=functools.partial(_open_stream, run, shards, world),
         run_dir=run.path,
-        observer=tell,
+        seed=spec.seed,
+        facts={"spec": spec.model_dump(mode="json"), "shards": shards.digest},
+        began_at=attempt.began_at,
+        load_initial=functools.partial(load_initial_weights, detector, initial) if initial else lambda: None,
+    )
+    tell = link.push if world.is_main else _discard
+    callbacks = Callbacks(
+        on_step=tell,
         on_event=tell,
         validate=validate if spec.training.validate_every_epochs else None,
         stop_requested=lambda: link.stop_requested,
         on_stall=functools.partial(_report_stall, link),
-        began_at=attempt.began_at,
-        facts={"spec": spec.model_dump(mode="json"), "shards": shards.digest},
     )
+    return train(spec.training, world, task, callbacks)
 
 
 def _open_shards(run: Run) -> ShardSet | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import time
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
 
@@ -14,8 +15,9 @@ class StepTimes:
     """waiting for the next micro-batches, and moving them to the device"""
     forward: float = 0.0
     backward: float = 0.0
+    """with the reduction of gradients, which overlaps it"""
     reduce: float = 0.0
-    """averaging gradients: communication, and waiting for slower ranks; at ZeRO 2 what backward did not hide"""
+    """waiting for slower ranks before the loss is divided"""
     optimizer: float = 0.0
     """checks, update, gathering of updated weights"""
     checkpoint: float = 0.0
@@ -37,9 +39,9 @@ class StepRecord:
     """global batch within the epoch, from 0"""
     learning_rate: float
     losses: dict[str, float]
-    """loss parts and `total`, means over ranks and micro-batches"""
+    """loss parts and `total`, of the global batch (equation 1)"""
     gradient_norm: float
-    """of the averaged gradient, before clipping"""
+    """of the whole gradient, before clipping; inf where the step was skipped"""
     loss_scale: float
     """1 unless the precision is fp16"""
     applied: bool
@@ -53,8 +55,12 @@ class StepRecord:
     memory_bytes: int
     """device memory in use at its highest, or resident memory on a CPU; of this rank"""
     times: StepTimes
-    previous: tuple[StepTimes, ...] = ()
-    """the step before, on every rank, by rank; empty on the first step after a start"""
+
+    def line(self) -> dict[str, Any]:
+        """As a line of metrics.jsonl."""
+        kept = ("step", "total_steps", "epoch", "learning_rate", "losses", "gradient_norm", "images_per_s")
+        line = {name: getattr(self, name) for name in (*kept, "memory_bytes", "skipped_steps")}
+        return {**line, "time": time.time(), "times": asdict(self.times)}
 
 
 @dataclass(frozen=True)

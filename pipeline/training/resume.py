@@ -1,80 +1,48 @@
-"""Going on where a run stopped, and what a checkpoint's manifest says for that."""
+"""The facts in a checkpoint's manifest, and whether a run may resume from them."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
-from refinedet.pipeline.config.batches import BatchPlan
 from refinedet.pipeline.config.schedule import Schedule
 from refinedet.pipeline.runs.errors import UserError
-from refinedet.pipeline.training.checkpoint import Checkpoint, find_checkpoint, set_aside
-from refinedet.pipeline.training.engine import Engine
-from refinedet.pipeline.training.records import Event
-from refinedet.pipeline.training.world import World
-
-if TYPE_CHECKING:
-    from refinedet.pipeline.data.samples import Cursor
+from refinedet.pipeline.training.checkpoint import Checkpoint
+from refinedet.pipeline.training.step import TrainState
 
 
-def choose_checkpoint(run_dir: str, world: World, on_event: Callable[[Event], None]) -> Checkpoint | None:
-    """Rank 0 looks, sets damaged ones aside, and all ranks take what it found. Collective."""
-    found, rejected = world.broadcast_object(find_checkpoint(run_dir) if world.is_main else (None, []))
-    for bad in rejected if world.is_main else ():
-        set_aside(bad)
-    for bad in rejected:
-        on_event(Event("passed_over", bad.step, str(bad), {"checkpoint": bad.path, "faults": list(bad.faults)}))
-    return found
-
-
-def start_cursor(checkpoint: Checkpoint | None) -> Cursor:
-    from refinedet.pipeline.data.samples import Cursor
-
-    return Cursor(checkpoint.manifest["epoch"], checkpoint.manifest["batch"]) if checkpoint else Cursor()
-
-
-def check_same_data(checkpoint: Checkpoint, schedule: Schedule, plan: BatchPlan, shards: str | None) -> None:
-    """A cursor and a schedule mean something else with other shards or another global batch."""
+def check_same_data(checkpoint: Checkpoint, schedule: Schedule, global_batch: int, shards: str | None) -> None:
+    """A cursor and a schedule mean something else with other shards or another global batch: UserError."""
     known = checkpoint.manifest["facts"].get("shards", shards) if shards else None
     of_then = checkpoint.manifest | {"shards": known}
-    of_now = {"steps_per_epoch": schedule.steps_per_epoch, "global_batch": plan.global_batch, "shards": shards}
+    of_now = {"steps_per_epoch": schedule.steps_per_epoch, "global_batch": global_batch, "shards": shards}
     for name, now in of_now.items():
         then = of_then[name]
         if then != now:
             raise UserError(
-                f"the run's checkpoint {checkpoint.path} was written with {name} {then}, and now it is {now}; go on "
+                f"the run's checkpoint {checkpoint.path} was written with {name} {then}, and now it is {now}; resume "
                 "with the data and the global batch of before, or start a run of another name"
             )
 
 
-def manifest_facts(
-    step: int,
-    schedule: Schedule,
-    plan: BatchPlan,
-    engine: Engine,
-    skipped_steps: int,
-    metrics: Mapping[str, float],
-    facts: Mapping[str, Any],
-    validated: bool,
-) -> dict[str, Any]:
-    """What the manifest of a checkpoint says beside its files; it has a score where these very weights were validated.
-
-    metrics  of the last validation, at whatever step it was
-    """
-    epoch, batch = divmod(step, schedule.steps_per_epoch)
+def manifest_facts(state: TrainState, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the manifest of a checkpoint holds beside its files; a score where these very weights were validated."""
+    epoch, batch = divmod(state.step, state.schedule.steps_per_epoch)
+    validated = state.validated_step == state.step
+    score = state.metrics.get("AP", next(iter(state.metrics.values()), None)) if validated else None
     return {
         "epoch": epoch,
         "batch": batch,
-        "steps_per_epoch": schedule.steps_per_epoch,
-        "global_batch": plan.global_batch,
-        "world_size": plan.world_size,
-        "zero_stage": engine.zero_stage,
-        "precision": engine.precision,
-        "loss_scale": [engine.scale.value, engine.scale.good_steps],
-        "skipped_steps": skipped_steps,
-        "metrics": dict(metrics),
-        "score": metrics.get("AP", next(iter(metrics.values()), None)) if validated else None,
+        "steps_per_epoch": state.schedule.steps_per_epoch,
+        "global_batch": state.engine.plan.global_batch,
+        "world_size": state.engine.plan.world_size,
+        "zero_stage": state.engine.spec.zero_stage,
+        "precision": state.engine.precision,
+        "loss_scale": [state.engine.scale.value, state.engine.scale.good_steps],
+        "skipped_steps": state.skipped,
+        "metrics": dict(state.metrics),
+        "score": score,
         "saved_at": time.time(),
         "facts": dict(facts),
     }

@@ -2,71 +2,76 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
+import torch
 from refinedet.pipeline.training.records import StepTimes
+from refinedet.pipeline.training.world import World
 
-OWN_WORK = ("data", "forward", "backward", "checkpoint")
-"""Phases in which a rank does not wait for others. At ZeRO 2 backward averages gradients too, and is left out."""
-_RATIO = 1.3
-_LEAST_S = 0.01
+OWN_WORK = ("data", "forward", "checkpoint")
+"""Phases in which a rank does not wait for others; backward reduces gradients as it goes."""
+_RATIO = 1.5
+_LEAST_S = 0.02
+_WINDOWS = 2
+"""Windows in a row in which the same rank is slow; one alone may be chance."""
 
 
 @dataclass(frozen=True)
 class Straggler:
     rank: int
     part: str
-    """data, forward, backward or checkpoint"""
+    """of OWN_WORK: where the excess is"""
     seconds: float
     """median a step of this rank's own work"""
     typical_s: float
-    """that of the other ranks, at most"""
+    """median over the ranks"""
 
     def __str__(self) -> str:
         times = f"{self.seconds:.3f} s of work a step, others {self.typical_s:.3f} s"
         return f"rank {self.rank} is slow in {self.part}: {times}"
 
 
-def find_stragglers(steps: Sequence[Sequence[StepTimes]], zero_stage: int = 0) -> list[Straggler]:
-    """Ranks whose own work takes longer than that of the rest by a third, and by more than noise.
+def find_stragglers(work: Sequence[Sequence[float]]) -> list[Straggler]:
+    """Ranks whose own work takes longer than that of the rest by half, and by more than noise.
 
-    steps   times of every rank, by rank, of some steps one after the other; medians are taken over these
-    returns slowest first
+    work     [ranks][phases of OWN_WORK]  seconds a step
+    returns  slowest first
     """
-    if not steps or len(steps[0]) < 2:
+    if len(work) < 2:
         return []
-    phases = [phase for phase in OWN_WORK if not (phase == "backward" and zero_stage == 2)]
-    ranks = range(len(steps[0]))
-    parts = {phase: [median(getattr(step[rank], phase) for step in steps) for rank in ranks] for phase in phases}
-    work = [median(sum(getattr(step[rank], phase) for phase in phases) for step in steps) for rank in ranks]
-    typical = sorted(work)[(len(work) - 1) // 2]
+    totals = [sum(phases) for phases in work]
+    typical = sorted(totals)[(len(totals) - 1) // 2]
+    least = [min(phases) for phases in zip(*work, strict=True)]
     found = []
-    for rank in ranks:
-        if work[rank] > max(_RATIO * typical, typical + _LEAST_S):
-            excess = {phase: parts[phase][rank] - min(parts[phase]) for phase in phases}
-            found.append(Straggler(rank, max(excess, key=lambda phase: excess[phase]), work[rank], typical))
+    for rank, phases in enumerate(work):
+        if totals[rank] > max(_RATIO * typical, typical + _LEAST_S):
+            excess = [seconds - others for seconds, others in zip(phases, least, strict=True)]
+            found.append(Straggler(rank, OWN_WORK[excess.index(max(excess))], totals[rank], typical))
     return sorted(found, key=lambda straggler: -straggler.seconds)
 
 
 class StragglerWatch:
-    """Looks at the last steps now and then, and says a verdict once as long as it stays the same."""
+    """Compares the ranks once every `window` steps; returns a verdict once as long as it stays the same."""
 
-    def __init__(self, zero_stage: int, window: int = 20) -> None:
-        self._zero_stage = zero_stage
-        self._steps: deque[Sequence[StepTimes]] = deque(maxlen=window)
-        self._seen = 0
-        self._told: set[tuple[int, str]] = set()
+    def __init__(self, world: World, window: int = 20) -> None:
+        self._world = world
+        self._window = window
+        self._steps: list[StepTimes] = []
+        self._suspects: Counter[tuple[int, str]] = Counter()
 
-    def add(self, times: Sequence[StepTimes]) -> list[Straggler]:
-        """Times of one step on all ranks -> new verdicts."""
+    def add(self, times: StepTimes) -> list[Straggler]:
+        """Times of this rank's step -> new verdicts, on all ranks. Collective."""
         self._steps.append(times)
-        self._seen += 1
-        if self._seen % (self._steps.maxlen or 1):
+        if len(self._steps) < self._window or self._world.size == 1:
+            del self._steps[: -self._window]
             return []
-        found = find_stragglers(self._steps, self._zero_stage)
-        new = [straggler for straggler in found if (straggler.rank, straggler.part) not in self._told]
-        self._told = {(straggler.rank, straggler.part) for straggler in found}
-        return new
+        medians = [median(getattr(step, phase) for step in self._steps) for phase in OWN_WORK]
+        self._steps.clear()
+        row = torch.tensor(medians, dtype=torch.float64, device=self._world.device)
+        found = find_stragglers(self._world.all_gather(row).tolist())
+        seen = {(straggler.rank, straggler.part) for straggler in found}
+        self._suspects = Counter({suspect: self._suspects[suspect] + 1 for suspect in seen})
+        return [straggler for straggler in found if self._suspects[straggler.rank, straggler.part] == _WINDOWS]

@@ -180,4 +180,4 @@ def _waits(phase: str, frame: FrameType | None) -> bool:
         if frame.f_code.co_filename.endswith(("distributed_c10d.py", "training/exchange.py")):
             return True
         frame = frame.f_back
-    return phase == "reduce"
+    return phase in ("reduce", "backward", "optimizer")  # gradients are reduced in backward, weights gathered after

@@ -46,6 +46,13 @@ class World:
         dist.all_gather_into_tensor(gathered, values.contiguous())
         return gathered.view(self.size, -1)
 
+    def sum(self, values: Tensor) -> Tensor:
+        """The sum over the ranks, a new tensor, without gradient; values are left as they are."""
+        total = values.detach().clone()
+        if self.size > 1:
+            dist.all_reduce(total)
+        return total
+
     def all_gather_object(self, value: T) -> list[T]:
         """Picklable values of all ranks, in the order of ranks."""
         if self.size == 1:
@@ -54,29 +61,21 @@ class World:
         dist.all_gather_object(values, value)
         return values
 
-    def broadcast_object(self, value: T) -> T:
-        """Rank 0's value, on every rank."""
+    def broadcast_object(self, value: T, source: int = 0) -> T:
+        """The value of rank `source`, on every rank."""
         if self.size == 1:
             return value
         values = [value]
-        dist.broadcast_object_list(values, src=0, device=self.device)
+        dist.broadcast_object_list(values, src=source, device=self.device)
         return values[0]
 
     def broadcast_(self, tensors: list[Tensor], source: int) -> None:
-        """Replace tensors of one dtype by those of rank `source`."""
+        """Replace tensors of one dtype by those of rank `source`, packed into one message."""
         if self.size == 1 or not tensors:
             return
         flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(self.device)
         dist.broadcast(flat, source)
         _scatter_flat(flat, tensors)
-
-    def mean_(self, tensors: list[Tensor]) -> None:
-        """Replace tensors of one dtype by their mean over the ranks."""
-        if self.size == 1 or not tensors:
-            return
-        flat = torch.cat([tensor.detach().reshape(-1) for tensor in tensors]).to(self.device, torch.float64)
-        dist.all_reduce(flat)  # in double precision, so that the mean of equals is equal
-        _scatter_flat(flat / self.size, tensors)
 
 
 @contextmanager

@@ -114,7 +114,7 @@ def run_bare(spec_file: str, shards_folder: str, output: str) -> None:
     import functools
 
     import torch
-    from refinedet.model import RefineDet, detection_loss
+    from refinedet.model import RefineDet, sum_losses
     from refinedet.pipeline.config.batches import BatchPlan
     from refinedet.pipeline.config.files import load_spec
     from refinedet.pipeline.data.index import open_shards
@@ -122,6 +122,7 @@ def run_bare(spec_file: str, shards_folder: str, output: str) -> None:
     from refinedet.pipeline.data.stream import TrainingStream
     from refinedet.pipeline.training.loop import train
     from refinedet.pipeline.training.records import StepRecord
+    from refinedet.pipeline.training.task import Callbacks, Task
     from refinedet.pipeline.training.world import open_world
 
     spec = load_spec(spec_file)
@@ -150,16 +151,14 @@ def run_bare(spec_file: str, shards_folder: str, output: str) -> None:
                 start=start,
             )
 
-        train(
-            spec.training,
-            seed=spec.seed,
-            world=world,
-            detector=detector,
-            loss=functools.partial(detection_loss, config=spec.model),
-            make_stream=make_stream,
+        task = Task(
+            detector,
+            functools.partial(sum_losses, config=spec.model),
+            make_stream,
             run_dir=str(Path(output).with_suffix("")),
-            observer=observe,
+            seed=spec.seed,
         )
+        train(spec.training, world, task, Callbacks(on_step=observe))
         if world.is_main:
             Path(output).write_text(json.dumps(times))
 

@@ -1,6 +1,7 @@
 """The training loop against a bare PyTorch loop, and what saving checkpoints costs.
 
-    python -m tests.bench.bench_loop [--steps 40] [--saves 6] [--size 128] [--batch 8] [--zero-stage 0] [--json OUT]
+    python -m tests.bench.bench_loop [--steps 40] [--saves 6] [--size 128] [--batch 8] [--zero-stage 1] [--json OUT]
+    torchrun --nproc-per-node 2 -m tests.bench.bench_loop ...   against torch's DistributedDataParallel
 
 Both loops train the same detector on the same batch, already in memory, in one process; after every step of ours comes
 a bare one, so that whatever else the machine does slows both. On a busy machine trust the processor's seconds more than
@@ -26,13 +27,15 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from refinedet.model import RefineDet, RefineDetConfig, Targets, detection_loss
+from refinedet.model import RefineDet, RefineDetConfig, Targets, detection_loss, sum_losses
 from refinedet.pipeline.config.batches import BatchPlan
 from refinedet.pipeline.config.spec import Training
 from refinedet.pipeline.data.samples import Batch, Cursor
 from refinedet.pipeline.training.loop import train
 from refinedet.pipeline.training.records import StepRecord
+from refinedet.pipeline.training.task import Callbacks, Task
 from refinedet.pipeline.training.world import World, open_world
+from torch.nn.parallel import DistributedDataParallel
 
 WARMUP = 5
 BLOCK = 4
@@ -42,12 +45,13 @@ STEPS_AN_EPOCH = 118_287 // 32
 
 
 class OneBatch:
-    """The same batch for ever."""
+    """The same batch for ever; `between` is called on every rank between two steps."""
 
     batches_per_epoch = 1_000_000
 
     def __init__(self, start: Cursor, plan: BatchPlan, size: int) -> None:
         self.start = start
+        self.between: Callable[[], None] = lambda: None
         generator = torch.Generator().manual_seed(0)
         images = torch.randint(0, 256, (plan.micro_batch, 3, size, size), generator=generator, dtype=torch.uint8)
         corners = torch.rand(plan.micro_batch, 4, 2, generator=generator) * size / 2
@@ -59,6 +63,7 @@ class OneBatch:
     def __iter__(self) -> Iterator[Batch]:
         number = self.start.batch
         while True:
+            self.between()
             yield replace(self.batch, index=number)
             number += 1
 
@@ -66,11 +71,13 @@ class OneBatch:
         pass
 
 
-def bare_step(detector: RefineDet, batch: Batch, spec: Training, device: torch.device) -> Callable[[], None]:
-    """A step as anybody would write it."""
+def bare_step(detector: RefineDet, batch: Batch, spec: Training, world: World) -> Callable[[], None]:
+    """A step as anybody would write it; on several ranks with DDP."""
+    device = world.device
     detector = copy.deepcopy(detector).to(device)
     if spec.channels_last:
         detector = detector.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    parallel = DistributedDataParallel(detector) if world.size > 1 else detector
     optimizer = torch.optim.SGD(detector.parameters(), lr=1e-5, momentum=spec.momentum, weight_decay=spec.weight_decay)
     autocast = functools.partial(torch.autocast, device.type, torch.bfloat16, enabled=spec.precision == "bf16")
 
@@ -78,7 +85,7 @@ def bare_step(detector: RefineDet, batch: Batch, spec: Training, device: torch.d
         images = batch.images.to(device, non_blocking=True)
         targets = [target.to(device) for target in batch.targets]
         with autocast():
-            predictions = detector(images, targets)
+            predictions = parallel(images, targets)
         detection_loss(predictions, targets, detector.config).total.backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -107,12 +114,13 @@ class Measured:
 def measure(world: World, config: RefineDetConfig, spec: Training, steps: int) -> Measured:
     torch.manual_seed(0)
     detector = RefineDet(config)
-    stream = OneBatch(Cursor(), BatchPlan(spec.global_batch, spec.global_batch, 1, 1), config.input_size)
-    bare = bare_step(detector, stream.batch, spec, world.device)
+    share = spec.global_batch // world.size
+    stream = OneBatch(Cursor(), BatchPlan(spec.global_batch, share, 1, world.size), config.input_size)
+    bare = bare_step(detector, stream.batch, spec, world)
     measured, seen = Measured(), 0
     left, left_cpu = time.perf_counter(), time.process_time()
 
-    def observe(record: StepRecord) -> None:
+    def between() -> None:
         nonlocal seen, left, left_cpu
         if world.device.type == "cuda":
             torch.cuda.synchronize()
@@ -125,21 +133,19 @@ def measure(world: World, config: RefineDetConfig, spec: Training, steps: int) -
             measured.ours_cpu.append(came_cpu - left_cpu)
             measured.bare.append(went - came)
             measured.bare_cpu.append(went_cpu - came_cpu)
-            measured.records.append(record)
         left, left_cpu = time.perf_counter(), time.process_time()
 
+    stream.between = between
     with tempfile.TemporaryDirectory() as folder:
-        train(
-            spec,
-            seed=0,
-            world=world,
-            detector=detector,
-            loss=functools.partial(detection_loss, config=config),
+        task = Task(
+            detector,
+            functools.partial(sum_losses, config=config),
             make_stream=lambda start, plan: stream,  # type: ignore[arg-type, return-value]
-            run_dir=folder,
-            observer=observe,
-            stop_requested=lambda: seen >= steps + WARMUP - 1,
+            run_dir=world.broadcast_object(folder),
         )
+        callbacks = Callbacks(on_step=measured.records.append, stop_requested=lambda: seen >= steps + WARMUP)
+        train(spec, world, task, callbacks)
+    del measured.records[: WARMUP - 1], measured.records[len(measured.ours) :]
     return measured
 
 
@@ -165,7 +171,7 @@ def main() -> None:
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--tcb-channels", type=int, default=128)
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
-    parser.add_argument("--zero-stage", type=int, default=0)
+    parser.add_argument("--zero-stage", type=int, default=1)
     parser.add_argument("--json", metavar="OUT")
     options = parser.parse_args()
     config = RefineDetConfig(
@@ -184,6 +190,8 @@ def main() -> None:
         every = spec.model_copy(update={"checkpoint_every_steps": 2 * BLOCK})
         saving = measure(world, config, every, 2 * BLOCK * (options.saves + 1))
         device = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else platform.processor()
+    if not world.is_main:
+        return
     costs = cost_of_saves(saving)
     held_up = [record.times.checkpoint for record in saving.records if record.step % (2 * BLOCK) == 0]
     step_s = statistics.median(plain.ours)
@@ -211,6 +219,7 @@ def main() -> None:
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "python": platform.python_version(),
+            "ranks": world.size,
             "commit": _commit(),
         },
     }
@@ -235,9 +244,9 @@ def _table(result: dict[str, Any]) -> Iterator[str]:
     yield f"{'seconds a step':28}{'median':>10}{'quartiles':>20}"
     for name, label in (
         ("ours_s", "this loop, clock"),
-        ("bare_s", "bare PyTorch, clock"),
+        ("bare_s", "bare PyTorch (DDP), clock"),
         ("ours_cpu_s", "this loop, processor"),
-        ("bare_cpu_s", "bare PyTorch, processor"),
+        ("bare_cpu_s", "bare PyTorch (DDP), processor"),
     ):
         row = result[name]
         yield f"{label:28}{row['median']:>10.4f}{row['lower_quartile']:>12.4f} {row['upper_quartile']:.4f}"

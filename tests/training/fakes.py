@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -33,8 +34,20 @@ class TinyLosses:
         return {"fit": self.fit, "size": self.size}
 
 
+@dataclass(frozen=True)
+class TinySums:
+    """As `LossSums`: sums over images, divided by their number in all parts of the global batch."""
+
+    fit: Tensor
+    size: Tensor
+    positives: Tensor
+
+    def divide(self, positives: Tensor) -> TinyLosses:
+        return TinyLosses(self.fit / positives[0], self.size / positives[0])
+
+
 class TinyDetector(nn.Module):
-    """Convolutions, batch norm, and a head that is used only on some images."""
+    """Convolutions, batch norm, and a head that only some images use; every parameter is in every graph."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -44,14 +57,21 @@ class TinyDetector(nn.Module):
 
     def forward(self, images: Tensor, targets: object = None) -> Tensor:
         features = self.body(images.float() / 255 - 0.5).mean((2, 3))
-        used = images[:, 0, 0, 0] > 127
-        return torch.cat([features.sum(1), self.rare(features[used]).sum(1)]) if used.any() else features.sum(1)
+        used = images[:, 0, 0, 0].float() > 127
+        return features.mean(1) + torch.where(used, self.rare(features).mean(1), 0.0)
 
 
-def tiny_loss(predictions: Tensor, targets: list[TinyTargets]) -> TinyLosses:
-    wanted = torch.stack([target.value for target in targets]).mean()
+def tiny_loss(predictions: Tensor, targets: Sequence[TinyTargets]) -> TinySums:
+    wanted = torch.stack([target.value for target in targets])
     predictions = predictions.float()
-    return TinyLosses(((predictions - wanted) ** 2).mean(), 0.01 * predictions.abs().mean())
+    count = predictions.new_full((1,), len(targets))
+    return TinySums(((predictions - wanted) ** 2).sum(), 0.01 * predictions.abs().sum(), count)
+
+
+def deal(count: int, among: int) -> list[range]:
+    """Numbers below `count` in consecutive shares that differ by one at most."""
+    ends = [count * place // among for place in range(among + 1)]
+    return [range(first, last) for first, last in itertools.pairwise(ends)]
 
 
 class TinyStream:
@@ -86,11 +106,12 @@ class TinyStream:
                 wanted[:] = torch.nan
             if self.enlarge and self.enlarge[0] == step:
                 wanted *= self.enlarge[1]
+            share = deal(self.plan.global_batch, self.plan.world_size)[self.rank]
+            parts = deal(len(share), self.plan.accumulation)
             for part in range(self.plan.accumulation):
-                first = (self.rank * self.plan.accumulation + part) * self.plan.micro_batch
-                rows = range(first, first + self.plan.micro_batch)
+                rows = [share[at] for at in parts[part]]
                 yield Batch(
-                    images=images[first : first + self.plan.micro_batch].contiguous(memory_format=torch.channels_last),
+                    images=images[rows].contiguous(memory_format=torch.channels_last),
                     targets=tuple(TinyTargets(wanted[row]) for row in rows),  # type: ignore[misc]
                     keys=tuple(f"{epoch}-{index}-{row}" for row in rows),
                     image_ids=tuple(rows),
@@ -127,10 +148,11 @@ class SquareStream(TinyStream):
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
             step = batch.epoch * self.batches_per_epoch + batch.index
-            generator = torch.Generator().manual_seed(step * 64 + batch.image_ids[0])
-            images = torch.randint(100, 156, (len(batch), 3, 64, 64), generator=generator, dtype=torch.uint8)
+            images = torch.empty(len(batch), 3, 64, 64, dtype=torch.uint8)
             targets = []
-            for image in images:
+            for image, number in zip(images, batch.image_ids, strict=True):
+                generator = torch.Generator().manual_seed(step * 64 + number)
+                image.random_(100, 156, generator=generator)
                 side, x, y, label = (int(torch.randint(*span, (), generator=generator)) for span in SPANS)
                 image[:, y : y + side, x : x + side] = 255 * (label - 1)
                 box = torch.tensor([[x, y, x + side, y + side]], dtype=torch.float32)

@@ -5,18 +5,20 @@ from typing import Any
 
 import pytest
 import torch
+from refinedet.pipeline.config.spec import Training
 from refinedet.pipeline.runs import storage
-from refinedet.pipeline.training import checkpoint as checkpoints
-from refinedet.pipeline.training.checkpoint import CheckpointWriter, best_checkpoint, find_checkpoint
+from refinedet.pipeline.training import saving
+from refinedet.pipeline.training.checkpoint import Checkpoint, best_checkpoint, load_checkpoint
+from refinedet.pipeline.training.owners import assign_owners
 from refinedet.pipeline.training.records import Event
-from refinedet.pipeline.training.resume import choose_checkpoint
-from refinedet.pipeline.training.state import assign_owners, capture_rng, restore_rng
+from refinedet.pipeline.training.saving import CheckpointWriter
+from refinedet.pipeline.training.state import seed_everything
 from refinedet.pipeline.training.world import World
 
 
 @pytest.fixture
 def writer(world: World, tmp_path: Path) -> Any:
-    writer = CheckpointWriter(str(tmp_path), world, keep_last=2, keep_best=1)
+    writer = CheckpointWriter(str(tmp_path), world, Training())
     yield writer
     writer.close()
 
@@ -24,6 +26,11 @@ def writer(world: World, tmp_path: Path) -> Any:
 def save(writer: CheckpointWriter, step: int, score: float | None = None) -> None:
     writer.start(step, {"weight/w": torch.full((4,), float(step))}, {"score": score})
     writer.settle()
+
+
+def load(folder: Path, world: World) -> tuple[Checkpoint | None, list[Event]]:
+    events: list[Event] = []
+    return load_checkpoint(str(folder), world, events.append), events
 
 
 def steps(folder: Path) -> list[str]:
@@ -41,7 +48,7 @@ def test_the_last_and_the_best_are_kept(writer: CheckpointWriter, tmp_path: Path
 def test_fewer_checkpoints_than_are_to_be_kept_are_all_kept(
     world: World, tmp_path: Path, keep_last: int, keep_best: int
 ) -> None:
-    writer = CheckpointWriter(str(tmp_path), world, keep_last, keep_best)
+    writer = CheckpointWriter(str(tmp_path), world, Training(keep_last=keep_last, keep_best=keep_best))
     for step in range(1, 6):
         save(writer, step, score=step / 10)
     writer.close()
@@ -49,17 +56,21 @@ def test_fewer_checkpoints_than_are_to_be_kept_are_all_kept(
     assert steps(tmp_path) == [f"step-{step}" for step in range(6 - kept, 6)]
 
 
-def test_what_has_no_manifest_does_not_exist_and_is_cleared_away(writer: CheckpointWriter, tmp_path: Path) -> None:
+def test_what_has_no_manifest_does_not_exist_and_is_cleared_away(
+    writer: CheckpointWriter, world: World, tmp_path: Path
+) -> None:
     save(writer, 1)
     storage.write_bytes(str(tmp_path / "checkpoints" / "step-2" / "part-00000-of-00001.safetensors"), b"half")
-    found, rejected = find_checkpoint(str(tmp_path))
-    assert (found.step if found else None, rejected) == (1, [])
+    found, events = load(tmp_path, world)
+    assert (found.step if found else None, events) == (1, [])
     save(writer, 3)
     assert steps(tmp_path) == ["step-1", "step-3"]
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "remove", "manifest"])
-def test_a_damaged_checkpoint_is_passed_over_by_name(writer: CheckpointWriter, tmp_path: Path, damage: str) -> None:
+def test_a_damaged_checkpoint_is_passed_over_by_name(
+    writer: CheckpointWriter, world: World, tmp_path: Path, damage: str
+) -> None:
     save(writer, 1)
     save(writer, 2)
     folder = tmp_path / "checkpoints" / "step-2"
@@ -74,16 +85,17 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(writer: CheckpointWriter, t
         part.unlink()
     else:
         (folder / "manifest.json").write_text('{"step": 2,')
-    found, (rejected,) = find_checkpoint(str(tmp_path))
+    found, (event,) = load(tmp_path, world)
     assert found is not None
     assert found.step == 1
-    assert (rejected.step, "step-2" in str(rejected)) == (2, True)
+    assert torch.equal(found.tensors["weight/w"], torch.ones(4))
+    assert (event.kind, event.step, "step-2" in event.message) == ("passed_over", 2, True)
     assert {
         "flip": "does not match its digest",
         "cut": f"has {len(content) - 1} bytes",
         "remove": "is missing",
         "manifest": "manifest.json cannot be read",
-    }[damage] in str(rejected)
+    }[damage] in event.message
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_never_crowds_out_a_good_one(
@@ -92,8 +104,7 @@ def test_a_damaged_checkpoint_is_set_aside_and_never_crowds_out_a_good_one(
     save(writer, 1)
     save(writer, 9)
     (tmp_path / "checkpoints" / "step-9" / "manifest.json").write_text("{")
-    events: list[Event] = []
-    found = choose_checkpoint(str(tmp_path), world, events.append)
+    found, events = load(tmp_path, world)
     assert found is not None
     assert (found.step, [event.kind for event in events]) == (1, ["passed_over"])
     save(writer, 2)
@@ -114,7 +125,7 @@ def test_a_short_outage_is_waited_out(
 
 
 def test_a_long_outage_is_told_and_the_next_checkpoint_is_written(
-    writer: CheckpointWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    writer: CheckpointWriter, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     save(writer, 1)
     writer.news(1)
@@ -123,7 +134,7 @@ def test_a_long_outage_is_told_and_the_next_checkpoint_is_written(
     (event,) = writer.news(2)
     assert event.kind == "save_failed"
     assert "checkpoint of step 2 was not written (rank 0: the storage is away)" in event.message
-    assert find_checkpoint(str(tmp_path))[0].step == 1  # type: ignore[union-attr]
+    assert load(tmp_path, world)[0].step == 1  # type: ignore[union-attr]
     save(writer, 3)
     assert [event.kind for event in writer.news(3)] == ["saved"]
 
@@ -139,7 +150,7 @@ def _fail_writes(monkeypatch: pytest.MonkeyPatch, times: int) -> list[int]:
         write(path, content)
 
     monkeypatch.setattr(storage, "write_bytes", fail)
-    monkeypatch.setattr(checkpoints, "_FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(saving, "_FIRST_PAUSE_S", 0.0)
     return left
 
 
@@ -151,16 +162,51 @@ def test_owners_share_evenly() -> None:
     assert owners == assign_owners(dict(reversed(sizes.items())), 4)
 
 
-def test_generators_continue_where_they_were() -> None:
+def test_storage_that_does_not_answer_condemns_no_checkpoint(
+    writer: CheckpointWriter, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(writer, 1)
+    read = storage.read_bytes
+
+    def fail(path: str) -> bytes:
+        if path.endswith(".safetensors"):
+            raise OSError("the storage is away")
+        return read(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(storage, "read_bytes", fail)
+        with pytest.raises(OSError, match=r"cannot be read now .*the storage is away.*run the same command again"):
+            load(tmp_path, world)
+    assert load(tmp_path, world)[0].step == 1  # type: ignore[union-attr]
+
+
+def test_training_waits_for_storage_with_growing_pauses(
+    writer: CheckpointWriter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pauses: list[float] = []
+    _fail_writes(monkeypatch, times=4 * 4)
+    monkeypatch.setattr(saving.time, "sleep", pauses.append)
+    save(writer, 1)
+    assert not writer.given_up
+    save(writer, 2)
+    assert writer.given_up
+    events: list[Event] = []
+    writer.wait_until_saved(lambda: save(writer, 2), events.append, lambda: False)
+    assert (writer.failure, writer.committed_step, writer.given_up) == (None, 2, False)
+    assert [pause for pause in pauses if pause] == [10.0, 20.0, 40.0]
+    assert [event.kind for event in events] == ["waiting"] * 3
+    assert "checkpoint of step 2 was not written" in events[0].message
+    assert "training waits 10 s and saves again, for 3600 s at most" in events[0].message
+
+
+def test_random_numbers_are_a_function_of_the_seeds() -> None:
     import random
 
     import numpy as np
 
-    def draw() -> list[float]:
+    def draw(*seeds: int) -> list[float]:
+        seed_everything(*seeds)
         return [torch.rand(1).item(), float(np.random.rand()), random.random(), random.gauss(0, 1)]
 
-    draw()
-    states = capture_rng(torch.device("cpu"))
-    expected = draw()
-    restore_rng(states, torch.device("cpu"))
-    assert draw() == expected
+    assert draw(1, 2, 3) == draw(1, 2, 3)
+    assert not {*draw(1, 2, 3)} & {*draw(1, 2, 4), *draw(1, 3, 3), *draw(2, 2, 3)}

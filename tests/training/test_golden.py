@@ -20,6 +20,8 @@ SLOW = {case for case in CASES if case not in {("fp32", 1), ("fp32", 2), ("bf16"
 )
 def test_losses_are_golden(precision: str, stage: int, tmp_path: Path) -> None:
     golden = json.loads(GOLDEN.read_text())
+    if f"{precision}-zero{stage}" not in golden["losses"]:
+        pytest.skip(f"no losses were recorded for {precision}, ZeRO {stage}: {golden['command']}")
     tolerance = 1e-5 if golden["where"] == describe_machine() else TOLERANCE[precision]
     losses = train_losses(precision, stage, tmp_path)
     assert losses == pytest.approx(golden["losses"][f"{precision}-zero{stage}"], rel=tolerance)

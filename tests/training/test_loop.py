@@ -14,9 +14,10 @@ from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.training.finite import NonFiniteError
 from refinedet.pipeline.training.loop import train
 from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
+from refinedet.pipeline.training.task import Callbacks, Task
 from refinedet.pipeline.training.world import World
 
-from tests.training.fakes import TinyDetector, TinyLosses, TinyStream, tiny_loss
+from tests.training.fakes import TinyDetector, TinyStream, TinySums, tiny_loss
 
 SPEC = Training(
     global_batch=4,
@@ -36,18 +37,15 @@ def run(
 ) -> tuple[TrainResult, list[StepRecord]]:
     records: list[StepRecord] = []
     stream = options.pop("stream", {})
-    result = train(
-        spec,
-        seed=3,
-        world=world,
+    task = Task(
         detector=options.pop("detector", None) or TinyDetector(),
         loss=options.pop("loss", tiny_loss),
         make_stream=lambda start, plan: TinyStream(start, plan, world.rank, **stream),  # type: ignore[arg-type]
         run_dir=str(folder),
-        observer=records.append,
-        **options,
+        seed=3,
+        facts=options.pop("facts", {}),
     )
-    return result, records
+    return train(spec, world, task, Callbacks(on_step=records.append, **options)), records
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:
@@ -71,10 +69,9 @@ def test_it_learns_and_leaves_weights(world: World, tmp_path: Path) -> None:
     assert records[-1].losses["total"] < records[0].losses["total"]
     assert set(weights(tmp_path)) == set(TinyDetector().state_dict())
     assert records[5].times.total >= records[5].times.forward > 0
-    assert records[5].previous == (records[4].times,)
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_stop_and_resume_equal_the_uninterrupted_run_bitwise(world: World, tmp_path: Path, stage: int) -> None:
     spec = SPEC.model_copy(update={"zero_stage": stage})
     _, whole = run(world, tmp_path / "whole", spec)
@@ -114,7 +111,7 @@ class Overflowing(TinyDetector):
         return super().forward(images * torch.inf if self.forwards == 14 else images, targets)
 
 
-@pytest.mark.parametrize("stage", [0, 2])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_a_step_that_is_skipped_leaves_no_trace_in_the_statistics(world: World, tmp_path: Path, stage: int) -> None:
     spec = SPEC.model_copy(update={"non_finite": "skip", "zero_stage": stage})
     result, records = run(world, tmp_path, spec, detector=Overflowing())
@@ -129,7 +126,10 @@ def test_fp16_that_no_scale_saves_ends_for_good(world: World, tmp_path: Path) ->
     spec = SPEC.model_copy(update={"precision": "fp16", "epochs": 30, "decay_epochs": ()})
     with pytest.raises(NonFiniteError, match=r"step \d+: fp16 training has diverged.*precision=bf16"):
         run(
-            world, tmp_path, spec, loss=lambda predictions, targets: TinyLosses(*2 * [1e30 * predictions.float().sum()])
+            world,
+            tmp_path,
+            spec,
+            loss=lambda predictions, targets: TinySums(*2 * [1e30 * predictions.float().sum()], torch.ones(1)),
         )
 
 
@@ -193,6 +193,15 @@ def test_fp16_skips_a_step_that_overflows_halves_the_scale_and_remembers_it(worl
     assert [record.loss_scale for record in before + after] == scales[1:]
 
 
-def test_a_stage_that_is_not_supported_is_refused_with_the_reason() -> None:
-    with pytest.raises(ValueError, match=r"received 3: stage 3 needs the same module calls on every rank"):
-        Training(zero_stage=3)
+def test_the_checkpoint_of_another_version_is_refused_with_one_sentence(world: World, tmp_path: Path) -> None:
+    run(world, tmp_path, stop_requested=stop_after([], 7))
+    manifest = tmp_path / "checkpoints" / "step-7" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"format": 1}))
+    with pytest.raises(UserError, match=r"step-7 has format 1 of another version.*reads format 2.*name=OTHER"):
+        run(world, tmp_path)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_stage_that_is_not_supported_is_refused_with_the_reason(stage: int) -> None:
+    with pytest.raises(ValueError, match=rf"must be 1 or 2, received {stage}: at 0 DeepSpeed reduces .*only after"):
+        Training(zero_stage=stage)

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from refinedet.pipeline.training.checkpoint import find_checkpoint
 from refinedet.pipeline.training.goodput import read_goodput
 from refinedet.pipeline.training.watchdog import EXIT_STALLED
 
-from tests.training.fakes import TinyDetector
 from tests.training.workers import STEPS, TINY, Fault, Outcome, read_weights, run_workers
 
 pytestmark = pytest.mark.dist
@@ -35,10 +33,15 @@ def losses(*runs: list[Outcome]) -> dict[int, dict[str, float]]:
     return by_step
 
 
-def assert_close_parameters(ours: Path, theirs: Path) -> None:
-    """Within 1e-4. Running statistics are left out: each rank averages those of its own micro-batches."""
-    for name, _ in TinyDetector().named_parameters():
-        torch.testing.assert_close(read_weights(ours)[name], read_weights(theirs)[name], atol=1e-4, rtol=0)
+def assert_close_weights(ours: Path, theirs: Path) -> None:
+    """Within 1e-4, buffers too."""
+    for name, expected in read_weights(theirs).items():
+        torch.testing.assert_close(read_weights(ours)[name], expected, atol=1e-4, rtol=0)
+
+
+def committed(run: Path) -> list[int]:
+    """Steps of the committed checkpoints."""
+    return sorted(int(path.parent.name.removeprefix("step-")) for path in run.glob("checkpoints/*/manifest.json"))
 
 
 def test_a_killed_worker_and_a_resume_give_bitwise_the_uninterrupted_run(
@@ -62,7 +65,7 @@ def test_a_killed_worker_and_a_resume_give_bitwise_the_uninterrupted_run(
     assert goodput.restart_s > 0
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("stage", [1, 2])
 def test_the_number_of_workers_may_change(tmp_path: Path, stage: int) -> None:
     spec = TINY.model_copy(update={"zero_stage": stage, "global_batch": 12, "micro_batch": 1, "reference_batch": 12})
     whole = run_workers(tmp_path / "whole", 2, spec)
@@ -76,7 +79,7 @@ def test_the_number_of_workers_may_change(tmp_path: Path, stage: int) -> None:
     seen = losses(*parts)
     for step, expected in losses(whole).items():
         assert seen[step] == pytest.approx(expected, abs=1e-4)
-    assert_close_parameters(tmp_path / "run", tmp_path / "whole")
+    assert_close_weights(tmp_path / "run", tmp_path / "whole")
 
 
 def test_from_two_workers_to_one_and_back(uninterrupted: tuple[Path, list[Outcome]], tmp_path: Path) -> None:
@@ -90,7 +93,7 @@ def test_from_two_workers_to_one_and_back(uninterrupted: tuple[Path, list[Outcom
     assert sorted(seen) == list(range(1, STEPS + 1)), "every step once, at any world size"
     for step, expected in losses(whole).items():
         assert seen[step] == pytest.approx(expected, abs=1e-4)
-    assert_close_parameters(tmp_path / "run", folder)
+    assert_close_weights(tmp_path / "run", folder)
 
 
 def test_one_flipped_bit_is_named_and_the_checkpoint_before_is_taken(
@@ -98,9 +101,7 @@ def test_one_flipped_bit_is_named_and_the_checkpoint_before_is_taken(
 ) -> None:
     _, whole = uninterrupted
     run_workers(tmp_path / "run", 2, ZERO_1, Fault(rank=0, step=9, kind="stop"))
-    newest, _ = find_checkpoint(str(tmp_path / "run"))
-    assert newest is not None
-    part = Path(newest.parts()[1])
+    (part,) = (tmp_path / "run" / "checkpoints" / "step-10").glob("part-00001*")
     content = bytearray(part.read_bytes())
     content[len(content) // 2] ^= 4
     part.write_bytes(content)
@@ -117,9 +118,7 @@ def test_a_stop_of_one_rank_saves_and_stops_all(tmp_path: Path) -> None:
     outcomes = run_workers(tmp_path / "run", 2, ZERO_1, Fault(rank=1, step=5, kind="stop"))
     assert [outcome.exit_code for outcome in outcomes] == [0, 0]
     assert [outcome.result["step"] for outcome in outcomes] == [6, 6]  # type: ignore[index]
-    newest, _ = find_checkpoint(str(tmp_path / "run"))
-    assert newest is not None
-    assert newest.step == 6
+    assert committed(tmp_path / "run")[-1] == 6
 
 
 def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_the_same_words(tmp_path: Path) -> None:
@@ -128,7 +127,7 @@ def test_a_loss_that_is_not_finite_on_one_rank_stops_all_with_the_same_words(tmp
     assert outcomes[0].error == outcomes[1].error
     assert outcomes[0].error.startswith("NonFiniteError: step 6: the loss is not finite on rank 1: total nan, fit nan")
     assert "samples 1-0-4, 1-0-5" in outcomes[0].error
-    assert find_checkpoint(str(tmp_path / "run"))[0].step == 5  # type: ignore[union-attr]
+    assert committed(tmp_path / "run")[-1] == 5
 
 
 def test_a_stream_that_fails_on_one_rank_stops_all(tmp_path: Path) -> None:

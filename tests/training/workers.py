@@ -24,18 +24,15 @@ from typing import Any
 import safetensors.torch
 import torch
 import torch.distributed as dist
-from refinedet.model import RefineDet, detection_loss
+from refinedet.model import RefineDet, sum_losses
 from refinedet.pipeline.config.spec import Training
-from refinedet.pipeline.training.engine import _import_deepspeed
 from refinedet.pipeline.training.loop import train
 from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
 from refinedet.pipeline.training.stop import StopSignals
+from refinedet.pipeline.training.task import Callbacks, Task
 from refinedet.pipeline.training.world import World, open_world
 
 from tests.training.fakes import SMALL_REFINEDET, SquareStream, TinyDetector, TinyStream, tiny_loss
-
-os.environ["DS_ACCELERATOR"] = "cpu"
-_import_deepspeed()
 
 TINY = Training(
     global_batch=8,
@@ -88,7 +85,7 @@ def run_workers(
     processes = [context.Process(target=_work, args=(rank, *arguments), daemon=True) for rank in range(size)]
     for process in processes:
         process.start()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     for rank, process in enumerate(processes):
         frozen = fault is not None and fault.kind == "freeze" and fault.rank == rank
         if not frozen:
@@ -118,7 +115,7 @@ def run_together(work: Callable[..., Any], folder: Path, *arguments: Any, size: 
     for process in processes:
         process.start()
     for process in processes:
-        process.join(120)
+        process.join(300)
     return [json.loads((told / f"{rank}.json").read_text()) for rank in range(size)]
 
 
@@ -161,10 +158,6 @@ def _work(rank: int, folder: str, told: str, size: int, spec: Training, fault: F
 
         def observe(record: StepRecord) -> None:
             tell("step", {"step": record.step, "losses": record.losses, "norm": record.gradient_norm})
-            if hurt and hurt.kind == "kill" and record.step == hurt.step:
-                os.kill(os.getpid(), signal.SIGKILL)
-            if hurt and hurt.kind == "stop" and record.step == hurt.step:
-                os.kill(os.getpid(), signal.SIGTERM)
 
         try:
             with open_world("cpu") as world, StopSignals() as stop:
@@ -189,20 +182,16 @@ def _train(
     stop: StopSignals,
 ) -> TrainResult:
     torch.manual_seed(0)
-    return train(
-        spec,
-        seed=3,
-        world=world,
+    task = Task(
         detector=RefineDet(SMALL_REFINEDET) if refinedet else TinyDetector(),
-        loss=functools.partial(detection_loss, config=SMALL_REFINEDET) if refinedet else tiny_loss,
+        loss=functools.partial(sum_losses, config=SMALL_REFINEDET) if refinedet else tiny_loss,
         make_stream=lambda start, plan: (
             SquareStream(start, plan, world.rank) if refinedet else HurtStream(start, plan, world.rank, hurt)
-        ),  # type: ignore[arg-type]
+        ),  # type: ignore[arg-type, return-value]
         run_dir=folder,
-        observer=observe,
-        on_event=on_event,
-        stop_requested=stop,
+        seed=3,
     )
+    return train(spec, world, task, Callbacks(on_step=observe, on_event=on_event, stop_requested=stop))
 
 
 class HurtStream(TinyStream):
@@ -218,6 +207,11 @@ class HurtStream(TinyStream):
             step = batch.epoch * self.batches_per_epoch + batch.index + 1
             if self.fault and self.fault.kind == "slow":
                 time.sleep(0.05)
+            elif self.fault and batch.part == 0 and step == self.fault.step + 1:
+                if self.fault.kind == "kill":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                elif self.fault.kind == "stop":
+                    os.kill(os.getpid(), signal.SIGTERM)
             elif self.fault and batch.part == 0 and step == self.fault.step:
                 if self.fault.kind == "freeze":
                     os.kill(os.getpid(), signal.SIGSTOP)

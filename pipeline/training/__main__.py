@@ -1,0 +1,136 @@
+"""Train without Ray: `torchrun ... -m refinedet.pipeline.training JOB.yaml [key=value ...]`, or plain `python -m`.
+
+The run's directory, shards and checkpoints are those of `refinedet launch`: either continues what the other began.
+SIGTERM or SIGINT on any rank saves a checkpoint and ends all ranks with status 0; run the same command to resume.
+This file composes rooms that do not import each other: training, and the evaluation that validates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+
+from refinedet.pipeline.config.checks import check_spec
+from refinedet.pipeline.config.files import load_spec
+from refinedet.pipeline.config.run import Run
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.data.reading import write_coco_annotations
+from refinedet.pipeline.data.shards import prepare_shards
+from refinedet.pipeline.evaluation.validation import prepare_validation
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.training.finite import NonFiniteError
+from refinedet.pipeline.training.job import Attempt, train_job
+from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
+from refinedet.pipeline.training.stop import StopSignals
+from refinedet.pipeline.training.world import World, open_world
+
+logger = logging.getLogger("refinedet")
+
+
+class FileLink:
+    """Rank 0's records as lines of metrics.jsonl and events.jsonl in a local run; a stop from this process's signals.
+
+    Behind a URI, where nothing can be appended, they are logged only.
+    """
+
+    def __init__(self, run: Run, stop: StopSignals) -> None:
+        self._run, self._stop = run, stop
+        self.lost = threading.Event()
+        """another process has taken the run over"""
+        self._every = run.spec.tracking.log_every_steps
+
+    @property
+    def stop_requested(self) -> bool:
+        return self._stop() or self.lost.is_set()
+
+    def push(self, message: StepRecord | Event, *, wait: bool = False) -> None:
+        if isinstance(message, Event):
+            logger.info("%s at step %d: %s", message.kind, message.step, message.message)
+            self._append("events.jsonl", {"time": time.time(), **asdict(message)})
+        elif message.step % self._every == 0 or message.step == message.total_steps:
+            logger.info(
+                "step %d of %d, loss %.4f, %.1f images/s",
+                message.step, message.total_steps, message.losses["total"], message.images_per_s,
+            )  # fmt: skip
+            self._append("metrics.jsonl", message.line())
+
+    def _append(self, name: str, line: dict) -> None:
+        if storage.is_local(self._run.path):
+            with open(self._run.file(name), "a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0 finished or saved after a signal, 1 failed, 2 a mistake of the user, told in one sentence."""
+    parser = argparse.ArgumentParser(prog="python -m refinedet.pipeline.training", description=__doc__)
+    parser.add_argument("job", metavar="JOB.yaml", help="job spec; see jobs/")
+    parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="training.epochs=3 and the like")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    began_at = time.time()
+    with StopSignals() as stop, open_world() as world:
+        try:
+            spec = load_spec(options.job, options.overrides)
+            check_spec(spec)
+            result = _train(spec, world, stop, began_at)
+        except (UserError, NonFiniteError) as error:  # the same on all ranks
+            if world.is_main:
+                sys.stderr.write(f"{error}\n")
+            return 2 if isinstance(error, UserError) else 1
+        if world.is_main:
+            logger.info("%s", _describe(result))
+    return 0
+
+
+def _train(spec: JobSpec, world: World, stop: StopSignals, began_at: float) -> TrainResult:
+    run = Run(spec)
+    link = FileLink(run, stop)
+    with ExitStack() as stack:
+        _on_main(world, lambda: stack.enter_context(run.open(on_lost=lambda _: link.lost.set())))
+        _on_main(world, lambda: _prepare(run))
+        validate = None
+        if spec.training.validate_every_epochs:
+            validate = prepare_validation(run, world.rank, world.size, world.all_gather_object)
+        return train_job(run, world, link, attempt=Attempt(0, began_at), validate=validate)
+
+
+def _on_main(world: World, action: Callable[[], object]) -> None:
+    """Do something on rank 0; what it raises, all ranks raise. Collective."""
+    fault: Exception | None = None
+    if world.is_main:
+        try:
+            action()
+        except Exception as error:
+            fault = error
+    told = world.broadcast_object(fault and (isinstance(fault, UserError), f"{type(fault).__name__}: {fault}"))
+    if fault:
+        raise fault
+    if told:
+        raise UserError(told[1]) if told[0] else RuntimeError(told[1])
+
+
+def _prepare(run: Run) -> None:
+    """Write the shards that training and validation read, or find them written."""
+    training = run.spec.training
+    parts = {"train", training.validate_on} if training.validate_every_epochs else {"train"}
+    for part in sorted(parts):
+        shards = prepare_shards(run.spec.data, part, storage.join(run.shards, part))
+        write_coco_annotations(shards, run.ground_truth(part))
+
+
+def _describe(result: TrainResult) -> str:
+    if result.status == "stopped":
+        return f"saved at step {result.step}; run the same command again to resume"
+    return f"finished at step {result.step}; the weights are in {result.weights}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,75 @@
+"""One training step, and the state that it advances."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import torch
+from refinedet.pipeline.config.schedule import Schedule
+from refinedet.pipeline.training.clock import StepClock
+from refinedet.pipeline.training.ema import AveragedWeights
+from refinedet.pipeline.training.engine import Engine
+from refinedet.pipeline.training.feed import Feed
+from refinedet.pipeline.training.finite import MicroBatch
+from refinedet.pipeline.training.state import seed_everything
+
+
+@dataclass
+class TrainState:
+    """What changes as training goes on. A checkpoint holds all of it; `step` is also the place in the data."""
+
+    engine: Engine
+    average: AveragedWeights
+    feed: Feed
+    schedule: Schedule
+    seed: int
+    step: int = 0
+    """steps taken; the number, from 0, of the one that comes"""
+    skipped: int = 0
+    """steps skipped for a loss or gradient that was not finite"""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """of the last validation"""
+    validated_step: int = -1
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """One step as this rank saw it."""
+
+    learning_rate: float
+    micro_batches: list[MicroBatch]
+    applied: bool
+    """False where the gradient was not finite: weights and momentum are as before; the same on all ranks"""
+
+    @property
+    def losses(self) -> torch.Tensor:
+        """[P] this rank's share of the global batch's loss: total and parts."""
+        return torch.stack([batch.values for batch in self.micro_batches]).mean(0)
+
+
+def train_step(state: TrainState, clock: StepClock) -> StepOutcome:
+    """One step of SGD on one global batch, of which this rank has a share in some micro-batches (section IV-E)."""
+    engine, step = state.engine, state.step
+    seed_everything(state.seed, engine.world.rank, step)
+    learning_rate = state.schedule.learning_rate(step)
+    statistics = engine.buffers.copy() if engine.spec.non_finite == "skip" else None
+    micro_batches: list[MicroBatch] = []
+    applied = False
+    for _ in range(engine.plan.accumulation):
+        with clock.measure("data"):
+            images, targets, keys = state.feed.next(*divmod(step, state.schedule.steps_per_epoch))
+        with clock.measure("forward"):
+            total, losses = engine.forward(images, targets)
+        with clock.measure("backward"):
+            engine.backward(total)
+        with clock.measure("optimizer"):
+            applied = engine.step(learning_rate)
+        micro_batches.append(MicroBatch(keys, images, targets, losses))
+    with clock.measure("optimizer"):
+        if applied:
+            state.average.update(step)
+        elif statistics is not None:
+            engine.buffers.restore(statistics)
+        engine.buffers.average(engine.world)
+    return StepOutcome(learning_rate, micro_batches, applied)
