@@ -41,13 +41,19 @@ def predict(
 
 
 @app.command()
-def report(run: Annotated[str, typer.Argument(metavar="RUN", help="a run's directory, as in runs/quickstart")]) -> None:
-    """Build the report of a run again."""
+def report(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="a run's directory, as in runs/quickstart")],
+    output: Annotated[str, typer.Option(help="the page, where several runs are given")] = "comparison.html",
+) -> None:
+    """Build the report of a run again; of several runs, one page with them side by side."""
+    from refinedet.pipeline.report.comparison import build_comparison
     from refinedet.pipeline.report.report import build_report
 
-    if not storage.exists(storage.join(run, "spec.yaml")):
-        raise UserError(f"{run!r} is no run's directory (it has no spec.yaml); give one, as in runs/quickstart.")
-    typer.echo(build_report(storage.absolute(run)))
+    for run in runs:
+        if not storage.exists(storage.join(run, "spec.yaml")):
+            raise UserError(f"{run!r} is no run's directory (it has no spec.yaml); give one, as in runs/quickstart.")
+    paths = [storage.absolute(run) for run in runs]
+    typer.echo(build_report(paths[0]) if len(paths) == 1 else build_comparison(paths, storage.absolute(output)))
 
 
 @app.command()
