@@ -25,7 +25,8 @@ STEPS = 20
 
 def take_steps(world: World, norm: str, folder: str) -> list[float]:
     """Losses of the global batch in the first step; gradient, and weights and buffers at the end, go to a file."""
-    config = replace(SMALL_REFINEDET, norm=norm)
+    # `frozen` leaves the norms of the backbone's maps, which are new in training, to the batch of each worker.
+    config = replace(SMALL_REFINEDET, norm=norm, map_norm="none" if norm == "frozen" else "batch")
     torch.manual_seed(0)
     plan = divide_batch(SPEC.global_batch, None, world.size)
     engine = Engine(RefineDet(config), functools.partial(sum_losses, config=config), SPEC, plan, world)
