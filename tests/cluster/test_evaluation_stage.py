@@ -20,7 +20,7 @@ import pytest
 import torch
 from jsonschema import validate
 from refinedet.model import RefineDet
-from refinedet.pipeline.cli import app
+from refinedet.pipeline.cli.main import app
 from refinedet.pipeline.cluster.detection_job import DetectionJob, make_detection_job, write_results
 from refinedet.pipeline.cluster.detection_stage import DetectionPool, run_detection
 from refinedet.pipeline.cluster.evaluate import evaluate_run
