@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 UV := $(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt
 
-.PHONY: quickstart test test-all check format bench install build clean
+.PHONY: quickstart test test-all gpu-check check format bench install build clean
 
 quickstart: install
 	$(BIN)/refinedet launch jobs/quickstart.yaml
@@ -25,6 +25,12 @@ format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format -i
+
+# Everything that only a GPU can show, in under 10 minutes: needs torch and the built operators, neither Ray nor network.
+# With another environment: make gpu-check GPU_PYTHON=python3
+GPU_PYTHON ?= $(BIN)/python
+gpu-check:
+	$(GPU_PYTHON) -m tests.gpu.check
 
 bench: install
 	for bench in tests/bench/bench_*.py; do $(BIN)/python -m tests.bench.$$(basename $$bench .py) || exit 1; done

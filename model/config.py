@@ -5,9 +5,10 @@ Free of torch, so that a job spec can be read and checked without loading it.
 
 from __future__ import annotations
 
+import functools
 import math
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 VGG16_REDUCED = "vgg16_reduced"
 
@@ -83,11 +84,13 @@ class RefineDetConfig:
     __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
 
     def __post_init__(self) -> None:
+        for name, values in _literals().items():
+            if getattr(self, name) not in values:
+                allowed = ", ".join(map(repr, values[:-1])) + f" or {values[-1]!r}"
+                raise ValueError(f"{name} must be {allowed}, received {getattr(self, name)!r}.")
         for name in ("num_classes", "tcb_channels", "pre_nms_top_k", "max_detections"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, received {getattr(self, name)}.")
-        if self.kernel_size not in (3, 5, 7):
-            raise ValueError(f"kernel_size must be 3, 5 or 7, received {self.kernel_size}.")
         if not 0.0 <= self.score_threshold < 1.0:
             raise ValueError(f"score_threshold must lie in [0, 1), received {self.score_threshold}.")
         if not 0.0 <= self.nms_iou <= 1.0:
@@ -127,3 +130,16 @@ class RefineDetConfig:
     @property
     def coarsest_stride(self) -> int:
         return self.strides[-1]
+
+
+@functools.cache
+def _literals() -> dict[str, tuple[Any, ...]]:
+    """The values of every field that has a fixed set of them."""
+    found = {}
+    for name, hint in get_type_hints(RefineDetConfig).items():
+        parts = [hint] if get_origin(hint) is Literal else get_args(hint)
+        if any(get_origin(part) is Literal for part in parts):
+            found[name] = tuple(
+                value for part in parts for value in (get_args(part) if get_origin(part) is Literal else (None,))
+            )
+    return found

@@ -6,6 +6,8 @@ B images, A anchors an image, H W pixels, multiples of the coarsest stride, N ro
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,7 @@ from .boxes import decode_boxes
 from .config import VGG16_REDUCED, RefineDetConfig
 from .filtering import select_survivors, select_trained_rows
 from .heads import AnchorRefinementHead, DetectionHead
+from .hub import load_detector, resize_images, save_detector
 from .inference import select_batch
 from .matching import match_anchors
 from .norms import freeze_norms, synchronize_norms
@@ -33,9 +36,15 @@ class RefineDet(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: RefineDetConfig) -> None:
+    def __init__(self, config: RefineDetConfig, categories: Sequence[str] = ()) -> None:
+        """Build with fresh weights.
+
+        categories  names of the classes 1..num_classes, kept in the files of `save_pretrained`
+        """
         super().__init__()
-        self.config = config
+        if categories and len(categories) != config.num_classes:
+            raise ValueError(f"categories must name {config.num_classes} classes, received {len(categories)} names.")
+        self.config, self.categories = config, tuple(categories)
         vgg = config.backbone == VGG16_REDUCED
         block = config.prediction_block if config.prediction_block is not None else not vgg
         tcb_norm = config.tcb_norm if config.tcb_norm is not None else not vgg
@@ -116,7 +125,8 @@ class RefineDet(nn.Module):
         row_boxes = refined.flatten(0, 1)
         if rows is not None:
             row_boxes = row_boxes[rows.anchor.clamp(max=len(row_boxes) - 1)]
-        order = self._order_rows(images) if rows is None else None
+        ordered = rows is None and self.adm.kind == "align" and not self.adm.portable
+        order = self._order_rows(images) if ordered else None
         adm_box, adm_class = self.adm(transferred, row_boxes, rows, order)
         return Predictions(
             anchors, refined, arm_class, arm_box, None if rows is None else rows.anchor, adm_class, adm_box, row_boxes,
@@ -129,6 +139,32 @@ class RefineDet(nn.Module):
         """Find the objects of each image (section IV-H); images as in `forward`. Only in evaluation mode."""
         self._require_evaluation()
         return select_batch(self(images), self.config).split()
+
+    @torch.no_grad()
+    def predict(self, images: Sequence[Tensor]) -> list[Detections]:
+        """Find the objects of images of any sizes, in their own pixels, clipped to them. Only in evaluation mode.
+
+        images  [3, H, W] each, RGB, 0..255, uint8 or float, on any device; each is warped to the config's input size
+        """
+        self._require_evaluation()
+        if not len(images):
+            return []
+        size = self.config.input_size
+        results = []
+        for image, found in zip(images, self.detect(resize_images(images, size).to(self.mean.device)), strict=True):
+            sides = found.boxes.new_tensor([image.shape[2], image.shape[1]] * 2)
+            boxes = torch.minimum((found.boxes * (sides / size)).clamp(min=0), sides)
+            results.append(Detections(boxes, found.scores, found.labels))
+        return results
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, **hub_options: Any) -> RefineDet:
+        """Load a detector from a file, a directory, a URI or the Hugging Face hub, in evaluation mode; see `hub`."""
+        return load_detector(cls, source, **hub_options)
+
+    def save_pretrained(self, directory: str | Path) -> Path:
+        """Write model.safetensors, with config, categories and preprocessing in it; `from_pretrained` reads it."""
+        return save_detector(self, directory)
 
     @torch.no_grad()
     def detect_padded(self, images: Tensor, capacity: int) -> DetectionBatch:

@@ -52,9 +52,13 @@ class LoadReport:
 def load_weights(model: RefineDet, state: Mapping[str, Tensor]) -> LoadReport:
     """Copy what fits from `state` into `model`, and say what did and what did not.
 
-    state  of a RefineDet (any number of classes), of a torchvision, timm or efficientnet_pytorch classifier, or of any
-           part of one
+    state  of a RefineDet (any number of classes), of a torchvision, timm or efficientnet_pytorch classifier, of the
+           reduced VGG-16 or a VGG-16 RefineDet of the PyTorch ports (`vgg16_reducedfc.pth`), or of any part of one
+    Raises ValueError for a tensor that holds NaN or infinity.
     """
+    for source, value in state.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise ValueError(f"weights must be finite, received NaN or infinity in {source!r}.")
     own = model.state_dict()
     matched, reshaped, left = set(), set(), []
     for source, value in state.items():
@@ -99,13 +103,22 @@ def _efficientnet_names(backbone: TimmBackbone, source: str) -> list[str]:
 
 
 def _vgg_names(backbone: ReducedVgg16, source: str) -> list[str]:
-    """Place of torchvision's `features.N` and `classifier.0/3` tensors."""
-    convs = [name for name, module in backbone.stages.named_modules() if isinstance(module, nn.Conv2d)]
-    features = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
-    names = [f"features.{number}" for number in features] + ["classifier.0", "classifier.3"]
-    place = dict(zip(names, convs, strict=False))
+    """Place of a VGG-16's tensors, by the names of torchvision or of the PyTorch ports of SSD and RefineDet."""
     layer, _, kind = source.rpartition(".")
-    return [f"backbone.stages.{place[layer]}.{kind}"] if layer in place else []
+    convs = [f"backbone.stages.{name}" for name, part in backbone.stages.named_modules() if isinstance(part, nn.Conv2d)]
+    numbers = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+    place = dict(zip([f"features.{number}" for number in numbers] + ["classifier.0", "classifier.3"], convs))  # noqa: B905
+    for prefix in ("", "vgg."):
+        place |= dict(zip([f"{prefix}{number}" for number in [*numbers, 31, 33]], convs))  # noqa: B905
+    place |= {"extras.0": convs[15], "extras.1": convs[16]} if len(convs) > 16 else {}
+    place |= {"conv4_3_L2Norm": "backbone.norm4", "conv5_3_L2Norm": "backbone.norm5"}
+    for level in range(4):
+        place |= {f"{part}_loc.{level}": f"{name}.box.{level}" for part, name in (("arm", "arm"), ("odm", "adm"))}
+        place |= {f"{part}_conf.{level}": f"{name}.cls.{level}" for part, name in (("arm", "arm"), ("odm", "adm"))}
+        block = f"tcb.blocks.{level}"
+        place |= {f"tcb0.{3 * level}": f"{block}.conv1", f"tcb0.{3 * level + 2}": f"{block}.conv2"}
+        place |= {f"tcb2.{3 * level + 1}": f"{block}.conv3", f"tcb1.{level}": f"{block}.enlarge"}
+    return [f"{place[layer]}.{kind}"] if layer in place else []
 
 
 def _copy_partly_(own: Tensor, value: Tensor, name: str) -> bool:

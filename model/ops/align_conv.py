@@ -51,12 +51,16 @@ def align_conv(
 
     Under autocast features, weight and bias are cast as for a convolution. Rows whose gradient is zero are skipped in
     the backward; every filter gets a gradient, of zeros where no row asked for one. The backward is deterministic on a
-    CPU, and on a GPU under `torch.use_deterministic_algorithms`. Second derivatives are refused with an error.
+    CPU, and on a GPU under `torch.use_deterministic_algorithms`. Second derivatives are refused with an error, and so
+    is training on a GPU without kernels for it.
     """
     features, weight, bias = (_autocast(tensors, features) for tensors in (features, weight, bias))
     _check(features, strides, boxes, rows, weight, bias)
     device = features[0].device
     if not _is_ready(device.type, device.index, features[0].dtype):
+        if device.type == "cuda" and features[0].dtype != torch.float64 and torch.is_grad_enabled():
+            # Training for days at a fraction of the speed is a fault; a single detection is not.
+            raise RuntimeError(library.describe_fault_on_gpu(device.index or 0))
         return align_conv_reference(features, strides, boxes, rows, weight, bias)
     if features[0].is_cuda:
         features, weight = _pad_channels(features), _pad_channels(weight)

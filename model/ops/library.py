@@ -117,20 +117,30 @@ def is_loaded() -> bool:
 
 @functools.cache
 def runs_on_gpu(index: int) -> bool:
-    """Whether the CUDA kernels run on this GPU; says once, as a warning, when it is older than they are built for."""
+    """Whether the CUDA kernels run on this GPU; warns once where they do not."""
+    fault = describe_fault_on_gpu(index)
+    if fault:
+        logger.warning("%s Until then the slower PyTorch reference runs.", fault)
+    return not fault
+
+
+def describe_fault_on_gpu(index: int) -> str:
+    """One sentence: why the CUDA kernels do not run on this GPU, and the remedy; empty where they do."""
     import torch
 
     status = describe()
     if not status.cuda:
-        return False
-    needed, found = lowest_capability(status.architectures), torch.cuda.get_device_capability(index)
-    if found < needed:
-        logger.warning(
-            "GPU %d has compute capability %d.%d, the operators are built for %d.%d and later: the slower PyTorch "
-            "reference runs on it.",
-            *(index, *found, *needed),
+        return (
+            f"GPU {index} has no kernels: {status.reason} Build them where nvcc is found with `{BUILD_COMMAND}`, or "
+            "set head: vanilla."
         )
-    return found >= needed
+    needed, found = lowest_capability(status.architectures), torch.cuda.get_device_capability(index)
+    if found >= needed:
+        return ""
+    return (
+        f"GPU {index} has compute capability {found[0]}.{found[1]}, the operators are for {needed[0]}.{needed[1]} and "
+        f"later; rebuild them for it with `CUDAARCHS={found[0]}{found[1]} {BUILD_COMMAND}`, or set head: vanilla."
+    )
 
 
 def lowest_capability(architectures: Sequence[str]) -> tuple[int, int]:

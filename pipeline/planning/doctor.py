@@ -78,12 +78,12 @@ def _cpu_precision() -> Condition:
 
 def _operators() -> Condition:
     import torch
-    from refinedet.model.ops.library import BUILD_COMMAND, describe
+    from refinedet.model.ops.library import describe, describe_fault_on_gpu
 
     found = describe()
-    if torch.cuda.is_available() and not found.cuda:
-        text = f"built for the CPU only, but there is a GPU; rebuild where nvcc is found: {BUILD_COMMAND}"
-        return Condition("operators", "missing", text)
+    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
+        if fault := describe_fault_on_gpu(index):
+            return Condition("operators", "missing", fault)
     return Condition("operators", "ok" if found.loaded else "optional", found.reason)
 
 

@@ -148,16 +148,23 @@ def test_l2_norm_scales_every_cell():
 
 
 @pytest.mark.parametrize(
-    "options",
+    ("options", "message"),
     [
-        {"input_size": 100},
-        {"theta": 0.0},
-        {"num_classes": 0},
-        {"tcb": False},
-        {"arm_iou": (0.7, 0.3)},
-        {"num_levels": 3},
+        ({"input_size": 100}, "input_size must be a multiple of 64 with 4 levels, received 100"),
+        ({"theta": 0.0}, r"theta must lie in \(0, 1\], received 0.0"),
+        ({"num_classes": 0}, "num_classes must be at least 1, received 0"),
+        ({"tcb": False}, "tcb: false removes the ARM"),
+        ({"arm_iou": (0.7, 0.3)}, r"arm_iou must be .* received \(0.7, 0.3\)"),
+        ({"num_levels": 3}, "num_levels must be 4 or 5, received 3"),
+        ({"kernel_size": 4}, "kernel_size must be 3, 5 or 7, received 4"),
+        ({"normalization": "cafe"}, "normalization must be 'backbone' or 'caffe', received 'cafe'"),
+        ({"head": "aligned"}, "head must be 'align', 'deform' or 'vanilla', received 'aligned'"),
+        ({"norm": "none"}, "norm must be 'batch', 'frozen' or 'sync', received 'none'"),
+        ({"filter_negatives": True}, "filter_negatives must be 'always' or 'training', received True"),
+        ({"pre_nms_scope": "anchor"}, "pre_nms_scope must be 'image' or 'class', received 'anchor'"),
+        ({"loss_normalization": None}, "loss_normalization must be 'per_module' or 'arm', received None"),
     ],
 )
-def test_impossible_configs_say_so(options):
-    with pytest.raises(ValueError):
+def test_impossible_configs_are_refused_with_a_sentence(options, message):
+    with pytest.raises(ValueError, match=message):
         RefineDetConfig(**options)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from refinedet.model.anchors import order_rows
 from refinedet.model.export import DetectionGraph, export_onnx, export_program, finish_detections
 from refinedet.model.ops.align_conv_reference import align_conv_reference
 from refinedet.model.portable import align_conv_portable
@@ -47,9 +48,10 @@ def test_portable_align_conv_is_align_conv(kernel):
     boxes = torch.cat([draw(2, count, 2) * 40, draw(2, count, 2) * 40 + 60], dim=-1)
     weight, bias = [draw(3, 7, 8, kernel, kernel) for _ in range(2)], [draw(3, 7) for _ in range(2)]
     ours = align_conv_portable(features, (8, 16), boxes, weight, bias)
-    index = torch.arange(2 * count)
-    expected = align_conv_reference(features, (8, 16), boxes.flatten(0, 1), index, weight, bias)
-    assert torch.allclose(ours.flatten(0, 1), expected, atol=1e-3)
+    order = order_rows(2, 48, 80, (8, 16))[:-1]
+    rows = torch.arange(2 * count)
+    expected = align_conv_reference(features, (8, 16), boxes.flatten(0, 1)[order], rows, weight, bias)
+    assert torch.allclose(ours.flatten(0, 1)[order], expected, atol=1e-3)
 
 
 def test_exported_program_detects_the_same_on_photos(build, shared_dir):

@@ -121,3 +121,63 @@ def test_what_does_not_fit_is_left(build):
     assert report.left == ("arm.cls.0.weight", "nonsense")
     assert "arm.cls.0.weight" in report.missing
     assert torch.equal(model.arm.cls[0].weight, before)
+
+
+def test_weights_that_are_not_finite_are_refused(build):
+    model = build()
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    state["arm.cls.1.weight"][0, 0, 0, 0] = float("nan")
+    before = model.arm.box[0].weight.detach().clone()
+    with pytest.raises(ValueError, match=r"received NaN or infinity in 'arm.cls.1.weight'"):
+        load_weights(model, state)
+    assert torch.equal(model.arm.box[0].weight, before)
+
+
+@pytest.fixture(scope="module")
+def small_vgg():
+    return RefineDet(RefineDetConfig(num_classes=3, backbone="vgg16_reduced", input_size=64))
+
+
+CONVS = [0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28]
+
+
+def test_the_reduced_vgg_that_every_port_uses(small_vgg):
+    """vgg16_reducedfc.pth: numbers of torchvision's features, fc6 as 31 and fc7 as 33."""
+    own = [module for module in small_vgg.backbone.stages.modules() if isinstance(module, torch.nn.Conv2d)][:15]
+    state = {}
+    for number, conv in zip([*CONVS, 31, 33], own, strict=True):
+        state |= {f"{number}.weight": torch.randn_like(conv.weight), f"{number}.bias": torch.randn_like(conv.bias)}
+    report = load_weights(small_vgg, state)
+    assert len(report.matched) == 30
+    assert not report.left
+    assert not report.reshaped
+    assert torch.equal(own[13].weight, state["31.weight"])
+    assert torch.equal(own[0].bias, state["0.bias"])
+    trained = tuple(f"backbone.{name}" for name in ReducedVgg16.trained)
+    assert not [name for name in report.missing if name.startswith(trained)]
+
+
+def test_a_refinedet_of_the_ports(small_vgg):
+    """The names of luuuyi's RefineDet.PyTorch, of which every tensor has a place."""
+    shapes = {f"vgg.{number}": None for number in [*CONVS, 31, 33]} | {"extras.0": None, "extras.1": None}
+    convs = [module for module in small_vgg.backbone.stages.modules() if isinstance(module, torch.nn.Conv2d)]
+    layers = dict(zip(shapes, convs, strict=True))
+    for level, block in enumerate(small_vgg.tcb.blocks):
+        layers |= {f"arm_loc.{level}": small_vgg.arm.box[level], f"arm_conf.{level}": small_vgg.arm.cls[level]}
+        layers |= {f"odm_loc.{level}": small_vgg.adm.box[level], f"odm_conf.{level}": small_vgg.adm.cls[level]}
+        layers |= {f"tcb0.{3 * level}": block.conv1, f"tcb0.{3 * level + 2}": block.conv2}
+        layers |= {f"tcb2.{3 * level + 1}": block.conv3}
+        if block.enlarge is not None:
+            layers[f"tcb1.{level}"] = block.enlarge
+    layers |= {"conv4_3_L2Norm": small_vgg.backbone.norm4, "conv5_3_L2Norm": small_vgg.backbone.norm5}
+    state = {
+        f"{name}.{kind}": torch.randn_like(value)
+        for name, layer in layers.items()
+        for kind, value in layer.named_parameters()
+    }
+    report = load_weights(small_vgg, state)
+    assert not report.left
+    assert not report.reshaped
+    assert [name for name in report.missing if "map_norm" not in name] == []
+    for name, layer in layers.items():
+        assert all(torch.equal(state[f"{name}.{kind}"], value) for kind, value in layer.named_parameters())

@@ -100,9 +100,31 @@ def test_a_gpu_older_than_the_kernels_has_the_reference_and_one_warning(
     seen = [align_conv_module._is_ready("cuda", 0, torch.float32) for _ in range(2)]
     assert seen == [runs, runs]
     assert not align_conv_module._is_ready("cuda", 0, torch.float64)
-    assert [record.message.split(":")[0] for record in caplog.records] == [
-        "GPU 0 has compute capability 7.5, the operators are built for 8.0 and later"
-    ] * (not runs)
-    monkeypatch.setattr(library, "describe", lambda: library.LibraryStatus(loaded=True))
-    library.runs_on_gpu.cache_clear()
-    assert not align_conv_module._is_ready("cuda", 0, torch.float32)
+    assert [record.message.split(",")[0] for record in caplog.records] == ["GPU 0 has compute capability 7.5"] * (
+        not runs
+    )
+
+
+@pytest.mark.usefixtures("looked_up_afresh")
+def test_a_gpu_without_kernels_is_refused_in_training_and_by_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
+    status = library.LibraryStatus(loaded=True, reason="The operators are built for the CPU.")
+    monkeypatch.setattr(library, "describe", lambda: status)
+    fault = library.describe_fault_on_gpu(0)
+    assert fault.startswith("GPU 0 has no kernels: The operators are built for the CPU. Build them")
+    assert not library.runs_on_gpu(0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    doctor = pytest.importorskip("refinedet.pipeline.planning.doctor")
+    finding = doctor._operators()
+    assert finding.state == "missing"
+    assert finding.text == fault
+
+
+@pytest.mark.usefixtures("looked_up_afresh")
+def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    if library.find() is None:
+        pytest.skip("the operators are not built")
+    monkeypatch.setattr(library, "VERSION", "0")
+    status = library.describe()
+    assert not status.loaded
+    assert "were built from another version of the sources; rebuild them with" in status.reason
