@@ -101,7 +101,7 @@ class Data(Section):
     augmentation: Augmentation = Augmentation()
     loader_workers: NonNegativeInt = 1
     """decoding processes a training worker starts; 0: decode in the training process"""
-    shuffle_window: PositiveInt = 4096
+    shuffle_window: PositiveInt = 65536
     """samples are shuffled within a window of this many, after the shards were shuffled"""
     canonical_streams: PositiveInt = 16
     """parts the sample order is woven from; where the number of nodes divides it, a node reads its own shards only"""

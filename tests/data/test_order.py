@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from refinedet.pipeline.config.batches import divide_batch
+from refinedet.pipeline.config.spec import Data, Split
 from refinedet.pipeline.data import stages
 from refinedet.pipeline.data.order import EpochOrder, micro_batch_of_share, share_of_rank
 from refinedet.pipeline.data.samples import Cursor
@@ -164,3 +165,19 @@ def test_ten_million_samples_are_within_reach() -> None:
     assert len(set(positions.tolist())) == 32
     assert positions.min() >= 0
     assert positions.max() < 10_000_000
+
+
+def test_a_set_sorted_by_class_is_mixed_well_by_default() -> None:
+    defaults = Data(format="shapes", train=(Split(count=1),))
+    size, batch, classes = 118_000, 32, 80
+    order = EpochOrder(
+        [400] * (size // 400),
+        seed=0,
+        epoch=0,
+        window=defaults.shuffle_window,
+        streams=defaults.canonical_streams,
+    )
+    found = []
+    for start in range(0, size - batch, size // 200):
+        found.append(len(np.unique(order.positions(start, start + batch) * classes // size)))
+    assert np.mean(found) >= 25  # a full shuffle gives 26.5
