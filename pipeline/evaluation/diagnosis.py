@@ -126,7 +126,7 @@ class Finding:
     label  class name: of the object if missed, else of the detection
     bbox   xywh, pixels of the original image; of the object if missed, else of the detection
     score  of the detection; null for a missed object
-    cost   of a miss, 1 / objects of the class; of a false alarm, the mean AP that its removal gives
+    cost   of a false alarm, the mean AP that its removal gives (not smoothed); of a miss, its share of the mean AP
     other_label, other_bbox  of the object that it was confused with or overlaps, or null
     """
 

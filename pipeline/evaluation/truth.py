@@ -91,7 +91,7 @@ class GroundTruth:
         names = ("image_id", "category_id", "annotation_id", "bbox", "area", "crowd", "difficult", "group_of")
         return replace(self, **{name: columns[name][objects] for name in names})
 
-    def original_id(self, image_id: int) -> int | str:
+    def original_id(self, image_id: int | np.integer) -> int | str:
         """The id of an image as its file has it."""
         return self.image_names[int(np.searchsorted(self.image_ids, image_id))] if self.image_names else int(image_id)
 
