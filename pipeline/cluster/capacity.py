@@ -7,7 +7,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from refinedet.pipeline.config.spec import Cluster
-from refinedet.pipeline.runs import settings
 from refinedet.pipeline.runs.errors import UserError
 
 AUTOSCALING = "refinedet_autoscaling"
@@ -40,13 +39,19 @@ def gpus_of(nodes: Iterable[Node]) -> list[str]:
 
 
 def check_capacity(cluster: Cluster, nodes: Sequence[Node]) -> None:
-    """Refuse a job that the cluster cannot hold, naming the resource and how much of it there is.
+    """Refuse a job that the cluster cannot hold; Ray would wait for ever. UserError, as `missing_capacity` says it."""
+    missing = missing_capacity(cluster, nodes)
+    if missing:
+        raise UserError(f"{missing}; lower cluster.workers or what each worker asks for, or add nodes.")
 
-    Ray would wait for ever. A cluster that scales itself up (`ray up`, KubeRay) may grow: there, the wait is bounded by
-    `cluster.resource_timeout_s`, and this check is left to it.
+
+def missing_capacity(cluster: Cluster, nodes: Sequence[Node]) -> str | None:
+    """Why the nodes cannot hold the least number of workers: the resource, and how much of it there is; else None.
+
+    None too for a cluster that scales itself up (`ray up`, KubeRay): missing nodes may still come.
     """
-    if settings.read("RAY_ENABLE_AUTOSCALER_V2") == "1" or any(node.resources.get(AUTOSCALING) for node in nodes):
-        return
+    if any(node.resources.get(AUTOSCALING) for node in nodes):
+        return None
     workers = cluster.min_workers
     fitting = [node for node in nodes if _has_labels(node, cluster.labels)]
     where = "the cluster"
@@ -54,44 +59,40 @@ def check_capacity(cluster: Cluster, nodes: Sequence[Node]) -> None:
         wanted = _shown(cluster.labels)
         if not fitting:
             there = {f"{key}={value}" for node in nodes for key, value in node.labels.items() if "ray.io/" not in key}
-            raise UserError(
+            return (
                 f"cluster.labels asks for nodes with {wanted}, and none of the {len(nodes)} nodes has them (their "
-                f"labels: {', '.join(sorted(there)) or 'none'}); change cluster.labels, or start nodes with --labels."
+                f"labels: {', '.join(sorted(there)) or 'none'})"
             )
         where = f"the nodes with {wanted}"
     for resource, each in (("CPU", cluster.cpus_per_worker), ("GPU", cluster.gpus_per_worker)):
         needed = workers * each
         available = sum(node.resources.get(resource, 0.0) for node in fitting)
         if needed > available + 1e-6:
-            raise UserError(
+            return (
                 f"{workers} workers with {each:g} {resource} each need {needed:g} {resource}, and there are "
-                f"{available:g} in {where}; lower cluster.workers or cluster.{resource.lower()}s_per_worker, or add "
-                "nodes."
+                f"{available:g} in {where}"
             )
-    _check_placement(cluster, workers, sorted((node.slots(cluster) for node in fitting), reverse=True))
+    return _missing_places(cluster, workers, sorted((node.slots(cluster) for node in fitting), reverse=True))
 
 
-def _check_placement(cluster: Cluster, workers: int, slots: Sequence[int]) -> None:
+def _missing_places(cluster: Cluster, workers: int, slots: Sequence[int]) -> str | None:
     """`slots`: workers that each node can hold, most first."""
     each = f"{cluster.cpus_per_worker:g} CPU" + (
         f" and {cluster.gpus_per_worker:g} GPU" * bool(cluster.gpus_per_worker)
     )
     nodes = sum(count > 0 for count in slots)
     if cluster.placement == "STRICT_PACK" and slots[0] < workers:
-        raise UserError(
+        return (
             f"cluster.placement STRICT_PACK wants {workers} workers with {each} each on one node, the largest holds "
-            f"{slots[0]}; lower cluster.workers, or take PACK."
+            f"{slots[0]}"
         )
     if cluster.placement == "STRICT_SPREAD" and nodes < workers:
-        raise UserError(
-            f"cluster.placement STRICT_SPREAD wants {workers} nodes that hold a worker with {each}, there are {nodes}; "
-            "lower cluster.workers, take SPREAD, or add nodes."
+        return (
+            f"cluster.placement STRICT_SPREAD wants {workers} nodes that hold a worker with {each}, there are {nodes}"
         )
     if sum(slots) < workers:
-        raise UserError(
-            f"{workers} workers with {each} each do not fit: the nodes hold {', '.join(map(str, slots))} of them; "
-            "lower cluster.workers or what each asks for, or add nodes."
-        )
+        return f"{workers} workers with {each} each do not fit: the nodes hold {', '.join(map(str, slots))} of them"
+    return None
 
 
 def _has_labels(node: Node, labels: Mapping[str, str]) -> bool:

@@ -1,76 +1,48 @@
-"""The HTTP side of a cluster: its dashboard, with Ray's Jobs API, and what it answers in words a user can act on."""
+"""The HTTP side of a cluster: its dashboard, with Ray's Jobs API, and its errors in sentences a user can act on."""
 
 from __future__ import annotations
 
 import json
 import logging
-import platform
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 from urllib.parse import urlsplit
 
-import ray
 import requests
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobSubmissionClient
-from refinedet.pipeline.cluster.capacity import Node, nodes_of
+from ray.util.state import StateApiClient
+from ray.util.state.common import ListApiOptions, StateResource
+from ray.util.state.exception import RayStateApiException
+from refinedet.pipeline.cluster.capacity import Node
 from refinedet.pipeline.runs import settings
 from refinedet.pipeline.runs.errors import UserError
 
-CERTIFICATES = "RAY_TLS_CA_CERT"
-"""environment: file or folder of the authorities that may sign for an https:// dashboard; Ray's own name for it"""
+CERTIFICATES = "REQUESTS_CA_BUNDLE"
+"""environment: file or directory of the authorities that may sign for an https:// dashboard, as Requests reads it"""
 HEADERS = "RAY_JOB_HEADERS"
 """environment: JSON of further HTTP headers, as a proxy that asks for a login wants them; Ray's own name for it"""
-_MAX_NODES = 10_000
+_MOST_NODES = 10_000
 
 
-# Each sets its own level; what they say of uploads and sockets is not the user's business.
-_TALKATIVE = (
-    "ray.dashboard.modules.dashboard_sdk",
-    "ray.dashboard.modules.job.sdk",
-    "ray._private.runtime_env.packaging",
-)
+def connect(address: str) -> JobSubmissionClient:
+    """A client of the cluster at `address`; UserError where none answers.
 
-
-class Dashboard(JobSubmissionClient):
-    """Ray's client, and the two questions that it does not ask: which Ray is there, and which nodes.
-
-    Requests go through the proxies of HTTPS_PROXY, HTTP_PROXY and NO_PROXY, and trust what REQUESTS_CA_BUNDLE says.
-    Use within `said_clearly`.
+    Requests go through the proxies of HTTPS_PROXY, HTTP_PROXY and NO_PROXY. Use the client within `said_clearly`.
     """
-
-    def __init__(self, address: str) -> None:
-        for name in _TALKATIVE:
-            logging.getLogger(name).setLevel(logging.WARNING)
-        super().__init__(address, verify=settings.read(CERTIFICATES) or True, headers=_headers())
-
-    def ray_version(self) -> str:
-        return str(self._answer("/api/version")["ray_version"])
-
-    def nodes(self) -> list[Node]:
-        """The nodes that are alive."""
-        answer = self._answer(f"/api/v0/nodes?limit={_MAX_NODES}")
-        entries = answer["data"]["result"]["result"]
-        return nodes_of(entries, alive="state", resources="resources_total", labels="labels")
-
-    def _answer(self, path: str) -> Any:
-        response = self._do_request("GET", path)
-        response.raise_for_status()
-        return response.json()
-
-
-def connect(address: str) -> Dashboard:
-    """A client of the cluster at `address`. Raises UserError where none answers, or one of another Ray."""
+    logging.getLogger("ray").setLevel(logging.WARNING)  # uploads and sockets are not for the terminal
     with said_clearly(address):
-        client = Dashboard(address)
-        theirs, ours = client.ray_version(), ray.__version__
-    if theirs != ours:
-        raise UserError(
-            f"The cluster at {address} runs Ray {theirs}, this machine has {ours}; install ray=={theirs} here "
-            f"(Python {platform.python_version()}), or update the cluster."
-        )
-    return client
+        return JobSubmissionClient(address, headers=_headers())
+
+
+def cluster_nodes(address: str) -> list[Node]:
+    """The nodes of the cluster at `address` that are alive. Use within `said_clearly`."""
+    options = ListApiOptions(limit=_MOST_NODES, filters=[("state", "=", "ALIVE")])
+    nodes = StateApiClient(address, headers=_headers()).list(
+        StateResource.NODES, options, raise_on_missing_output=False
+    )
+    return [Node(dict(node.resources_total or {}), dict(node.labels or {})) for node in nodes]
 
 
 def dashboard_address(address: str | None) -> str:
@@ -101,8 +73,8 @@ def said_clearly(address: str) -> Iterator[None]:
             "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH to the cluster's."
         ) from error
     except (ConnectionError, OSError) as error:
-        if isinstance(error, FileNotFoundError):
-            raise UserError(f"{CERTIFICATES}: {one_line(error)}; give a file or folder that is there.") from error
+        if "TLS CA certificate bundle" in str(error):
+            raise UserError(f"{CERTIFICATES}: {one_line(error)}; give a file or directory that exists.") from error
         if isinstance(error, requests.HTTPError | requests.JSONDecodeError):
             raise UserError(
                 f"What answers at {address} is no Ray dashboard ({one_line(error)}); give the address of one, "
@@ -117,7 +89,7 @@ def said_clearly(address: str) -> Iterator[None]:
             f"No Ray cluster answers at {address} ({one_line(error)}); give the address of its dashboard, "
             "http://HOST:8265."
         ) from error
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RayStateApiException, RuntimeError, ValueError, KeyError) as error:
         raise UserError(f"The cluster at {address} answered: {one_line(error)}.") from error
 
 

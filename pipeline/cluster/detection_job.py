@@ -20,6 +20,8 @@ from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
 Mode = Literal["single", "multiscale"]
+OWN_METHOD = ""
+"""name of the job's own merge method among those that are compared"""
 _LAST_COCO_ID = 90
 
 

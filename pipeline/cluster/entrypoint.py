@@ -1,8 +1,9 @@
-"""The first module that a submitted job runs, on whatever Python the cluster has: it checks that, and nothing else.
+"""The first module that a submitted job runs, on whatever Python the cluster has: it checks that, and whose code runs.
 
 It imports nothing of this project before the check, so that an older Python says what is wrong instead of stumbling.
 """
 
+import importlib.util
 import os
 import runpy
 import sys
@@ -20,6 +21,12 @@ def main() -> None:
             "Python %s, or use an image with %s.\n" % (here, wanted, here, wanted)
         )
         sys.exit(2)
+    found = importlib.util.find_spec("refinedet.pipeline")
+    if found is not None and not str(found.origin).startswith(os.getcwd() + os.sep):
+        sys.stderr.write(
+            "refinedet: the cluster has an installation for development, %s, which comes before the submitted code; "  # noqa: UP031
+            "its own code runs.\n" % found.origin
+        )
     runpy.run_module("refinedet.pipeline.cli", run_name="__main__")
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from refinedet.pipeline.cluster.detection_job import DetectionJob, Mode, make_detection_job
+from refinedet.pipeline.cluster.detection_stage import Detected, DetectionPool, run_detection
 from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.checks import check_spec
@@ -21,25 +21,14 @@ from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
 
-if TYPE_CHECKING:
-    from refinedet.pipeline.cluster.detection_pool import DetectionPool
-    from refinedet.pipeline.cluster.detection_stage import Detected
-
 # What says how the work is done, and nothing of what comes out: these may be set without --output.
 _HARMLESS = ("cluster.", "evaluation.images_per_piece=", "tracking.")
 
 
 def detect_and_measure(
-    run: Run,
-    job: DetectionJob,
-    *,
-    display: ProgressDisplay,
-    stop: threading.Event,
-    pool: DetectionPool | None = None,
-) -> Detected:
-    """Run a stage under `display.stage(...)`, and say what it costs and what came of it."""
-    from refinedet.pipeline.cluster.detection_stage import run_detection
-
+    run: Run, job: DetectionJob, pool: DetectionPool, *, display: ProgressDisplay, stop: threading.Event
+) -> tuple[Detected, str]:
+    """Run a stage under `display.stage(...)`, print its cost first; returns its results, and one line about them."""
     if job.mode == "multiscale":
         assert run.spec.multiscale is not None
         passes = resolve_passes(run.spec.multiscale, run.spec.model)
@@ -48,18 +37,18 @@ def detect_and_measure(
     found = run_detection(
         run,
         job,
+        pool,
         on_progress=lambda done, total: display.update(done, total, unit="images"),
-        stop_requested=stop,
-        pool=pool,
+        tell=display.warn,
+        stop=stop,
     )
-    if found.again:
-        display.warn(f"done again, as damaged or of other settings: {_named(found.again)}")
+    if found.damaged:
+        display.warn(f"done again, as damaged or of other settings: {_named(found.damaged)}")
     if found.unreadable:
         display.warn(
             f"{len(found.unreadable)} images cannot be read and have no detections: {name_images(found.unreadable)}"
         )
-    display.done(f"{_outcome(found.metrics)}  {found.num_detections} detections{_for_server(job, found.files)}")
-    return found
+    return found, f"{_outcome(found.metrics)}  {found.num_detections} detections{_for_server(job, found.files)}"
 
 
 def evaluate_run(
@@ -103,8 +92,9 @@ def evaluate_run(
     with ProgressDisplay() as display:
         display.stage("evaluate" if mode == "single" else mode, unit="images")
         # Evaluation needs one worker to be placed, however many the training had.
-        with ray_session(spec.cluster.model_copy(update={"workers": 1}), address):
-            found = detect_and_measure(run, job, display=display, stop=threading.Event())
+        with ray_session(spec.cluster.model_copy(update={"workers": 1}), address), DetectionPool() as pool:
+            found, text = detect_and_measure(run, job, pool, display=display, stop=threading.Event())
+        display.done(text)
         if found.by_merge_rule:
             display.note(f"\n{format_comparison(found.by_merge_rule)}\n")
     return found.metrics

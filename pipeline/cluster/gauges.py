@@ -6,9 +6,10 @@ Created in the driver once Ray is connected; a cluster whose metrics nobody coll
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import asdict
 
 from ray.util.metrics import Gauge
+from refinedet.pipeline.training.records import StepRecord
 
 GAUGES = {
     "step": "steps taken",
@@ -18,6 +19,9 @@ GAUGES = {
     "images_per_second": "images a second, all workers",
     "memory_bytes": "device memory in use at its highest, or resident memory on a CPU, of the first worker",
     "skipped_steps": "steps skipped for a loss or gradient that was not finite",
+}
+_ATTRIBUTES = {name: name for name in GAUGES if name not in ("loss", "images_per_second")} | {
+    "images_per_second": "images_per_s"
 }
 STEP_SECONDS = "step_seconds"
 """seconds of the last step, by `part`: data, forward, backward, reduce, optimizer, checkpoint"""
@@ -36,17 +40,12 @@ class TrainingGauges:
         self._times = Gauge(f"refinedet_{STEP_SECONDS}", description="parts of a step", tag_keys=("run", "part"))
         self._validation = Gauge(f"refinedet_{VALIDATION}", description="validation", tag_keys=("run", "metric"))
 
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Take a step's record, as the recorder has it."""
-        values = {
-            "loss": record["losses"].get("total"),
-            "images_per_second": record["images_per_s"],
-            **{name: record.get(name) for name in GAUGES if name not in ("loss", "images_per_second")},
-        }
-        for name, value in values.items():
+    def step(self, record: StepRecord) -> None:
+        values = {name: getattr(record, attribute) for name, attribute in _ATTRIBUTES.items()}
+        for name, value in {**values, "loss": record.losses.get("total")}.items():
             if value is not None:
                 self._gauges[name].set(float(value), tags=self._tags)
-        for part, seconds in record["times"].items():
+        for part, seconds in asdict(record.times).items():
             if part != "total":
                 self._times.set(float(seconds), tags={**self._tags, "part": part})
 

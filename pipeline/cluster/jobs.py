@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refinedet.pipeline.cluster.capacity import check_capacity
-from refinedet.pipeline.cluster.dashboard import connect, dashboard_address, said_clearly
+from refinedet.pipeline.cluster.dashboard import cluster_nodes, connect, dashboard_address, said_clearly
 from refinedet.pipeline.cluster.submission import (
     ENTRYPOINT,
     describe_job,
@@ -82,7 +82,7 @@ class JobsClient:
                 "(name=OTHER), or go on with the one before (refinedet resume)."
             )
         with said_clearly(self.address):
-            nodes = self._client.nodes()
+            nodes = cluster_nodes(self.address)
         check_capacity(spec.cluster, nodes)
         number = 1 + sum(job.run == spec.name for job in jobs)
         with tempfile.TemporaryDirectory(prefix="refinedet-submit-") as folder:

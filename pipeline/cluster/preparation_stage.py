@@ -8,7 +8,7 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
-from refinedet.pipeline.cluster.monitor import Monitor, MonitorClient
+from refinedet.pipeline.cluster.mailbox import Link, Mailbox
 from refinedet.pipeline.config.files import parse_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.runs import storage
@@ -24,7 +24,7 @@ def run_preparation(
     run: Run,
     parts: Sequence[str],
     *,
-    monitor: Monitor,
+    mailbox: Mailbox,
     on_progress: Callable[[int, int], None],
     stop_requested: Callable[[], bool] = lambda: False,
 ) -> dict[str, dict[str, Any]]:
@@ -34,7 +34,7 @@ def run_preparation(
     `cluster.resource_timeout_s`.
     """
     spec = run.spec_for_workers()
-    tasks = {_prepare.remote(spec, part, monitor.name): part for part in parts}
+    tasks = {_prepare.remote(spec, part, mailbox.actor): part for part in parts}
     waiting = list(tasks)
     progress: dict[str, tuple[int, int]] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -42,8 +42,7 @@ def run_preparation(
     try:
         while waiting:
             ready, waiting = ray.wait(waiting, timeout=_POLL_S)
-            for _, part, counts in monitor.drain():
-                progress[part] = counts
+            progress |= dict(message for _, message in mailbox.take(stop=stop_requested()))
             if total := sum(total for _, total in progress.values()):
                 on_progress(sum(done for done, _ in progress.values()), total)
             for task in ready:
@@ -77,9 +76,9 @@ def _result(task: ray.ObjectRef) -> dict[str, Any]:
 
 
 @ray.remote(num_cpus=CPUS, max_retries=2)
-def _prepare(spec: dict[str, Any], part: str, monitor_name: str) -> dict[str, Any]:
-    monitor = MonitorClient(monitor_name, rank=0)
-    monitor.push(part, (0, 0))
+def _prepare(spec: dict[str, Any], part: str, mailbox: Any) -> dict[str, Any]:
+    link = Link(mailbox, rank=0)
+    link.push((part, (0, 0)))
     from refinedet.pipeline.data.reading import write_coco_annotations
     from refinedet.pipeline.data.shards import prepare_shards
 
@@ -89,7 +88,7 @@ def _prepare(spec: dict[str, Any], part: str, monitor_name: str) -> dict[str, An
     def tell(done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last > _PROGRESS_INTERVAL_S or done == total:
-            monitor.push(part, (done, total))
+            link.push((part, (done, total)))
             last = time.monotonic()
 
     shards = prepare_shards(run.spec.data, part, storage.join(run.shards, part), on_progress=tell)

@@ -19,6 +19,7 @@ from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.training.goodput import read_goodput
+from refinedet.pipeline.training.records import Event, StepRecord
 from rich.markup import escape
 
 if TYPE_CHECKING:
@@ -29,6 +30,16 @@ logger = logging.getLogger(__name__)
 METRICS_LOG = "metrics.jsonl"
 EVENTS_LOG = "events.jsonl"
 _UPLOAD_INTERVAL_S = 60.0
+_LOGGED = (
+    "step",
+    "total_steps",
+    "epoch",
+    "learning_rate",
+    "gradient_norm",
+    "images_per_s",
+    "memory_bytes",
+    "skipped_steps",
+)
 _TOLD = ("preflight", "resumed", "resized")
 _WARNED = (
     "passed_over",
@@ -36,7 +47,6 @@ _WARNED = (
     "save_failed",
     "straggler",
     "stalled",
-    "left_out",
     "restarted",
     "preempted",
     "waiting",
@@ -116,13 +126,13 @@ class TrainingRecorder:
     def _tracker(self) -> RunTracker:
         return self._begun.result()
 
-    def __call__(self, rank: int, kind: str, content: dict[str, Any]) -> None:
+    def __call__(self, message: StepRecord | Event) -> None:
         if self._begun.done():
             self._begun.result()
-        if kind == "step":
-            self._step(content)
-        elif kind == "event":
-            self._event(content)
+        if isinstance(message, StepRecord):
+            self._step(message)
+        else:
+            self._event(message)
 
     def close(self) -> None:
         self._metrics.close()
@@ -149,63 +159,51 @@ class TrainingRecorder:
                 events.append(json.loads(line))
         return events
 
-    def _step(self, record: dict[str, Any]) -> None:
+    def _step(self, record: StepRecord) -> None:
         self._display.update(
-            record["step"],
-            record["total_steps"],
+            record.step,
+            record.total_steps,
             unit="steps",
-            epoch=str(record["epoch"] + 1),
-            loss=f"{record['losses'].get('total', float('nan')):.3f}",
-            lr=f"{record['learning_rate']:.2g}",
-            speed=f"{record['images_per_s']:.1f} images/s",
+            epoch=str(record.epoch + 1),
+            loss=f"{record.losses.get('total', float('nan')):.3f}",
+            lr=f"{record.learning_rate:.2g}",
+            speed=f"{record.images_per_s:.1f} images/s",
         )
         self._gauges.step(record)
-        if record["step"] % self._every and record["step"] != record["total_steps"]:
+        if record.step % self._every and record.step != record.total_steps:
             return
-        times = {name: seconds for name, seconds in record["times"].items()}
-        line = {
-            "step": record["step"],
-            "total_steps": record["total_steps"],
-            "epoch": record["epoch"],
-            "time": time.time(),
-            "learning_rate": record["learning_rate"],
-            "losses": record["losses"],
-            "gradient_norm": record["gradient_norm"],
-            "images_per_s": record["images_per_s"],
-            "memory_bytes": record["memory_bytes"],
-            "skipped_steps": record["skipped_steps"],
-            "times": times,
-        }
-        self._metrics.append(line)
+        times = asdict(record.times)
+        values = {name: getattr(record, name) for name in _LOGGED}
+        self._metrics.append({**values, "time": time.time(), "losses": record.losses, "times": times})
         self._tracker.log_metrics(
-            record["step"],
+            record.step,
             {
-                **{f"loss/{name}": value for name, value in record["losses"].items()},
+                **{f"loss/{name}": value for name, value in record.losses.items()},
                 **{f"time/{name}_s": value for name, value in times.items()},
-                **{name: line[name] for name in ("epoch", "learning_rate", "gradient_norm", "images_per_s")},
-                "memory_gb": record["memory_bytes"] / 2**30,
+                **{name: values[name] for name in ("epoch", "learning_rate", "gradient_norm", "images_per_s")},
+                "memory_gb": record.memory_bytes / 2**30,
             },
         )
 
-    def _event(self, event: dict[str, Any]) -> None:
-        kind, facts = event["kind"], event["facts"]
-        logger.info("%s at step %s: %s", kind, event["step"], event["message"])
-        self._events.append({"time": time.time(), **event})
-        if kind == "validated":
-            values = {name: float(value) for name, value in facts.items() if isinstance(value, int | float)}
-            self._metrics.append({"step": event["step"], "epoch": facts.get("epoch"), "validation": values})
-            self._gauges.validated({name: value for name, value in values.items() if name != "epoch"})
-            self._tracker.log_metrics(
-                event["step"], {f"validation/{name}": value for name, value in values.items() if name != "epoch"}
-            )
-            shown = "  ".join(f"{name} {values[name]:.3f}" for name in ("AP", "AP50", "mAP") if name in values)
-            self._display.note(f"  {event['message']}: {shown} on the {self._validated_on} images")
-        elif kind in _TOLD:
-            self._display.note(f"  {escape(event['message'])}")
-        elif kind in _WARNED:
-            self._display.warn(event["message"])
-        if kind in _WARNED:
-            self._counts[kind] += 1
-            self._tracker.log_metrics(event["step"], {f"events/{kind}": self._counts[kind]})
-        if kind in _WARNED or kind in _TOLD:
-            self._tracker.set_tags({f"last_{kind}": f"step {event['step']}: {event['message']}"})
+    def _event(self, event: Event) -> None:
+        logger.info("%s at step %s: %s", event.kind, event.step, event.message)
+        self._events.append({"time": time.time(), **asdict(event)})
+        if event.kind == "validated":
+            self._validated(event)
+        elif event.kind in _TOLD:
+            self._display.note(f"  {escape(event.message)}")
+        elif event.kind in _WARNED:
+            self._display.warn(event.message)
+            self._counts[event.kind] += 1
+            self._tracker.log_metrics(event.step, {f"events/{event.kind}": self._counts[event.kind]})
+        if event.kind in _WARNED or event.kind in _TOLD:
+            self._tracker.set_tags({f"last_{event.kind}": f"step {event.step}: {event.message}"})
+
+    def _validated(self, event: Event) -> None:
+        values = {name: float(value) for name, value in event.facts.items() if isinstance(value, int | float)}
+        self._metrics.append({"step": event.step, "epoch": event.facts.get("epoch"), "validation": values})
+        values.pop("epoch", None)
+        self._gauges.validated(values)
+        self._tracker.log_metrics(event.step, {f"validation/{name}": value for name, value in values.items()})
+        shown = "  ".join(f"{name} {values[name]:.3f}" for name in ("AP", "AP50", "mAP") if name in values)
+        self._display.note(f"  {event.message}: {shown} on the {self._validated_on} images")

@@ -19,18 +19,6 @@ ENTRYPOINT = f"exec python -m refinedet.pipeline.cluster.entrypoint launch {SPEC
 STOP_MARGIN_S = 30
 RUN_KEY, HOME_KEY, _SPEC_KEY = "refinedet.run", "refinedet.home", "refinedet.spec"
 
-# Python runs this at every start. Where the project is installed for development on the nodes, its finder would put
-# that code before the one that travelled.
-_SITE = """import sys
-
-sys.meta_path[:] = [
-    finder
-    for finder in sys.meta_path
-    if "editable" not in type(finder).__module__
-    or not any(finder.find_spec(name, None) for name in ("refinedet.model", "refinedet.pipeline"))
-]
-"""
-
 
 def home_of(spec: JobSpec) -> str:
     """Where the run lives, whoever works on it."""
@@ -68,7 +56,6 @@ def stage_code(folder: Path, spec: JobSpec) -> None:
         # Beside the package, not in it: nodes whose image has operators of its own, for their GPUs, take those.
         (folder / library.CARRIED).mkdir()
         shutil.copy(built, folder / library.CARRIED / built.name)
-    (folder / "sitecustomize.py").write_text(_SITE, encoding="utf-8")
     (folder / SPEC_FILE).write_text(dump_spec(spec), encoding="utf-8")
 
 

@@ -1,8 +1,7 @@
-"""The train stage: Ray Train holds the workers, the loop in `refinedet.pipeline.training` does the rest.
+"""The train stage: Ray Train runs `train_worker`, restarts it after failures, and resizes it.
 
-One attempt is one worker group. A failure, a node about to be taken away, or room for more workers ends it; the driver
-then finds places for the next one, which goes on from the last checkpoint. Ray Train could retry by itself, but it
-neither saves before it resizes, nor leaves out a node that hangs, nor minds what divides the global batch.
+What this adds: a stop that saves, errors that are not worth a restart, a limit on every wait, and a new fit where the
+workers saved for a node that goes away or where progress gave the failures of `cluster.max_failures` back.
 """
 
 from __future__ import annotations
@@ -10,251 +9,221 @@ from __future__ import annotations
 import dataclasses
 import threading
 import time
-from collections.abc import Callable
-from typing import Any, Literal
+from collections.abc import Callable, Mapping
+from typing import Any
 
-import ray.train
-from refinedet.pipeline.cluster.lean_trainer import LeanTrainer
-from refinedet.pipeline.cluster.monitor import Monitor
-from refinedet.pipeline.cluster.placement import Placement, worker_resources
-from refinedet.pipeline.cluster.train_worker import train_worker
-from refinedet.pipeline.config.batches import possible_world_sizes
+from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
+from ray.train.torch import TorchConfig, TorchTrainer
+from refinedet.pipeline.cluster.capacity import missing_capacity
+from refinedet.pipeline.cluster.mailbox import Link, Mailbox
+from refinedet.pipeline.cluster.session import session_nodes
+from refinedet.pipeline.cluster.train_worker import Fatal, WorkerTask, train_worker
 from refinedet.pipeline.config.run import Run
-from refinedet.pipeline.drills.faults import read_faults
-from refinedet.pipeline.runs import storage
+from refinedet.pipeline.config.spec import Cluster
+from refinedet.pipeline.runs import settings, storage
 from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
-from refinedet.pipeline.training.records import Event
+from refinedet.pipeline.training.preflight import PreflightReport
+from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
 
+FAULT_VARIABLE = "REFINEDET_FAULT"
+"""environment, drills only: "MODULE:FUNCTION ARGUMENTS", see `WorkerTask.fault`"""
+NODE_LABEL = "ray.io/node-id"
 _POLL_S = 0.3
-Reason = Literal["stop", "preempted", "resized"]
-"""why workers were asked to save and end"""
+_PATIENCE_S = 30.0
+"""workers that have not started after this long are waited for aloud"""
+OnMessage = Callable[[StepRecord | Event], None]
 
 
-def run_training(
-    run: Run,
-    *,
-    monitor: Monitor,
-    on_message: Callable[[int, str, Any], None],
-    stop_requested: threading.Event,
-    preflight_only: bool = False,
-) -> dict[str, Any]:
-    """Train in Ray workers until the end; returns the loop's result.
+def run_training(run: Run, mailbox: Mailbox, on_message: OnMessage, stop: threading.Event) -> TrainResult:
+    """Train in Ray workers to the end.
 
-    on_message      called here, in the driver, with (rank, "step" | "event", content) as workers send them; rank -1 is
-                    the driver itself
-    stop_requested  set it, and the workers save and end
-    preflight_only  place the workers, check them, and end
-    Raises StoppedError after a stop, UserError for a mistake in the spec, JobError once the failures allowed
-    by `cluster.max_failures` are used up.
+    on_message  called in this thread, with what workers send and what happens to them
+    stop        once it is set, the workers save and end
+    Raises StoppedError after a stop, UserError for a mistake in the spec, JobError where `cluster.max_failures`
+    restarts did not bring a new checkpoint or no workers started within `cluster.resource_timeout_s`.
     """
-    return _TrainingJob(run, monitor, on_message, stop_requested, preflight_only).run_attempts()
+    return _Training(run, mailbox, on_message, stop).run()
 
 
-@dataclasses.dataclass
-class _Attempt:
-    """One worker group, and what the driver knows of it."""
-
-    workers: int
-    began: float = dataclasses.field(default_factory=time.monotonic)
-    nodes: dict[int, str] = dataclasses.field(default_factory=dict)
-    """node id of every rank that has started"""
-    step: int = 0
-    """the last one that was told of"""
-    stalled: bool = False
-    asked: Reason | None = None
-    asked_at: float = 0.0
-    looked_at: float = dataclasses.field(default_factory=time.monotonic)
-    """when room for more workers was last looked for"""
+def check_workers(run: Run, mailbox: Mailbox, on_message: OnMessage, stop: threading.Event) -> PreflightReport:
+    """Place the workers of a job, check them, and end. Raises as `run_training` does."""
+    return _Training(run, mailbox, on_message, stop, preflight_only=True).run()
 
 
-class _TrainingJob:
-    """Attempt after attempt, until one comes to the end."""
+class _Training:
+    """One fit of a TorchTrainer after the other, until one comes to the end."""
 
     def __init__(
-        self,
-        run: Run,
-        monitor: Monitor,
-        on_message: Callable[[int, str, Any], None],
-        stop_requested: threading.Event,
-        preflight_only: bool,
+        self, run: Run, mailbox: Mailbox, on_message: OnMessage, stop: threading.Event, preflight_only: bool = False
     ) -> None:
-        self.run, self.spec, self.monitor = run, run.spec, monitor
-        self.on_message = on_message
-        self.stop_requested = stop_requested
-        self.preflight_only = preflight_only
-        cluster = run.spec.cluster
-        self.sizes = possible_world_sizes(run.spec.training, cluster.min_workers, cluster.max_workers)
-        self.placement = Placement(run.spec.cluster)
-        self.fatal: list[tuple[bool, str]] = []
-        self.attempts = self.failures = 0
+        self.run_of, self.cluster, self.mailbox = run, run.spec.cluster, mailbox
+        self.on_message, self.stop, self.preflight_only = on_message, stop, preflight_only
         self.began_at = time.time()
-        self.grew_in_vain: frozenset[str] = frozenset()
-        """the nodes on which a job that had ended to grow found no more room than before"""
+        self.step = self.saved = 0
+        self.leaving: set[str] = set()
+        """ids of nodes that are about to be taken away"""
+        self.ranks: set[int] = set()
+        """that have started since the last failure"""
+        self.waiting_since = time.monotonic()
+        self.told_waiting = False
+        self.stop_deadline: float | None = None
 
-    def run_attempts(self) -> dict[str, Any]:
-        attempt: _Attempt | None = None
+    def run(self) -> Any:
         while True:
-            workers = self._place()
-            if attempt and attempt.asked == "resized" and workers <= attempt.workers:
-                self.grew_in_vain = self.placement.nodes()
-            attempt = _Attempt(workers)
-            outcome = self._run(attempt)
-            self.attempts += 1
-            if self.fatal:
-                by_user, message = self.fatal[0]
-                raise UserError(message) if by_user else JobError(message)
-            if "result" in outcome and outcome["result"]["status"] != "stopped":
-                return outcome["result"]
-            if attempt.asked == "stop":
-                raise StoppedError(self._describe_stop(outcome))
-            self._prepare_next(attempt, outcome)
+            saved, outcome = self.saved, self._fit()
+            if isinstance(outcome, TrainingFailedError):
+                if self.saved == saved or self.preflight_only:
+                    raise JobError(f"training failed: {explain(outcome)}") from outcome
+                self._tell("restarted", f"saved since the last failures, which count no more: {explain(outcome)}")
+            elif isinstance(outcome, BaseException):
+                raise outcome
+            elif getattr(outcome, "status", None) != "stopped":
+                return outcome
+            elif self.stop.is_set():
+                raise StoppedError(f"saved at step {outcome.step}; the same command goes on from there")
 
-    def _place(self) -> int:
-        workers = self.placement.find(self.sizes, self._say_waiting, self.stop_requested.is_set)
-        if workers is None:
-            raise StoppedError("before the workers were placed; the same command goes on from the last checkpoint")
-        return workers
-
-    def _run(self, attempt: _Attempt) -> dict[str, Any]:
-        """One attempt to its end: {"result"} or {"error"}."""
-        self.monitor.set_stop(False)
-        trainer = self._trainer(attempt.workers)
-        outcome: dict[str, Any] = {}
+    def _fit(self) -> Any:
+        """One fit to its end: the result of rank 0, or the error."""
+        self._wait_for_workers()
+        outcome: list[Any] = []
+        trainer = self._trainer()
 
         def fit() -> None:
             try:
-                outcome["result"] = trainer.fit().return_value
-            except BaseException as error:  # handed to the driver's thread
-                outcome["error"] = error
+                outcome.append(trainer.fit().return_value)
+            except BaseException as error:  # raised in the driver's thread
+                outcome.append(error)
 
         # Not in the main thread: there, Ray Train takes over SIGINT, and aborts instead of letting workers save.
         thread = threading.Thread(target=fit, name="ray-train", daemon=True)
         thread.start()
         while thread.is_alive():
             thread.join(_POLL_S)
-            self._deliver(attempt)
-            self._ask(attempt)
-        self._deliver(attempt)
-        return outcome
+            self._take_messages()
+            self._check_waits()
+        self._take_messages()
+        return outcome[0]
 
-    def _ask(self, attempt: _Attempt) -> None:
-        """Ask the workers to save and end, where there is a reason to."""
-        reason: Reason | None = None
-        if self.stop_requested.is_set():
-            reason = "stop"
-        elif attempt.asked is None and self.monitor.draining & set(attempt.nodes.values()):
-            reason = "preempted"
-        elif attempt.asked is None and self._can_grow(attempt):
-            reason = "resized"
-        if reason and attempt.asked in (None, "preempted", "resized") and reason != attempt.asked:
-            self.monitor.set_stop(True)
-            attempt.asked, attempt.asked_at = reason, time.monotonic()
-        grace_s = self.spec.cluster.stop_grace_s
-        if attempt.asked == "stop" and time.monotonic() - attempt.asked_at > grace_s:
-            raise StoppedError(
-                f"the workers did not save within {grace_s:g} s; the next start goes on from the checkpoint before"
+    def _take_messages(self) -> None:
+        for rank, message in self.mailbox.take(stop=self.stop.is_set()):
+            if isinstance(message, Fatal):
+                raise UserError(message.message) if message.by_user else JobError(message.message)
+            if isinstance(message, Event):
+                message = self._note(rank, message)
+            elif isinstance(message, StepRecord):
+                self.step = message.step
+            self.on_message(message)
+
+    def _note(self, rank: int, event: Event) -> Event:
+        """Keep what an event says of the workers; returns it with the step that training is at."""
+        if event.kind == "started":
+            if rank in self.ranks:  # without a failure before: Ray Train changes the number of workers
+                self._wait_for_workers()
+                self._tell("resized", f"the number of workers changes, from the checkpoint of step {self.saved}")
+            self.ranks.add(rank)
+        elif event.kind == "saved":
+            self.saved = max(self.saved, event.step)
+        elif event.kind == "preempted":
+            self.leaving |= set(event.facts["nodes"])
+        elif event.kind == "restarted":
+            self._wait_for_workers()
+        if event.kind in ("preempted", "restarted"):
+            return dataclasses.replace(event, step=self.step)
+        return event
+
+    def _wait_for_workers(self) -> None:
+        self.ranks.clear()
+        self.waiting_since, self.told_waiting = time.monotonic(), False
+
+    def _check_waits(self) -> None:
+        """Raise where workers did not start, or did not save, within the limits of the spec."""
+        now, limit = time.monotonic(), self.cluster.resource_timeout_s
+        if self.stop.is_set():
+            self.stop_deadline = self.stop_deadline or now + self.cluster.stop_grace_s
+            if not self.ranks:
+                raise StoppedError("before the workers were placed; the same command goes on from the last checkpoint")
+            if now > self.stop_deadline:
+                raise StoppedError(
+                    f"the workers did not save within {self.cluster.stop_grace_s:g} s; the next start goes on from the "
+                    "checkpoint before"
+                )
+        if self.ranks:
+            return
+        missing = missing_capacity(self.cluster, session_nodes())
+        if not self.told_waiting and (missing or now - self.waiting_since > _PATIENCE_S):
+            self.told_waiting = True
+            why = missing or f"no place for {self.cluster.min_workers} workers beside what else runs"
+            self._tell("waiting", f"waiting up to {limit:g} s for nodes: {why}")
+        if now - self.waiting_since > limit:
+            raise JobError(
+                f"no place for {self.cluster.min_workers} workers came within {limit:g} s "
+                f"({missing or 'other jobs hold them'}); add nodes, then the same command goes on"
             )
 
-    def _can_grow(self, attempt: _Attempt) -> bool:
-        """Now and then: whether there is room for a larger number of workers beside those that run."""
-        larger = [size for size in self.sizes if size > attempt.workers]
-        if not larger or not attempt.step or self.preflight_only:
-            return False
-        if time.monotonic() - attempt.looked_at < self.spec.cluster.resize_interval_s:
-            return False
-        attempt.looked_at = time.monotonic()
-        if self.grew_in_vain and self.placement.nodes() == self.grew_in_vain:
-            return False  # STRICT_PACK and STRICT_SPREAD may not take what is free beside those that run
-        return any(self.placement.fits(size - attempt.workers, 0.5) for size in larger)
+    def _tell(self, kind: Any, message: str) -> None:
+        self.on_message(Event(kind, self.step, message))
 
-    def _prepare_next(self, attempt: _Attempt, outcome: dict[str, Any]) -> None:
-        """Say why another attempt is needed; JobError where no more are allowed."""
-        saved = outcome.get("result", {}).get("step")
-        if attempt.asked == "preempted":  # also where the node went before all was saved
-            what = f"saved at step {saved}" if saved else "the node went before all was saved"
-            self._say("preempted", attempt.step, f"a node is taken away: {what}, going on elsewhere")
-            return
-        if attempt.asked == "resized" and saved:
-            self._say("resized", saved, f"there is room for more than {attempt.workers} workers: saved at step {saved}")
-            return
-        self.failures += 1
-        reason = _explain(outcome["error"]) if "error" in outcome else "the workers ended without being asked to"
-        if self.failures > self.spec.cluster.max_failures:
-            raise JobError(f"training failed: {reason}") from outcome.get("error")
-        message = f"restart {self.failures} of {self.spec.cluster.max_failures} allowed, after: {reason}"
-        self._say("restarted", attempt.step, message)
-
-    def _describe_stop(self, outcome: dict[str, Any]) -> str:
-        if "error" in outcome:
-            return f"the workers failed before they had saved ({_explain(outcome['error'])}); the same command goes on"
-        return f"saved at step {outcome['result']['step']}; the same command goes on from there"
-
-    # --- what comes from the workers, and goes to the job's recorder
-
-    def _deliver(self, attempt: _Attempt) -> None:
-        for rank, kind, content in self.monitor.drain():
-            if kind == "fatal":
-                self.fatal.append(content)
-            elif kind == "placed":
-                attempt.nodes[rank] = content["node"]
-                message = f"rank {rank} runs on {content['host']}, process {content['pid']}"
-                self._say("started", 0, message, {"rank": rank, **content})
-            elif kind == "event" and content["kind"] == "stalled":
-                if not attempt.stalled:  # every rank that can says so
-                    attempt.stalled = True
-                    self.on_message(rank, kind, content)
-                    self._leave_out(attempt, content)
-            else:
-                if kind == "step":
-                    attempt.step = content["step"]
-                self.on_message(rank, kind, content)
-
-    def _leave_out(self, attempt: _Attempt, event: dict[str, Any]) -> None:
-        """Keep the next attempt off the nodes that were named in a stall, where the others suffice."""
-        named = {attempt.nodes[rank] for rank in event["facts"]["ranks"] if rank in attempt.nodes}
-        if self.spec.cluster.leave_out_stalled and named and self.placement.nodes() - named:
-            self.placement.left_out |= named
-            hosts = ", ".join(sorted(set(event["facts"]["hosts"])))
-            self._say("left_out", event["step"], f"{hosts} is left out of the restart, if the other nodes suffice")
-
-    def _say_waiting(self) -> None:
-        cluster = self.spec.cluster
-        message = f"no place for {self.sizes[-1]} workers now; waiting up to {cluster.resource_timeout_s:g} s for nodes"
-        self._say("waiting", 0, message)
-
-    def _say(self, kind: Any, step: int, message: str, facts: dict[str, Any] | None = None) -> None:
-        self.on_message(-1, "event", dataclasses.asdict(Event(kind, step, message, facts or {})))
-
-    def _trainer(self, workers: int) -> LeanTrainer:
-        cluster = self.spec.cluster
-        return LeanTrainer(
+    def _trainer(self) -> TorchTrainer:
+        cluster, local = self.cluster, storage.is_local(self.run_of.path)
+        task = WorkerTask(
+            spec=self.run_of.spec_for_workers(),
+            mailbox=self.mailbox.actor,
+            fault=settings.read(FAULT_VARIABLE) or "",
+            preflight_only=self.preflight_only,
+            estimate_memory=self.preflight_only or bool(cluster.gpus_per_worker),
+            began_at=self.began_at,
+            first=not self.saved,
+        )
+        return TorchTrainer(
             train_worker,
-            train_loop_config={
-                "spec": self.run.spec_for_workers(),
-                "monitor": self.monitor.name,
-                "faults": [dataclasses.asdict(fault) for fault in read_faults()],
-                # Counting takes seconds: once a job, and on a CPU, whose memory is not a worker's own, when asked for.
-                "estimate_memory": self.preflight_only or (bool(cluster.gpus_per_worker) and self.attempts == 0),
-                "preflight_only": self.preflight_only,
-                "began_at": self.began_at,
-                "attempt": self.attempts,
-            },
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=workers,
-                use_gpu=bool(cluster.gpus_per_worker),
-                resources_per_worker=worker_resources(cluster),
-                placement_strategy=cluster.placement,
-                label_selector=self.placement.labels() or None,
-            ),
-            run_config=ray.train.RunConfig(
+            train_loop_config={"task": task},
+            torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if cluster.gpus_per_worker else "gloo"),
+            scaling_config=scaling_config(cluster, self.leaving),
+            run_config=RunConfig(
                 name="ray-train",
-                storage_path=None if not storage.is_local(self.run.path) else self.run.file("logs"),
-                failure_config=ray.train.FailureConfig(max_failures=0, controller_failure_limit=0),
+                storage_path=self.run_of.file("logs") if local else None,
+                failure_config=FailureConfig(max_failures=cluster.max_failures, max_preemption_failures=-1),
+                callbacks=[_Restarts(self.mailbox.actor, cluster.max_failures)],
             ),
         )
 
 
-def _explain(error: BaseException) -> str:
+def scaling_config(cluster: Cluster, leaving: set[str] = frozenset()) -> ScalingConfig:  # type: ignore[assignment]
+    """Ray Train's view of the workers; `leaving`: ids of nodes that must not get one."""
+    resources: dict[str, float] = {"CPU": cluster.cpus_per_worker}
+    if cluster.gpus_per_worker:
+        resources["GPU"] = cluster.gpus_per_worker
+    labels = {**cluster.labels, **({NODE_LABEL: f"!in({','.join(sorted(leaving))})"} if leaving else {})}
+    sizes = (cluster.min_workers, cluster.max_workers)
+    return ScalingConfig(
+        num_workers=sizes if sizes[0] < sizes[1] else sizes[1],
+        elastic_resize_monitor_interval_s=cluster.resize_interval_s,
+        use_gpu=bool(cluster.gpus_per_worker),
+        resources_per_worker=resources,
+        placement_strategy=cluster.placement,
+        label_selector=labels or None,
+    )
+
+
+class _Restarts(UserCallback):
+    """Tells the driver why workers are started again; Ray Train calls it in its controller."""
+
+    def __init__(self, mailbox: Any, allowed: int) -> None:
+        self._mailbox, self._allowed, self._failures = mailbox, allowed, 0
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:
+        errors = list(worker_exceptions.values())
+        reason = explain(errors[0])
+        if any(getattr(error, "preempted", False) for error in errors):
+            message = f"restart after a node was taken away, which is no failure: {reason}"
+        else:
+            self._failures += 1
+            message = f"restart {self._failures} of {self._allowed} allowed, after: {reason}"
+        if self._failures <= self._allowed:
+            Link(self._mailbox, -1).push(Event("restarted", 0, message))
+
+
+def explain(error: BaseException) -> str:
     """The workers' own error out of Ray Train's wrapping, in one line."""
     inner = error
     while True:

@@ -21,7 +21,8 @@ from typing import Any
 
 import psutil
 import yaml
-from refinedet.pipeline.drills.faults import FAULT_VARIABLE
+from refinedet.pipeline.cluster.training_stage import FAULT_VARIABLE
+from refinedet.pipeline.drills.faults import hook
 
 _POLL_S = 0.2
 _TIMEOUT_S = 240.0
@@ -141,7 +142,7 @@ class Bench:
         stages = "train" if (self.folder / "shards" / "train" / "index.json").exists() else "prepare,train"
         command = [sys.executable, "-m", "refinedet.pipeline.cli", "launch", str(spec), "--stages", stages]
         command += ["--address", self.cluster.address]
-        environment = {**os.environ, **({FAULT_VARIABLE: fault} if fault else {})}
+        environment = {**os.environ, **({FAULT_VARIABLE: hook(fault)} if fault else {})}
         output = self.folder / f"{spec.stem}.{time.time_ns()}.out"
         with open(output, "wb") as file:
             process = subprocess.Popen(

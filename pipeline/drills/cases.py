@@ -144,23 +144,14 @@ def straggler(bench: Bench) -> None:
 
 
 def hang(bench: Bench) -> None:
-    """Stop one rank for good: it is named with its stack, and the job restarts elsewhere from the last checkpoint."""
+    """Stop one rank for good: it is named with its stack, and the job restarts from the last checkpoint."""
     name = "hang"
-    node = bench.cluster.add_node(num_cpus=2)
-    try:
-        bench.cluster.wait_for_nodes()
-        spec = bench.write_spec(name, training={"stall_timeout_s": 8}, cluster={"placement": "SPREAD"})
-        job = bench.launch(spec, fault=f"hang:rank=1,step={_AFTER_A_COMMIT}")
-        bench.check("exit status", 0, job.wait())
-    finally:
-        bench.cluster.remove_node(node, allow_graceful=False)
+    spec = bench.write_spec(name, training={"stall_timeout_s": 8})
+    job = bench.launch(spec, fault=f"hang:rank=1,step={_AFTER_A_COMMIT}")
+    bench.check("exit status", 0, job.wait())
     found = bench.events(name, "stalled")
     message = found[0]["message"] if found else "no verdict"
     bench.check("verdict", "rank 1 with its stack", _shortened(message), "rank 1" in message and "faults.py" in message)
-    places = [event["facts"] for event in bench.events(name, "started")]
-    hung = next((place["node"] for place in places if place["rank"] == 1), None)
-    again = [place["node"] for place in places[2:]]
-    bench.check("workers restarted on the node that hung", "0 of 2", f"{again.count(hung)} of {len(again)}")
     bench.check_losing_at_most_one_interval(name, _AFTER_A_COMMIT)
     bench.check_same_weights(name)
 

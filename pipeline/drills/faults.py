@@ -1,29 +1,31 @@
-"""Faults made on purpose inside a worker, for the drills: the environment variable REFINEDET_FAULT of the driver.
+"""Faults made on purpose inside a training worker, for drills and tests.
 
-"nan:rank=1,step=3" makes the loss of rank 1 NaN at its third forward pass; "slow:rank=1,seconds=0.5" delays every
-pass of rank 1; "hang:rank=1,step=3" stops it there for good; "hold:rank=0,step=8" writes half of rank 0's part of the
-checkpoint of step 8, and no more. Several are separated by semicolons. What strikes at a step strikes once in a run, so
-that the restarted worker is well.
+Every worker calls `faulty_loss` where the driver's REFINEDET_FAULT is "refinedet.pipeline.drills.faults:faulty_loss
+FAULTS". Faults are separated by semicolons: "nan:rank=1,step=3" makes the loss of rank 1 NaN at its third forward pass,
+"slow:rank=1,seconds=0.5" delays every pass of rank 1, "hang:rank=1,step=3" stops it there for good. A fault with a step
+strikes once in a run, so that the restarted worker is well.
 """
 
 from __future__ import annotations
 
-import os
+import functools
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
+from refinedet.model import sum_losses
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
-FAULT_VARIABLE = "REFINEDET_FAULT"
-_KINDS = ("nan", "slow", "hang", "hold")
+KINDS = ("nan", "slow", "hang")
+_LOSS_TERMS = ("arm_class", "arm_box", "adm_class", "adm_box")
 
 
 @dataclass(frozen=True)
 class Fault:
-    """`step` counts forward passes from 1, 0 being every one; for `hold` it is the checkpoint's."""
+    """step: forward passes of the rank, from 1; 0: every one."""
 
     kind: str
     rank: int
@@ -31,9 +33,22 @@ class Fault:
     seconds: float = 0.0
 
 
-def read_faults() -> list[Fault]:
-    """The faults that the environment asks for; none in every ordinary job."""
-    text = os.environ.get(FAULT_VARIABLE, "")
+def hook(faults: str) -> str:
+    """Value of REFINEDET_FAULT that injects `faults`."""
+    parse_faults(faults)
+    return f"{__name__}:{faulty_loss.__name__} {faults}"
+
+
+def faulty_loss(faults: str, run: Run, rank: int) -> Callable[..., Any]:
+    """The loss of the run's model, with the faults of this rank; a file in the run records that one struck."""
+    loss: Callable[..., Any] = functools.partial(sum_losses, config=run.spec.model)
+    for fault in parse_faults(faults):
+        if fault.rank == rank:
+            loss = _broken(loss, fault, run.path)
+    return loss
+
+
+def parse_faults(text: str) -> list[Fault]:
     return [_parse(each) for each in text.split(";") if each]
 
 
@@ -44,31 +59,14 @@ def _parse(text: str) -> Fault:
         fault = Fault(kind, int(values["rank"]), int(values.get("step", 0)), float(values.get("seconds", 0)))
     except (ValueError, KeyError):
         fault = None
-    if fault is None or kind not in _KINDS:
-        raise UserError(
-            f"{FAULT_VARIABLE} reads KIND:rank=N,step=N,seconds=S with KIND of {_KINDS}, received {text!r}."
-        )
+    if fault is None or kind not in KINDS:
+        raise UserError(f"A fault reads KIND:rank=N,step=N,seconds=S with KIND of {KINDS}, received {text!r}.")
     return fault
-
-
-def with_faults(loss: Callable[..., Any], faults: Iterable[Fault], rank: int, run_dir: str) -> Callable[..., Any]:
-    """`loss`, broken as asked on this rank; a mark in the run's folder remembers what struck."""
-    for fault in faults:
-        if fault.rank == rank and fault.kind == "hold":
-            _hold_part(fault, run_dir)
-        elif fault.rank == rank:
-            loss = _broken(loss, fault, run_dir)
-    return loss
-
-
-def mark_of(kind: str, run_dir: str) -> str:
-    """The file that says that a fault has struck."""
-    return storage.join(run_dir, "faults", kind)
 
 
 def _broken(loss: Callable[..., Any], fault: Fault, run_dir: str) -> Callable[..., Any]:
     passes = 0
-    mark = mark_of(fault.kind, run_dir)
+    mark = storage.join(run_dir, "faults", fault.kind)
 
     def broken(predictions: Any, targets: Any) -> Any:
         nonlocal passes
@@ -84,22 +82,7 @@ def _broken(loss: Callable[..., Any], fault: Fault, run_dir: str) -> Callable[..
             while True:
                 time.sleep(3600)
         else:
-            losses = replace(losses, adm_class=losses.adm_class * float("nan"))
+            losses = replace(losses, **{name: getattr(losses, name) * float("nan") for name in _LOSS_TERMS})
         return losses
 
     return broken
-
-
-def _hold_part(fault: Fault, run_dir: str) -> None:
-    """Let this process hang in the middle of writing its part of one checkpoint."""
-    write, mark = storage.write_bytes, mark_of(fault.kind, run_dir)
-
-    def write_half(path: str, content: bytes) -> None:
-        if f"/step-{fault.step}/part-" not in path or storage.exists(mark):
-            return write(path, content)
-        write(f"{path}.partial", content[: len(content) // 2])
-        storage.write_json(mark, {"rank": fault.rank, "path": path})
-        while True:
-            time.sleep(3600)
-
-    storage.write_bytes = write_half  # type: ignore[assignment]

@@ -19,6 +19,8 @@ from refinedet.pipeline.runs import storage
 
 logger = logging.getLogger(__name__)
 
+_SMALLEST_CHUNK = 8
+
 
 @dataclass(frozen=True)
 class Chunk:
@@ -49,10 +51,21 @@ class ChunkResult:
     unreadable: tuple[UnreadableImage, ...] = ()
 
 
-def split_into_chunks(num_samples: int, images_per_chunk: int) -> tuple[Chunk, ...]:
-    """Every sample in exactly one chunk, in order; the last chunk may be smaller."""
-    starts = range(0, num_samples, images_per_chunk)
-    return tuple(Chunk(index, start, min(start + images_per_chunk, num_samples)) for index, start in enumerate(starts))
+def split_into_chunks(num_samples: int, images_per_chunk: int, workers: int = 1) -> tuple[Chunk, ...]:
+    """Every sample in exactly one chunk, in order; chunks get smaller towards the end, so that workers end together.
+
+    images_per_chunk  images of the largest chunk
+    workers           a chunk is at most half of each worker's share of what is left
+    """
+    smallest = min(_SMALLEST_CHUNK, images_per_chunk)
+    chunks: list[Chunk] = []
+    start = 0
+    while start < num_samples:
+        share = -(-(num_samples - start) // (2 * workers))
+        stop = min(start + max(smallest, min(share, images_per_chunk)), num_samples)
+        chunks.append(Chunk(len(chunks), start, stop))
+        start = stop
+    return tuple(chunks)
 
 
 def write_chunk(folder: str, chunk: Chunk, result: ChunkResult, *, fingerprint: str = "") -> None:

@@ -22,6 +22,7 @@ from jsonschema import validate
 from refinedet.model import RefineDet
 from refinedet.pipeline.cli.main import app
 from refinedet.pipeline.cluster.detection_job import DetectionJob, make_detection_job, write_results
+from refinedet.pipeline.cluster.detection_stage import DetectionPool, run_detection
 from refinedet.pipeline.cluster.evaluate import evaluate_run
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.files import dump_spec, load_spec, parse_spec
@@ -62,7 +63,7 @@ def make_run(folder: Path, **changes: Any) -> Run:
     values = {
         "name": "r",
         "runs": str(folder),
-        "data": {**SPEC["data"], "train": [], "val": [{"count": NUM_IMAGES}]},
+        "data": {**SPEC["data"], "train": [{"count": 4}], "val": [{"count": NUM_IMAGES}]},
         "model": {**SPEC["model"], "theta": 1.0, "score_threshold": 0.0, "max_detections": 30},
         # A convolution's last bit may differ with the size of the batch, which differs at a cut.
         "evaluation": {"images_per_piece": IMAGES_PER_PIECE, "batch_size": 1},
@@ -82,11 +83,17 @@ def with_workers(run: Run, workers: int) -> Run:
     return Run(run.spec.model_copy(update={"cluster": cluster}))
 
 
-def detect(run: Run, job: DetectionJob):
-    from refinedet.pipeline.cluster.detection_stage import run_detection
-
+def detect(run: Run, job: DetectionJob, told: list[str] | None = None):
     seen: list[int] = []
-    found = run_detection(run, job, on_progress=lambda done, total: seen.append(done), stop_requested=threading.Event())
+    with DetectionPool() as pool:
+        found = run_detection(
+            run,
+            job,
+            pool,
+            on_progress=lambda done, total: seen.append(done),
+            tell=(told if told is not None else []).append,
+            stop=threading.Event(),
+        )
     assert seen[-1] == len(job.image_ids)
     return found
 
@@ -94,7 +101,7 @@ def detect(run: Run, job: DetectionJob):
 def pieces_begun(run: Run) -> list[str]:
     """Names of the pieces that workers detected on, in the words of their logs."""
     lines = [line for path in Path(run.path, "logs").glob("single-*.log") for line in path.read_text().splitlines()]
-    return sorted(line.split("detection_stage: ")[1].split(":")[0] for line in lines if "detecting on" in line)
+    return sorted(line.split("detection_worker: ")[1].split(":")[0] for line in lines if "detecting on" in line)
 
 
 class Killer(threading.Thread):
@@ -111,7 +118,7 @@ class Killer(threading.Thread):
             if len(pieces_begun(self.run_to_watch)) > self.before + 1:
                 for process in psutil.Process().children(recursive=True):
                     try:
-                        if "_DetectionWorker.work" in " ".join(process.cmdline()):
+                        if "DetectionWorker.work" in " ".join(process.cmdline()):
                             process.send_signal(signal.SIGKILL)
                             self.killed = process.pid
                             return
@@ -155,11 +162,13 @@ def test_a_killed_worker_and_a_cut_file_cost_a_piece_each_and_no_digit(cluster, 
     assert (same_job.fingerprint, same_inputs) == (job.fingerprint, inputs)
     killer = Killer(shapes_run)
     killer.start()
-    disturbed = detect(many, same_job)
+    told: list[str] = []
+    disturbed = detect(many, same_job, told)
     killer.join()
     assert killer.killed, "nobody was killed, so that this shows nothing"
-    assert "died with chunk-" in caplog.text
-    assert disturbed.again == [str(cut)]
+    assert len(told) == 1, told
+    assert "died (" in told[0]
+    assert disturbed.damaged == [str(cut)]
     assert len(names) - 1 <= len(pieces_begun(shapes_run)) - len(names) <= len(names), "at most one piece twice"
     assert kept.stat().st_mtime_ns == written
     assert results.read_bytes() == whole
@@ -217,7 +226,7 @@ def test_a_voc_job_is_measured_by_its_years_rule_and_by_every_merge_rule(cluster
     assert {row["rule"] for row in table} == set(MERGE_RULES)
     assert [row["mAP"] for row in table] == sorted((row["mAP"] for row in table), reverse=True)
     assert next(row["mAP"] for row in table if row["rule"] == "box voting") == expected.values["mAP"]
-    pieces = [*Path(job.folder).glob("*.json"), *Path(job.folder).glob("*/*.json")]
+    pieces = [*Path(job.folder).glob("chunk-*.json"), *Path(job.folder).glob("*/chunk-*.json")]
     assert len(pieces) == 2 * (1 + len(MERGE_RULES))
     assert len({len(path.read_bytes()) for path in pieces if path.name == "chunk-00000.json"}) >= len(MERGE_RULES) - 1
 

@@ -13,11 +13,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from refinedet.pipeline.cluster.training_stage import FAULT_VARIABLE
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.drills.bench import SPEC, Bench
-from refinedet.pipeline.drills.faults import FAULT_VARIABLE
+from refinedet.pipeline.drills.faults import hook
 
 from tests.cluster.commands import Done, run_commands
 
@@ -75,9 +76,10 @@ def test_a_job_is_stopped_goes_on_to_the_end_and_is_not_done_twice(bench: Bench,
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(spec))
     run = tmp_path / "runs" / "whole"
 
-    # Ctrl-C in the middle of training, on the Ray that the command started itself.
+    # SIGTERM to the whole process group in the middle of training, as `timeout` and Slurm send it, on the Ray that the
+    # command started itself.
     command = [sys.executable, "-m", "refinedet.pipeline.cli", "launch", "job.yaml"]
-    slow = {**os.environ, FAULT_VARIABLE: "slow:rank=0,seconds=0.5"}
+    slow = {**os.environ, FAULT_VARIABLE: hook("slow:rank=0,seconds=0.5")}
     with open(tmp_path / "first.out", "wb") as out, open(tmp_path / "first.err", "wb") as err:
         first = subprocess.Popen(command, cwd=tmp_path, env=slow, stdout=out, stderr=err, start_new_session=True)
     deadline = time.monotonic() + 200
@@ -85,7 +87,7 @@ def test_a_job_is_stopped_goes_on_to_the_end_and_is_not_done_twice(bench: Bench,
         assert first.poll() is None, (tmp_path / "first.err").read_text()
         assert time.monotonic() < deadline, (tmp_path / "first.out").read_text()
         time.sleep(0.1)
-    os.killpg(first.pid, signal.SIGINT)  # as a terminal does: to all that it started, too
+    os.killpg(first.pid, signal.SIGTERM)
     assert first.wait(100) == 130, (tmp_path / "first.err").read_text()
     last = steps_of(run)[-1]
     assert last < STEPS

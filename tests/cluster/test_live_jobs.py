@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from refinedet.pipeline.cluster.dashboard import HEADERS
 from refinedet.pipeline.cluster.jobs import JobsClient
+from refinedet.pipeline.cluster.training_stage import FAULT_VARIABLE
 from refinedet.pipeline.config.files import dump_spec
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.drills.faults import hook
 from refinedet.pipeline.runs.errors import UserError
 
 from tests.cluster.hosts import RayCluster, one_host
@@ -49,7 +51,7 @@ SPEC = {
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[RayCluster]:
     # Every pass takes a while longer, so that there is a middle to stop in.
-    environment = {"AWS_SECRET_ACCESS_KEY": SECRET, "REFINEDET_FAULT": "slow:rank=0,seconds=0.2"}
+    environment = {"AWS_SECRET_ACCESS_KEY": SECRET, FAULT_VARIABLE: hook("slow:rank=0,seconds=0.2")}
     with one_host(num_cpus=2, environment=environment) as cluster:
         yield cluster
 

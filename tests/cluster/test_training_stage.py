@@ -1,214 +1,143 @@
-"""What the driver of training makes of the ends of its attempts; the attempts themselves are played."""
+"""What the train stage makes of its workers' messages and ends; Ray Train is played, its real self is in the drills."""
 
 from __future__ import annotations
 
+import dataclasses
 import threading
-from collections.abc import Iterator
+import time
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
-from refinedet.pipeline.cluster import training_stage
-from refinedet.pipeline.cluster.monitor import Monitor
-from refinedet.pipeline.cluster.placement import NODE_LABEL, Placement
-from refinedet.pipeline.cluster.training_stage import _Attempt, _TrainingJob
+from ray.train import WorkerGroupError
+from refinedet.pipeline.cluster import training_stage as module
+from refinedet.pipeline.cluster.mailbox import Mailbox
+from refinedet.pipeline.cluster.train_worker import Fatal
+from refinedet.pipeline.cluster.training_stage import _Training, explain, scaling_config
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import Cluster, JobSpec
 from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
+from refinedet.pipeline.training.records import Event, TrainResult
 
-DIED = {"error": RuntimeError("worker died\n  of old age")}
-FINISHED = {"result": {"status": "finished", "step": 40}}
-SAVED = {"result": {"status": "stopped", "step": 12}}
+FINISHED = TrainResult("finished", 16, 2, None, None)
+SAVED = dataclasses.replace(FINISHED, status="stopped", step=8)
+FAILED = WorkerGroupError("a long story", {1: RuntimeError("first line\nrank 1 died")})
 
 
-class FakeMonitor:
-    name = "monitor"
+class PlayedMailbox:
+    """Messages of the current fit; keeps the requests to stop."""
 
     def __init__(self) -> None:
-        self.draining: set[str] = set()
-        self.stop = False
-        self.messages: list[tuple[int, str, Any]] = []
+        self.messages: list[tuple[int, Any]] = []
+        self.actor = None
+        self.stops: list[bool] = []
 
-    def drain(self) -> list[tuple[int, str, Any]]:
+    def take(self, *, stop: bool = False) -> list[tuple[int, Any]]:
+        self.stops.append(stop)
         messages, self.messages = self.messages, []
         return messages
 
-    def set_stop(self, stop: bool) -> None:
-        self.stop = stop
 
-
-class FakePlacement(Placement):
-    room = 2
-    alive = frozenset("ab")
-
-    def nodes(self) -> frozenset[str]:
-        return self.alive - self.left_out
-
-    def fits(self, workers: int, wait_s: float, stopped: Any = lambda: False) -> bool:
-        return workers <= self.room
-
-
-@pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    monkeypatch.setattr(training_stage, "Placement", FakePlacement)
-    return []
-
-
-def make_job(events: list[dict[str, Any]], tmp_path: Path, **cluster: Any) -> _TrainingJob:
-    values = {
-        "name": "r",
-        "runs": str(tmp_path),
-        "data": {"format": "shapes", "train": [{"count": 4}]},
-        "training": {"global_batch": 4},
-        "cluster": {"workers": 2, **cluster},
-    }
-    run = Run(JobSpec.model_validate(values))
-    return _TrainingJob(
-        run,
-        cast(Monitor, FakeMonitor()),
-        lambda rank, kind, content: events.append(content),
-        threading.Event(),
-        preflight_only=False,
+def make(tmp_path: Path, *fits: tuple[list[Any], Any], **cluster: Any) -> tuple[_Training, list[Event]]:
+    """A stage whose fits send messages of rank 0, then end with a result or an error."""
+    spec = JobSpec.model_validate(
+        {
+            "name": "r",
+            "runs": str(tmp_path),
+            "data": {"format": "shapes", "train": [{"count": 4}]},
+            "cluster": {"workers": 2, **cluster},
+        }
     )
+    told: list[Event] = []
+    mailbox = PlayedMailbox()
+    training = _Training(
+        Run(spec), cast(Mailbox, mailbox), lambda message: told.append(cast(Event, message)), threading.Event()
+    )
+    script = iter(fits)
+
+    class PlayedTrainer:
+        def fit(self) -> Any:
+            messages, end = next(script)
+            mailbox.messages += [(0, message) for message in messages]
+            if isinstance(end, BaseException):
+                raise end
+            return type("Result", (), {"return_value": end})
+
+    training._trainer = PlayedTrainer  # type: ignore[method-assign]
+    return training, told
 
 
-def play(job: _TrainingJob, *attempts: tuple[str | None, dict[str, Any]]) -> list[int]:
-    """Let attempts end as given: (why they were asked to save, how they ended). -> workers of each, filled in later."""
-    rest: Iterator[tuple[str | None, dict[str, Any]]] = iter(attempts)
-    workers: list[int] = []
-
-    def run(attempt: _Attempt) -> dict[str, Any]:
-        workers.append(attempt.workers)
-        attempt.asked, outcome = next(rest)  # type: ignore[assignment]
-        attempt.step = 9
-        return outcome
-
-    job._run = run  # type: ignore[method-assign]
-    return workers
+STARTED = Event("started", 0, "rank 0 runs", {"rank": 0})
 
 
-def kinds(events: list[dict[str, Any]]) -> list[str]:
-    return [event["kind"] for event in events]
+def kinds(told: list[Event]) -> list[str]:
+    return [event.kind for event in told]
 
 
-def test_failures_are_counted_up_to_the_limit(events: list[dict[str, Any]], tmp_path: Path) -> None:
-    job = make_job(events, tmp_path, max_failures=2)
-    play(job, (None, DIED), (None, DIED), (None, FINISHED))
-    assert job.run_attempts() == FINISHED["result"]
-    assert kinds(events) == ["restarted", "restarted"]
-    assert events[1]["message"] == "restart 2 of 2 allowed, after: of old age"
-    job = make_job(events, tmp_path, max_failures=1)
-    play(job, (None, DIED), (None, DIED))
-    with pytest.raises(JobError, match="training failed: of old age"):
-        job.run_attempts()
+def test_a_fit_that_finishes_is_the_result(tmp_path: Path) -> None:
+    training, told = make(tmp_path, ([STARTED, Event("saved", 8, "")], FINISHED))
+    assert training.run() is FINISHED
+    assert kinds(told) == ["started", "saved"]
 
 
-def test_what_comes_with_notice_is_no_failure(events: list[dict[str, Any]], tmp_path: Path) -> None:
-    job = make_job(events, tmp_path, max_failures=0)
-    play(job, ("preempted", SAVED), ("resized", SAVED), ("preempted", DIED), (None, FINISHED))
-    assert job.run_attempts() == FINISHED["result"]
-    assert kinds(events) == ["preempted", "resized", "preempted"]
-    assert "saved at step 12" in events[0]["message"]
-    assert "the node went before all was saved" in events[2]["message"]
+def test_a_new_checkpoint_gives_the_failures_back(tmp_path: Path) -> None:
+    training, told = make(tmp_path, ([STARTED, Event("saved", 8, "")], FAILED), ([STARTED], FINISHED))
+    assert training.run() is FINISHED
+    assert kinds(told) == ["started", "saved", "restarted", "started"]
+    training, _ = make(tmp_path, ([STARTED, Event("saved", 8, "")], FAILED), ([STARTED], FAILED))
+    with pytest.raises(JobError, match="training failed: rank 1 died"):
+        training.run()
 
 
-def test_a_stop_ends_the_job_saved_or_not(events: list[dict[str, Any]], tmp_path: Path) -> None:
-    job = make_job(events, tmp_path)
-    play(job, ("stop", SAVED))
-    with pytest.raises(StoppedError, match="saved at step 12"):
-        job.run_attempts()
-    job = make_job(events, tmp_path)
-    play(job, ("stop", DIED))
-    with pytest.raises(StoppedError, match="failed before they had saved"):
-        job.run_attempts()
+def test_workers_that_saved_for_a_preempted_node_go_on_without_it(tmp_path: Path) -> None:
+    gone = Event("preempted", 0, "", {"nodes": ["b"]})
+    training, _ = make(tmp_path, ([STARTED, gone], SAVED), ([STARTED], FINISHED))
+    assert training.run() is FINISHED
+    assert scaling_config(training.cluster, training.leaving).label_selector == {"ray.io/node-id": "!in(b)"}
 
 
-def test_a_users_mistake_is_not_tried_again(events: list[dict[str, Any]], tmp_path: Path) -> None:
-    job = make_job(events, tmp_path)
-    play(job, (None, {"result": {"status": "failed"}}))
-    job.fatal.append((True, "the shards are of another data set"))
-    with pytest.raises(UserError, match="the shards are of another data set"):
-        job.run_attempts()
+def test_a_stop_that_saved_says_where(tmp_path: Path) -> None:
+    training, _ = make(tmp_path, ([STARTED], SAVED))
+    training.stop.set()
+    training.ranks.add(0)
+    with pytest.raises(StoppedError, match=r"saved at step 8|before the workers were placed"):
+        training.run()
 
 
-def test_an_elastic_job_takes_the_largest_size_there_is_room_for(
-    events: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(FakePlacement, "room", 3)
-    job = make_job(events, tmp_path, workers={"min": 1, "max": 4}, resize_interval_s=0.001)
-    assert job.sizes == [4, 2, 1], "three workers cannot share a batch of four"
-    assert play(job, (None, FINISHED)) == []
-    job.run_attempts()
-    small, large = _Attempt(1, step=3, looked_at=0.0), _Attempt(2, step=3, looked_at=0.0)
-    assert job._can_grow(small), "one more makes two"
-    assert job._can_grow(large), "two more make four"
-    assert not job._can_grow(_Attempt(4, step=3, looked_at=0.0))
-    assert not job._can_grow(_Attempt(1, step=0, looked_at=0.0)), "not before it has taken a step"
-    monkeypatch.setattr(FakePlacement, "room", 1)
-    assert not job._can_grow(_Attempt(2, step=3, looked_at=0.0))
+@pytest.mark.parametrize(("by_user", "error"), [(True, UserError), (False, JobError)])
+def test_a_fatal_error_is_not_retried(tmp_path: Path, by_user: bool, error: type[Exception]) -> None:
+    training, _ = make(tmp_path, ([STARTED, Fatal(by_user, "no such file")], FAILED))
+    with pytest.raises(error, match="no such file"):
+        training.run()
 
 
-def test_a_job_that_grew_in_vain_waits_for_other_nodes(
-    events: list[dict[str, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    job = make_job(events, tmp_path, workers={"min": 2, "max": 4}, resize_interval_s=0.001)
-    play(job, ("resized", SAVED), (None, FINISHED))
-    job.run_attempts()  # two before, and two after: STRICT_PACK may not use another node's room
-    monkeypatch.setattr(FakePlacement, "room", 4)
-    assert not job._can_grow(_Attempt(2, step=3, looked_at=0.0))
-    monkeypatch.setattr(FakePlacement, "alive", frozenset("abc"))
-    assert job._can_grow(_Attempt(2, step=3, looked_at=0.0))
-
-
-def test_a_draining_node_or_a_wish_to_stop_makes_the_workers_save(events: list[dict[str, Any]], tmp_path: Path) -> None:
-    job = make_job(events, tmp_path)
-    attempt = _Attempt(2, nodes={0: "a", 1: "b"})
-    job.monitor.draining = {"c"}
-    job._ask(attempt)
-    assert (attempt.asked, job.monitor.stop) == (None, False)
-    job.monitor.draining = {"b"}
-    job._ask(attempt)
-    assert (attempt.asked, job.monitor.stop) == ("preempted", True)
-    job.stop_requested.set()
-    job._ask(attempt)
-    assert attempt.asked == "stop"
-    attempt.asked_at -= job.spec.cluster.stop_grace_s + 1
+def test_waits_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "session_nodes", lambda: [])
+    training, told = make(tmp_path, resource_timeout_s=5)
+    training._check_waits()
+    assert kinds(told) == ["waiting"]
+    assert "need 2 CPU, and there are 0" in told[0].message
+    training.waiting_since = time.monotonic() - 6
+    with pytest.raises(JobError, match=r"no place for 2 workers came within 5 s"):
+        training._check_waits()
+    training.ranks = {0}
+    training.stop.set()
+    training._check_waits()
+    assert training.stop_deadline is not None
+    training.stop_deadline = time.monotonic() - 1
     with pytest.raises(StoppedError, match="did not save within 120 s"):
-        job._ask(attempt)
+        training._check_waits()
 
 
-def test_the_node_of_a_stalled_rank_is_left_out_where_there_are_others(
-    events: list[dict[str, Any]], tmp_path: Path
-) -> None:
-    stalled = {"kind": "stalled", "step": 5, "message": "", "facts": {"ranks": [1], "hosts": ["node-b"]}}
-    for changes, expected in (({}, {"b"}), ({"leave_out_stalled": False}, set())):
-        job = make_job(events, tmp_path, **changes)
-        job.monitor.messages = [(0, "event", stalled), (1, "event", stalled)]
-        job._deliver(_Attempt(2, nodes={0: "a", 1: "b"}))
-        assert job.placement.left_out == expected
-    assert kinds(events) == ["stalled", "left_out", "stalled"], "said once, however many ranks say it"
-    job = make_job(events, tmp_path)
-    job.monitor.messages = [(0, "event", {**stalled, "facts": {"ranks": [0, 1], "hosts": ["a", "b"]}})]
-    job._deliver(_Attempt(2, nodes={0: "a", 1: "b"}))
-    assert job.placement.left_out == set(), "nobody would be left"
+def test_ray_train_gets_the_cluster_section_whole() -> None:
+    elastic = scaling_config(
+        Cluster.model_validate({"workers": {"min": 1, "max": 4}, "gpus_per_worker": 1, "placement": "SPREAD"})
+    )
+    assert (elastic.num_workers, elastic.use_gpu, elastic.placement_strategy) == ((1, 4), True, "SPREAD")
+    assert elastic.resources_per_worker == {"CPU": 1, "GPU": 1}
+    assert scaling_config(Cluster(workers=3, labels={"pool": "spot"})).label_selector == {"pool": "spot"}
 
 
-def test_labels_keep_workers_off_what_is_left_out() -> None:
-    placement = Placement(Cluster(labels={"pool": "spot"}))
-    assert placement.labels() == {"pool": "spot"}
-    placement.left_out = {"b", "a"}
-    assert placement.labels() == {"pool": "spot", NODE_LABEL: "!in(a,b)"}
-
-
-def test_no_place_in_time_is_said_with_what_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    from refinedet.pipeline.cluster import placement as module
-
-    monkeypatch.setattr(module.ray, "cluster_resources", lambda: {"CPU": 2.0, "memory": 1e9})
-    monkeypatch.setattr(FakePlacement, "room", 2)
-    waits: list[int] = []
-    placement = FakePlacement(Cluster(workers=4, resource_timeout_s=1e-6))
-    with pytest.raises(JobError, match=r"no place for 4 workers came within 1e-06 s, the cluster has 2 CPU; add nodes"):
-        placement.find([4], lambda: waits.append(1), lambda: False)
-    assert waits == [1]
-    assert placement.find([4, 2], lambda: None, lambda: False) == 2
-    assert placement.find([4], lambda: None, lambda: True) is None, "a stop ends the wait"
+def test_an_error_is_explained_by_its_innermost_cause() -> None:
+    assert explain(FAILED) == "rank 1 died"
+    assert explain(ValueError()) == "ValueError"

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import pytest
 from refinedet.pipeline.drills.bench import Bench
 from refinedet.pipeline.drills.cases import DRILLS
-from refinedet.pipeline.drills.faults import Fault, read_faults
+from refinedet.pipeline.drills.faults import Fault, hook, parse_faults
 from refinedet.pipeline.runs.errors import UserError
 
 pytestmark = pytest.mark.dist
@@ -37,11 +37,8 @@ def test_a_drill_passes(bench: Bench, name: str) -> None:
     assert not failed, "\n".join(failed)
 
 
-def test_faults_are_read_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("REFINEDET_FAULT", raising=False)
-    assert read_faults() == []
-    monkeypatch.setenv("REFINEDET_FAULT", "nan:rank=1,step=3;slow:rank=0,seconds=0.5")
-    assert read_faults() == [Fault("nan", 1, 3), Fault("slow", 0, 0, 0.5)]
-    monkeypatch.setenv("REFINEDET_FAULT", "explode:rank=1")
+def test_faults_are_parsed() -> None:
+    assert parse_faults("nan:rank=1,step=3;slow:rank=0,seconds=0.5") == [Fault("nan", 1, 3), Fault("slow", 0, 0, 0.5)]
+    assert hook("nan:rank=1") == "refinedet.pipeline.drills.faults:faulty_loss nan:rank=1"
     with pytest.raises(UserError, match=r"KIND of .*received 'explode:rank=1'"):
-        read_faults()
+        hook("explode:rank=1")

@@ -1,0 +1,127 @@
+"""One worker of the evaluate and multiscale stages: holds the model, commits chunks, matches them with the truth."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from refinedet.model import RefineDet, load_weights
+from refinedet.pipeline.cluster.detection_job import OWN_METHOD, DetectionJob
+from refinedet.pipeline.config.files import parse_spec
+from refinedet.pipeline.config.recipes import resolve_merge
+from refinedet.pipeline.config.run import Run
+from refinedet.pipeline.data.index import open_shards
+from refinedet.pipeline.evaluation.chunk_work import detect_chunk
+from refinedet.pipeline.evaluation.chunks import Chunk, ChunkResult, read_chunk, write_chunk
+from refinedet.pipeline.evaluation.metrics import match_detections
+from refinedet.pipeline.evaluation.truth import GroundTruth
+from refinedet.pipeline.evaluation.unreadable import UnreadableImage
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.logs import log_folder, log_to_file
+from refinedet.pipeline.training.initial_weights import read_weights
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ChunkAnswer:
+    """What a worker returns for a committed chunk.
+
+    matches     by merge method; empty without truth
+    damaged     file that existed, but was damaged or of another evaluation
+    unreadable  images that could not be decoded
+    """
+
+    matches: Mapping[str, Any] = field(default_factory=dict)
+    damaged: str | None = None
+    unreadable: tuple[UnreadableImage, ...] = ()
+
+
+class DetectionWorker:
+    """Becomes a Ray actor with two threads, so that `ping` answers while `work` runs."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self._run = Run(parse_spec(spec, source="the job's spec"))
+        self._job: DetectionJob
+        self._truth: GroundTruth | None = None
+        self._model: RefineDet | None = None
+        self._weights = ""
+
+    def ping(self) -> None:
+        """Answer that the process is alive."""
+
+    def begin(self, job: DetectionJob, truth: GroundTruth | None, number: int) -> None:
+        """Take the job of a stage; returns once the worker is ready."""
+        log_to_file(os.path.join(log_folder(self._run.path), f"{job.mode}-{number}.log"), who=f"worker {number}")
+        self._job, self._truth = job, truth
+
+    def work(self, chunk: Chunk) -> ChunkAnswer:
+        """Commit a chunk, unless it is committed; returns its matches with the truth."""
+        job = self._job
+        results, damaged = self._read(chunk)
+        if results is None:
+            logger.info("%s: detecting on %d images", chunk.name, len(chunk.positions))
+            results = self._detect(chunk)
+            for name in job.merge_rules:
+                write_chunk(job.rule_folder(name), chunk, results[name], fingerprint=job.rule_fingerprint(name))
+            write_chunk(job.folder, chunk, results[OWN_METHOD], fingerprint=job.fingerprint)  # last: all are written
+            logger.info("%s: committed", chunk.name)
+        unreadable = results[OWN_METHOD].unreadable
+        if self._truth is None:
+            return ChunkAnswer(damaged=damaged, unreadable=unreadable)
+        ids = job.image_ids[chunk.start : chunk.stop]
+        matches = {
+            name: match_detections(job.protocol, self._truth, result.detections, ids)
+            for name, result in results.items()
+        }
+        return ChunkAnswer(matches, damaged, unreadable)
+
+    def _read(self, chunk: Chunk) -> tuple[dict[str, ChunkResult] | None, str | None]:
+        """The committed results by merge method, None unless all exist; and a file that exists but is no good."""
+        job = self._job
+        places = {OWN_METHOD: (job.folder, job.fingerprint)}
+        places |= {name: (job.rule_folder(name), job.rule_fingerprint(name)) for name in job.merge_rules}
+        results = {}
+        for name, (folder, fingerprint) in places.items():
+            result = read_chunk(folder, chunk, fingerprint=fingerprint)
+            if result is None:
+                path = storage.join(folder, chunk.name)
+                return None, path if storage.exists(path) else None
+            results[name] = result
+        return results, None
+
+    def _detect(self, chunk: Chunk) -> dict[str, ChunkResult]:
+        spec, multiscale = self._run.spec, None
+        methods = {}
+        if self._job.mode == "multiscale":
+            multiscale = spec.multiscale
+            assert multiscale is not None
+            methods = {OWN_METHOD: resolve_merge(multiscale), **self._job.merge_rules}
+        return detect_chunk(
+            self._loaded_model(),
+            open_shards(self._job.shards),
+            chunk.positions,
+            evaluation=spec.evaluation,
+            multiscale=multiscale,
+            merge_methods=methods,
+        )
+
+    def _loaded_model(self) -> RefineDet:
+        if self._model is None or self._weights != self._job.weights:
+            device = "cuda" if self._run.spec.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu"
+            model = RefineDet(self._run.spec.model)
+            report = load_weights(model, read_weights(self._job.weights, "weights"))
+            unfit = [*report.missing, *report.reshaped]
+            if unfit:
+                raise UserError(
+                    f"{self._job.weights} does not fit the run's model: {len(unfit)} of its tensors are not there in "
+                    f"that shape, such as {unfit[0]}; give weights of the same spec."
+                )
+            self._model = model.to(device).to(memory_format=torch.channels_last).eval()
+            self._weights = self._job.weights
+        return self._model

@@ -1,0 +1,64 @@
+"""A Ray node for one launch, in a process and a session of its own.
+
+Signals to the process group of the launch, as a terminal, `timeout` and Slurm send them, do not reach Ray: only the
+driver handles them, and saves. The node ends when its standard input closes, so that it never outlives the driver.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+_ATTEMPTS = 5
+
+
+@contextlib.contextmanager
+def local_node() -> Iterator[str]:
+    """Start the node; yields HOST:PORT. RuntimeError, with what Ray said, where it does not start."""
+    for _ in range(_ATTEMPTS):  # Ray gives its parts 15 s to start; a busy machine may need longer
+        node = subprocess.Popen(
+            [sys.executable, "-m", __name__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        with node:
+            assert node.stdin is not None
+            assert node.stdout is not None
+            assert node.stderr is not None
+            words = node.stdout.readline().split()
+            if words[:1] == ["node"]:
+                try:
+                    yield words[1]
+                finally:
+                    node.stdin.close()
+                return
+            said = node.stderr.read()
+    raise RuntimeError(f"Ray did not start on this machine: {said[-2000:]}")
+
+
+def _serve() -> None:
+    import ray  # not in the driver: it connects only after the node has started
+
+    ray.init(
+        address="local",
+        num_cpus=os.cpu_count(),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=False,
+    )
+    sys.stdout.write(f"node {ray.get_runtime_context().gcs_address}\n")
+    sys.stdout.flush()
+    sys.stdin.read()
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    _serve()

@@ -1,0 +1,92 @@
+"""Messages from the workers of a job to its driver, and the driver's request to stop on the way back.
+
+One small actor beside the driver. Workers never wait for it. Ray restarts it where it dies: messages that it held are
+lost, steps are not.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import ray
+from ray.exceptions import GetTimeoutError, RayError
+
+logger = logging.getLogger(__name__)
+
+_TAKE_TIMEOUT_S = 10.0
+_PUSH_TIMEOUT_S = 10.0
+_MOST_UNANSWERED = 1000
+
+
+class _Mailbox:
+    """State of the actor; the driver sends the request to stop with every call, so that a restart loses nothing."""
+
+    def __init__(self) -> None:
+        self._messages: list[tuple[int, Any]] = []
+        self._stop = False
+
+    def push(self, rank: int, message: Any) -> bool:
+        self._messages.append((rank, message))
+        return self._stop
+
+    def take(self, stop: bool) -> list[tuple[int, Any]]:
+        self._stop = stop
+        messages, self._messages = self._messages, []
+        return messages
+
+
+class Mailbox:
+    """Driver's side, one for all stages of a launch. A context manager: the actor ends with it."""
+
+    def __init__(self) -> None:
+        node = ray.get_runtime_context().get_node_id()
+        self.actor: Any = (
+            ray.remote(_Mailbox).options(num_cpus=0, max_restarts=-1, label_selector={"ray.io/node-id": node}).remote()
+        )
+
+    def __enter__(self) -> Mailbox:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        ray.kill(self.actor)
+
+    def take(self, *, stop: bool = False) -> list[tuple[int, Any]]:
+        """Messages since the last call as (rank, message); empty while the actor restarts.
+
+        stop  request that the workers save and end
+        """
+        try:
+            return ray.get(self.actor.take.remote(stop), timeout=_TAKE_TIMEOUT_S)
+        except (RayError, GetTimeoutError) as error:
+            logger.warning("messages of the workers may be lost: the mailbox does not answer (%s)", _name(error))
+            return []
+
+
+class Link:
+    """Worker's side. A mailbox that cannot be reached costs messages, never a step."""
+
+    def __init__(self, actor: Any, rank: int) -> None:
+        self._actor, self._rank = actor, rank
+        self._answers: list[ray.ObjectRef] = []
+        self._failing = False
+        self.stop_requested = False
+
+    def push(self, message: Any, *, wait: bool = False) -> None:
+        """Send a message. `wait`: return once it has arrived, or after some seconds."""
+        self._answers.append(self._actor.push.remote(self._rank, message))
+        timeout_s = _PUSH_TIMEOUT_S if wait else 0.0
+        ready, waiting = ray.wait(self._answers, num_returns=len(self._answers), timeout=timeout_s)
+        self._answers = waiting[-_MOST_UNANSWERED:]
+        for answer in ready:
+            try:
+                self.stop_requested |= ray.get(answer)
+                self._failing = False
+            except RayError as error:
+                if not self._failing:
+                    logger.warning("a message to the driver was lost (%s)", _name(error))
+                self._failing = True
+
+
+def _name(error: Exception) -> str:
+    return type(error).__name__

@@ -1,0 +1,157 @@
+"""The stages of a job, in order."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from refinedet.pipeline.cluster.detection_job import DetectionJob, make_detection_job
+from refinedet.pipeline.cluster.detection_stage import DetectionPool
+from refinedet.pipeline.cluster.evaluate import detect_and_measure
+from refinedet.pipeline.cluster.job import Job, Outcome, Stage
+from refinedet.pipeline.cluster.preparation_stage import run_preparation
+from refinedet.pipeline.cluster.recorder import TrainingRecorder
+from refinedet.pipeline.cluster.training_stage import run_training
+from refinedet.pipeline.config.identity import lasting_part
+from refinedet.pipeline.data.index import check_same_categories, open_shards
+from refinedet.pipeline.report.report import build_report
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.tracking.packaging import package_model
+from refinedet.pipeline.tracking.runs import RunTracker
+
+Mode = Literal["single", "multiscale"]
+
+
+def _always(job: Job) -> Mapping[str, Any]:
+    return {}
+
+
+# --- prepare
+
+
+def _prepare(job: Job) -> Outcome:
+    parts = [part for part in ("train", "val") if getattr(job.spec.data, part)]
+
+    def on_progress(done: int, total: int) -> None:
+        job.check_tracking()
+        job.display.update(done, total, unit="images")
+
+    found = run_preparation(
+        job.run, parts, mailbox=job.mailbox, on_progress=on_progress, stop_requested=job.stop.is_set
+    )
+
+    def track(tracker: RunTracker) -> None:
+        for part, facts in found.items():
+            tracker.log_dataset(
+                part,
+                facts["digest"],
+                context="training" if part == "train" else "validation",
+                source=storage.join(job.run.shards, part),
+                num_samples=facts["num_samples"],
+            )
+
+    job.begun.add_done_callback(lambda begun: begun.exception() or track(begun.result()))
+    return Outcome(", ".join(f"{facts['num_samples']} {part} images" for part, facts in found.items()))
+
+
+# --- train
+
+
+def _train_inputs(job: Job) -> Mapping[str, Any]:
+    shards = open_shards(storage.join(job.run.shards, "train"))
+    if shards.num_classes != job.spec.model.num_classes:
+        raise UserError(
+            f"model.num_classes is {job.spec.model.num_classes}, but the data set has {shards.num_classes} "
+            f"categories; set model.num_classes={shards.num_classes}."
+        )
+    validated = storage.join(job.run.shards, "val")
+    if job.spec.data.val and storage.exists(storage.join(validated, "index.json")):
+        check_same_categories(shards, open_shards(validated))
+    return {
+        "shards": shards.digest,
+        "spec": storage.digest_json(lasting_part(job.spec.model_dump(mode="json"))),
+    }
+
+
+def _train(job: Job) -> Outcome:
+    recorder = TrainingRecorder(job.run, job.display, job.begun)
+    try:
+        result = run_training(job.run, job.mailbox, recorder, job.stop)
+    finally:
+        recorder.close()
+    return Outcome(f"{result.step} steps", ("weights.safetensors",))
+
+
+# --- evaluate, multiscale
+
+
+def _detection_inputs(mode: Mode, job: Job) -> Mapping[str, Any] | None:
+    if not job.spec.data.val or (mode == "multiscale" and job.spec.multiscale is None):
+        return None
+    return _detection(job, mode)[1]
+
+
+def _detect(mode: Mode, job: Job) -> Outcome:
+    found, text = detect_and_measure(
+        job.run, _detection(job, mode)[0], _detection_pool(job), display=job.display, stop=job.stop
+    )
+    if found.metrics is not None:
+        job.tracker.log_metrics(0, {f"{mode}/{name}": value for name, value in found.metrics.values.items()})
+    return Outcome(text, tuple(found.files))
+
+
+@functools.lru_cache
+def _detection(job: Job, mode: Mode) -> tuple[DetectionJob, dict[str, Any]]:
+    return make_detection_job(job.run, mode)
+
+
+@functools.lru_cache
+def _detection_pool(job: Job) -> DetectionPool:
+    """The same workers for both stages."""
+    return job.keep(DetectionPool())
+
+
+# --- report
+
+
+def _report(job: Job) -> Outcome:
+    if storage.exists(job.run.weights):
+        _package_model(job)
+    path = build_report(job.run.path, status="FINISHED")  # only the end of the MLflow run follows
+    job.tracker.log_artifact(job.local_copy(path))
+    return Outcome(path)
+
+
+def _package_model(job: Job) -> None:
+    part = "val" if job.spec.data.val else "train"
+    categories = storage.read_json(job.run.ground_truth(part))["categories"]
+    package_model(
+        job.model_folder,
+        config=job.spec.model,
+        weights=job.run.weights,
+        categories=sorted(categories, key=lambda category: category["id"]),
+        facts={"run": job.spec.name},
+    )
+    digest = storage.digest_file(job.run.weights).sha256
+    job.tracker.log_model(job.model_folder, name=job.spec.name, digest=digest)
+
+
+STAGES = (
+    Stage("prepare", _always, _prepare, unit="images"),
+    Stage("train", _train_inputs, _train, unit="steps"),
+    Stage(
+        "evaluate",
+        functools.partial(_detection_inputs, "single"),
+        functools.partial(_detect, "single"),
+        unit="images",
+    ),
+    Stage(
+        "multiscale",
+        functools.partial(_detection_inputs, "multiscale"),
+        functools.partial(_detect, "multiscale"),
+        unit="images",
+    ),
+    Stage("report", _always, _report),
+)
