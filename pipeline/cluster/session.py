@@ -14,6 +14,7 @@ from ray.exceptions import AuthenticationError
 from refinedet.pipeline.cluster.capacity import Node, check_capacity, nodes_of
 from refinedet.pipeline.cluster.local_node import local_node
 from refinedet.pipeline.config.spec import Cluster
+from refinedet.pipeline.runs import settings
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import restore_loggers
 
@@ -42,7 +43,7 @@ def ray_session(cluster: Cluster, address: str | None = None) -> Iterator[None]:
     Raises UserError where no cluster answers, where its Ray or Python differs from ours, or where it is too small for
     `cluster.workers`.
     """
-    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    address = address or settings.read("RAY_ADDRESS") or "local"
     for name, value in _SETTINGS.items():
         os.environ.setdefault(name, value)
     with contextlib.ExitStack() as stack:

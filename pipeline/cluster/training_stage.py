@@ -21,7 +21,7 @@ from refinedet.pipeline.cluster.session import session_nodes
 from refinedet.pipeline.cluster.train_worker import Fatal, WorkerTask, train_worker
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import Cluster
-from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs import settings, storage
 from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
 from refinedet.pipeline.training.preflight import PreflightReport
 from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
@@ -169,7 +169,7 @@ class _Training:
         task = WorkerTask(
             spec=self.run_of.spec_for_workers(),
             mailbox=self.mailbox.actor,
-            fault=os.environ.get(FAULT_VARIABLE, ""),
+            fault=settings.read(FAULT_VARIABLE) or "",
             preflight_only=self.preflight_only,
             estimate_memory=self.preflight_only or bool(cluster.gpus_per_worker),
             began_at=self.began_at,

@@ -20,6 +20,7 @@ from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
 KINDS = ("nan", "slow", "hang")
+_LOSS_TERMS = ("arm_class", "arm_box", "adm_class", "adm_box")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def _broken(loss: Callable[..., Any], fault: Fault, run_dir: str) -> Callable[..
             while True:
                 time.sleep(3600)
         else:
-            losses = replace(losses, adm_class=losses.adm_class * float("nan"))
+            losses = replace(losses, **{name: getattr(losses, name) * float("nan") for name in _LOSS_TERMS})
         return losses
 
     return broken

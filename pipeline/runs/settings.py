@@ -24,14 +24,14 @@ class Variable:
 
 _ALL = (
     Variable("REFINEDET_PYTHON", "ours", "text", None, "Python that a job was submitted from; `submit` sets it"),
+    Variable("REFINEDET_FAULT", "ours", "text", None, "drills: MODULE:FUNCTION ARGUMENTS that breaks the loss"),
     Variable("RAY_ADDRESS", "cluster", "text", None, "cluster that `launch` joins, where --address is absent"),
     Variable(
         "RAY_API_SERVER_ADDRESS", "cluster", "url", "http://127.0.0.1:8265", "dashboard of `submit`, `status`, `stop`"
     ),
     Variable("RAY_AUTH_MODE", "cluster", "text", None, "`token`: requests carry RAY_AUTH_TOKEN"),
-    Variable("RAY_TLS_CA_CERT", "cluster", "path", None, "authorities that may sign for an https:// dashboard"),
+    Variable("REQUESTS_CA_BUNDLE", "cluster", "path", None, "authorities that may sign for an https:// dashboard"),
     Variable("RAY_JOB_HEADERS", "cluster", "json", None, "further HTTP headers, for a proxy that asks for a login"),
-    Variable("RAY_ENABLE_AUTOSCALER_V2", "cluster", "flag", None, "`1`: missing nodes may still come"),
     Variable("MLFLOW_TRACKING_URI", "mlflow", "url", None, "tracking server, where the spec names none"),
     Variable("MLFLOW_CONFIGURE_LOGGING", "mlflow", "flag", "false", "no handlers of its own"),
     Variable("MLFLOW_DISABLE_TELEMETRY", "mlflow", "flag", "true", "nothing about a run leaves the machine"),
