@@ -7,7 +7,6 @@ workers saved for a node that goes away or where progress gave the failures of `
 from __future__ import annotations
 
 import dataclasses
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping
