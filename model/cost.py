@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -106,14 +107,15 @@ def _count_activations(model: RefineDet, size: int) -> int:
 def _count_saved(model: RefineDet) -> Iterator[dict[int, int]]:
     """Collect the distinct storages that autograd saves, other than the model's own; id -> bytes."""
     storages: dict[int, int] = {}
-    held: list[Tensor] = []  # so that no storage is freed and its address used again
-    own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    held: list[Any] = []  # so that no storage is freed and its id used again
+    parameters = [parameter.untyped_storage() for parameter in model.parameters()]  # one object per storage
+    own = {id(storage) for storage in parameters}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            storages[storage._cdata] = storage.nbytes()
-            held.append(tensor)
+        if id(storage) not in own:
+            storages[id(storage)] = storage.nbytes()
+            held += [tensor, storage]
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):

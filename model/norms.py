@@ -14,7 +14,10 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+
+# Every public batch normalisation; timm's norms with an activation derive from them.
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+AnyBatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNorm
 
 
 class BatchNorm(nn.BatchNorm2d):
@@ -31,9 +34,19 @@ class BatchNorm(nn.BatchNorm2d):
         return super().forward(input)
 
 
-def normalize_by_running(norm: _BatchNorm, x: Tensor) -> Tensor:
+def normalize_by_running(norm: AnyBatchNorm, x: Tensor) -> Tensor:
     """What `norm` does in evaluation, whatever its mode."""
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
+
+
+def normalize_by_batch(norm: AnyBatchNorm, x: Tensor) -> Tensor:
+    """Batch normalisation of one worker, as `nn.BatchNorm2d.forward`: batch statistics in training, running ones else."""
+    if not norm.training:
+        return normalize_by_running(norm, x)
+    if norm.num_batches_tracked is not None:
+        norm.num_batches_tracked.add_(1)
+    momentum = 0.0 if norm.momentum is None else norm.momentum
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, True, momentum, norm.eps)
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
@@ -42,7 +55,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
     def forward(self, input: Tensor) -> Tensor:
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             one_value = self.training and input.shape[0] * input.shape[2] * input.shape[3] == 1
-            return normalize_by_running(self, input) if one_value else _BatchNorm.forward(self, input)
+            return normalize_by_running(self, input) if one_value else normalize_by_batch(self, input)
         if input.device.type != "cpu":
             return super().forward(input)
         x = input.float()
@@ -86,7 +99,7 @@ def synchronize_norms(module: nn.Module) -> None:
     from timm.layers.norm_act import convert_sync_batchnorm  # slow to import, and rarely needed
 
     for name, child in module.named_children():
-        converted = convert_sync_batchnorm(child) if isinstance(child, _BatchNorm) else None
+        converted = convert_sync_batchnorm(child) if isinstance(child, BATCH_NORMS) else None
         if converted is None:
             synchronize_norms(child)
             continue
@@ -106,14 +119,14 @@ def _with_activation(converted: type[nn.SyncBatchNorm]) -> type[SyncBatchNorm]:
 def freeze_norms(module: nn.Module) -> None:
     """Make every batch normalisation inside `module` a fixed affine map; again after each `train()`."""
     for child in module.modules():
-        if isinstance(child, _BatchNorm):
+        if isinstance(child, BATCH_NORMS):
             child.eval().requires_grad_(False)
 
 
 @contextmanager
 def hold_statistics(module: nn.Module) -> Iterator[None]:
     """Leave running statistics alone: activation checkpointing runs forward twice, which must count once."""
-    norms = [(child, child.momentum) for child in module.modules() if isinstance(child, _BatchNorm)]
+    norms = [(child, child.momentum) for child in module.modules() if isinstance(child, BATCH_NORMS)]
     for child, _ in norms:
         child.momentum = 0.0
     try:

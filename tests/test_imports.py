@@ -37,7 +37,17 @@ OWNERS = {
     "mlflow": "pipeline.tracking",
     "ray": "pipeline.cluster",
 }
-MODEL_MAY_IMPORT = {"torch", "torchvision", "timm", "numpy", "onnx", "onnxruntime"}
+MODEL_MAY_IMPORT = {
+    "torch",
+    "torchvision",
+    "timm",
+    "numpy",
+    "safetensors",
+    "huggingface_hub",
+    "fsspec",
+    "onnx",
+    "onnxruntime",
+}
 
 
 def part_of(module: str) -> str | None:

@@ -115,7 +115,7 @@ def changes_of(node: ast.AST, foreign: set[str]) -> Iterator[str]:
 
 
 # Documented switches of torch, which are set by assignment.
-SWITCHES = ("torch.backends.",)
+SWITCHES = ("torch.backends.", "os.environ")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(REPOSITORY)))
@@ -181,8 +181,14 @@ def test_no_two_files_import_each_other() -> None:
 
 
 def imported_modules(name: str, path: Path, known: set[str]) -> set[str]:
+    """Modules that a file imports when it runs: what stands under TYPE_CHECKING is for type checkers alone."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    guards = [node for node in ast.walk(tree) if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"]
+    for_types = {inner for guard in guards for statement in guard.body for inner in ast.walk(statement)}
+    for node in ast.walk(tree):
+        if node in for_types:
+            continue
         if isinstance(node, ast.Import):
             found |= {alias.name.removeprefix("refinedet.") for alias in node.names}
         elif isinstance(node, ast.ImportFrom):

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -252,18 +252,18 @@ class Bench:
         return lines
 
 
-def run_drills(names: list[str], report: Callable[[str, float, list[Check]], None]) -> bool:
-    """Run drills by name; `report` is called with (name, seconds, checks) after each. True where all passed."""
-    from refinedet.pipeline.drills.cases import DRILLS
-
+def run_drills(
+    drills: Mapping[str, Callable[[Bench], None]], report: Callable[[str, float, list[Check]], None]
+) -> bool:
+    """Run drills; `report` is called with (name, seconds, checks) after each. True where all passed."""
     folder = Path(tempfile.mkdtemp(prefix="refinedet-drill-"))
     bench, passed = Bench(folder), True
     try:
-        for name in names:
+        for name, drill in drills.items():
             bench.checks.clear()
             began = time.monotonic()
             try:
-                DRILLS[name](bench)
+                drill(bench)
             finally:
                 bench.end_jobs()
             passed &= bool(bench.checks) and all(check.passed for check in bench.checks)

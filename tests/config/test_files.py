@@ -117,7 +117,7 @@ def test_the_schema_for_editors_knows_every_section() -> None:
 def test_a_job_that_ships_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert load_spec("quickstart") == load_spec(QUICKSTART)
-    assert load_spec("ablation/table2_1_full").name == "table2_1_full"
+    assert load_spec("ablation/table2_1_full").name == "ablation_table2_1_full"
     (tmp_path / "quickstart.yaml").write_text("name: mine\ndata: {format: shapes, train: [{count: 5}]}\n")
     assert load_spec("quickstart.yaml").name == "mine", "a file here comes first"
     with pytest.raises(UserError, match=r"no job spec 'quickstar'; give a file.* quickstart"):
