@@ -115,7 +115,7 @@ def _count_saved(model: RefineDet) -> Iterator[dict[int, int]]:
         storage = tensor.untyped_storage()
         if id(storage) not in own:
             storages[id(storage)] = storage.nbytes()
-            held += [tensor, storage]
+            held.extend((tensor, storage))
         return tensor
 
     with saved_tensors_hooks(pack, lambda tensor: tensor):

@@ -40,7 +40,7 @@ def normalize_by_running(norm: AnyBatchNorm, x: Tensor) -> Tensor:
 
 
 def normalize_by_batch(norm: AnyBatchNorm, x: Tensor) -> Tensor:
-    """Batch normalisation of one worker, as `nn.BatchNorm2d.forward`: batch statistics in training, running ones else."""
+    """Batch normalisation of one worker, as `nn.BatchNorm2d.forward`; running statistics in evaluation."""
     if not norm.training:
         return normalize_by_running(norm, x)
     if norm.num_batches_tracked is not None:

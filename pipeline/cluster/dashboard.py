@@ -38,8 +38,8 @@ def connect(address: str) -> JobSubmissionClient:
 
 def cluster_nodes(address: str) -> list[Node]:
     """The nodes of the cluster at `address` that are alive. Use within `said_clearly`."""
-    options = ListApiOptions(limit=_MOST_NODES, filters=[("state", "=", "ALIVE")])
-    nodes = StateApiClient(address, headers=_headers()).list(
+    options = ListApiOptions(limit=_MOST_NODES, filters=[("state", "=", "ALIVE")])  # pyright: ignore[reportCallIssue]
+    nodes: list[Any] = StateApiClient(address, headers=_headers()).list(
         StateResource.NODES, options, raise_on_missing_output=False
     )
     return [Node(dict(node.resources_total or {}), dict(node.labels or {})) for node in nodes]
