@@ -299,9 +299,7 @@ class Cluster(Section):
     resource_timeout_s: PositiveFloat = 300
     """how long to wait for workers to be placed, also after a node was lost"""
     resize_interval_s: PositiveFloat = 60
-    """elastic workers: how often to look whether more can be placed; the job saves before it grows"""
-    leave_out_stalled: bool = True
-    """a node that held up a step is left out of the restart, where the other nodes can hold the workers"""
+    """elastic workers: interval of Ray Train's check for room; growing restarts from the last save"""
     stop_grace_s: PositiveFloat = 120
     """time to save after a stop, before the worker is killed"""
 
