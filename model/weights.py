@@ -111,7 +111,7 @@ def _vgg_names(backbone: ReducedVgg16, source: str) -> list[str]:
     for prefix in ("", "vgg."):
         place |= dict(zip([f"{prefix}{number}" for number in [*numbers, 31, 33]], convs))  # noqa: B905
     place |= {"extras.0": convs[15], "extras.1": convs[16]} if len(convs) > 16 else {}
-    place |= {"conv4_3_L2Norm": "backbone.norm4", "conv5_3_L2Norm": "backbone.norm5"}
+    place |= {"conv4_3_L2Norm": "backbone.norms.0", "conv5_3_L2Norm": "backbone.norms.1"}
     for level in range(4):
         place |= {f"{part}_loc.{level}": f"{name}.box.{level}" for part, name in (("arm", "arm"), ("odm", "adm"))}
         place |= {f"{part}_conf.{level}": f"{name}.cls.{level}" for part, name in (("arm", "arm"), ("odm", "adm"))}

@@ -43,6 +43,10 @@ class LibraryStatus:
     reason: str = ""
 
 
+_loaded_here: list[Path] = []
+"""the library, once this copy of the package has registered its operators"""
+
+
 @functools.cache
 def describe() -> LibraryStatus:
     """Load the library where it is built, and say what it holds; never raises.
@@ -52,7 +56,7 @@ def describe() -> LibraryStatus:
     """
     import torch  # not before: to submit a job only `find` is needed
 
-    if hasattr(torch.ops.refinedet, "align_conv"):
+    if hasattr(torch.ops.refinedet, "align_conv") and not _loaded_here:
         reason = "The operators belong to another copy of this package in this process; load one model a process."
         return LibraryStatus(loaded=False, reason=reason)
 
@@ -62,6 +66,7 @@ def describe() -> LibraryStatus:
         return LibraryStatus(loaded=False, reason=f"{reason}build them with `{BUILD_COMMAND}`.")
     try:
         torch.ops.load_library(path)
+        _loaded_here.append(path)
         build_info = ctypes.CDLL(str(path)).refinedet_build_info
         build_info.restype = ctypes.c_char_p
         cuda, compiler, oldest_torch, *version = build_info().decode().split("|")

@@ -26,7 +26,7 @@ def trace(*, theta: float = 0.99, arm_object: float = 0.4, score: float = 0.9, s
     rest = (1 - score) / 2
     adm = torch.tensor([rest, score, rest]).log().expand(len(anchors), 3)
     predictions = Predictions(
-        anchors, refined[None], arm, torch.zeros(1, len(anchors), 4), None, adm, encode_boxes(target, refined), None
+        anchors, refined[None], arm, torch.zeros(1, len(anchors), 4), None, adm, encode_boxes(target, refined), refined
     )
     found = select_detections(predictions, config)[0]
     counts = trace_objects(predictions, 0, found, BOX, torch.tensor([1]), config)

@@ -62,11 +62,11 @@ def test_the_command_prints_the_numbers_and_writes_classes_sizes_and_curves(file
         assert done.output == f"mAP    {expected.values['mAP']:.6f}\n"
         with open(out) as file:
             assert json.load(file) == expected.to_json()
-    for out, said in ((tmp_path / "none" / "a.json", "lies in no folder"), (tmp_path, "is a folder")):
+    for out, said in ((tmp_path / "none" / "a.json", "lies in no directory"), (tmp_path, "is a directory")):
         with pytest.raises(UserError, match=f"--json: .* {said}"):
             CliRunner().invoke(app, [*arguments[:-1], "--json", str(out)], catch_exceptions=False)
     for arguments in (["evaluate"], ["evaluate", "run", "--detections", detections], ["evaluate", "--detections", "a"]):
-        with pytest.raises(UserError, match="takes either a run's folder, or --detections"):
+        with pytest.raises(UserError, match="takes either a run's directory, or --detections"):
             CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 

@@ -169,7 +169,7 @@ def test_a_refinedet_of_the_ports(small_vgg):
         layers |= {f"tcb2.{3 * level + 1}": block.conv3}
         if block.enlarge is not None:
             layers[f"tcb1.{level}"] = block.enlarge
-    layers |= {"conv4_3_L2Norm": small_vgg.backbone.norm4, "conv5_3_L2Norm": small_vgg.backbone.norm5}
+    layers |= {"conv4_3_L2Norm": small_vgg.backbone.norms[0], "conv5_3_L2Norm": small_vgg.backbone.norms[1]}
     state = {
         f"{name}.{kind}": torch.randn_like(value)
         for name, layer in layers.items()

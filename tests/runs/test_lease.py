@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -47,10 +48,12 @@ def bucket() -> Iterator[str]:
     with pytest.MonkeyPatch.context() as patch:
         for name, value in changes.items():
             patch.setenv(name, value)
+        fsspec.get_filesystem_class("s3").clear_instance_cache()  # one of other tests has other credentials
         fs, _ = storage.filesystem("s3://runs")
         fs.mkdir("runs")
         yield "s3://runs"
         server.stop()
+        fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
 @pytest.fixture(params=["local", "memory", "s3"])
