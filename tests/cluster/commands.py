@@ -53,7 +53,7 @@ def run_commands(
 
 def _main() -> None:
     asked = json.loads(sys.stdin.read())
-    from refinedet.pipeline.cli import main
+    from refinedet.pipeline.cli.main import main
 
     for number, arguments in enumerate(asked["commands"]):
         path = os.path.join(asked["folder"], str(number))

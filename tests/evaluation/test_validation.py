@@ -163,7 +163,10 @@ def damaged(tmp_path_factory) -> tuple[ShardSet, str]:
     return shards, str(folder / "truth.json")
 
 
-@pytest.mark.xfail(reason="the fixture needs images that only a decoder of later releases refuses", strict=False)
+@pytest.mark.xfail(
+    reason="damage made after sharding fails the checksum, before it is refused",
+    strict=False,
+)
 def test_the_jobs_own_limit_of_bad_samples_counts(model, damaged):
     damaged, truth_file = damaged
     positions, multiscale = range(damaged.num_samples), Multiscale(passes=(Pass(size=64, flip=False),))

@@ -32,7 +32,9 @@ def test_every_variant_learns_and_detects(build, name):
     generator = torch.Generator().manual_seed(0)
     size = model.config.input_size
     images, targets = random_images(generator, 2, size), [random_targets(generator, 3, size) for _ in range(2)]
-    rate = 0.001 if model.config.norm == "frozen" or model.config.prediction_block else 0.01  # a fresh backbone has no statistics worth freezing
+    rate = (
+        0.001 if model.config.norm == "frozen" or model.config.prediction_block else 0.01
+    )  # a fresh backbone has no statistics worth freezing
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=rate, momentum=0.9)
     totals = []
     for _ in range(6):

@@ -15,7 +15,10 @@ TOLERANCE = {"fp32": 0.02, "bf16": 0.1, "fp16": 0.1}
 SLOW = {case for case in CASES if case not in {("fp32", 1), ("fp32", 2), ("bf16", 1), ("fp16", 2)}}
 
 
-@pytest.mark.xfail(reason="known defect: to be recorded again after the rewrite of the loss", strict=False)
+@pytest.mark.xfail(
+    reason="unexplained: fp32 with ZeRO 1 leaves the recorded losses at step 12; not known whether a defect",
+    strict=False,
+)
 @pytest.mark.parametrize(
     ("precision", "stage"), [pytest.param(*case, marks=[pytest.mark.slow] if case in SLOW else []) for case in CASES]
 )

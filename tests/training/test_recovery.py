@@ -65,7 +65,7 @@ def test_a_killed_worker_and_a_resume_give_bitwise_the_uninterrupted_run(
     assert goodput.restart_s > 0
 
 
-@pytest.mark.xfail(reason="known defect: the loss depends on the number of workers by up to 1e-3", strict=False)
+@pytest.mark.xfail(reason="fails; probably as tests/training/test_global_batch.py does, cause not found", strict=False)
 @pytest.mark.parametrize("stage", [1, 2])
 def test_the_number_of_workers_may_change(tmp_path: Path, stage: int) -> None:
     spec = TINY.model_copy(update={"zero_stage": stage, "global_batch": 12, "micro_batch": 1, "reference_batch": 12})
@@ -83,7 +83,7 @@ def test_the_number_of_workers_may_change(tmp_path: Path, stage: int) -> None:
     assert_close_weights(tmp_path / "run", tmp_path / "whole")
 
 
-@pytest.mark.xfail(reason="known defect: the loss depends on the number of workers by up to 1e-3", strict=False)
+@pytest.mark.xfail(reason="fails; probably as tests/training/test_global_batch.py does, cause not found", strict=False)
 def test_from_two_workers_to_one_and_back(uninterrupted: tuple[Path, list[Outcome]], tmp_path: Path) -> None:
     folder, whole = uninterrupted
     parts = [
@@ -138,7 +138,7 @@ def test_a_stream_that_fails_on_one_rank_stops_all(tmp_path: Path) -> None:
     assert "step 6: no batch on rank 1: RuntimeError('the disk is gone')" in outcomes[0].error
 
 
-@pytest.mark.xfail(reason="known defect: times of the part that is slow are attributed to another part", strict=False)
+@pytest.mark.xfail(reason="fails after the rewrite; cause not looked into", strict=False)
 def test_a_slow_rank_is_named_with_the_part_that_is_slow(tmp_path: Path) -> None:
     spec = ZERO_1.model_copy(update={"epochs": 5})
     outcomes = run_workers(tmp_path / "run", 2, spec, Fault(rank=1, step=0, kind="slow"))
