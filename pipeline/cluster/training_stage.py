@@ -152,8 +152,8 @@ class _Training:
         missing = missing_capacity(self.cluster, session_nodes())
         if not self.told_waiting and (missing or now - self.waiting_since > _PATIENCE_S):
             self.told_waiting = True
-            why = missing or f"no place for {self.cluster.min_workers} workers beside what else runs"
-            self._tell("waiting", f"waiting up to {limit:g} s for nodes: {why}")
+            why = missing or "they are still starting, or other jobs hold the resources"
+            self._tell("waiting", f"waiting up to {limit:g} s for {self.cluster.min_workers} workers: {why}")
         if now - self.waiting_since > limit:
             raise JobError(
                 f"no place for {self.cluster.min_workers} workers came within {limit:g} s "

@@ -55,6 +55,7 @@ def coco(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.timeout(600)  # three launches, of which each waits a minute for its workers
 def test_a_job_is_stopped_goes_on_to_the_end_and_is_not_done_twice(bench: Bench, tmp_path: Path, coco: Path) -> None:
     images = {part: str(next((coco / part).rglob("*.jpg")).parent.relative_to(coco)) for part in ("train", "val")}
     spec = {
