@@ -31,7 +31,7 @@ class RefineDetConfig:
     tcb                       False: no transfer connection blocks and no ARM, like SSD (table II, column 5)
     tcb_channels              width of the TCBs and of the ADM's input
     norm                      batch normalisation: per-worker "batch" (C), "sync" over the workers, or "frozen": the
-                              backbone keeps its imported statistics, new blocks are per worker
+                              backbone keeps its imported statistics, new blocks are synchronised
     normalization             of the input: "backbone", what the torchvision or timm weights expect, or "caffe":
                               BGR minus (104, 117, 123), for weights that came from Caffe (C)
     map_norm                  of the backbone's maps, which the ARM and the TCBs read: "batch", or "l2", every cell's

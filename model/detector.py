@@ -72,7 +72,7 @@ class RefineDet(nn.Module):
         mean, std = (CAFFE_MEAN, CAFFE_STD) if caffe else (self.backbone.mean, self.backbone.std)
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)
         self.register_buffer("std", torch.tensor(std)[:, None, None], persistent=False)
-        if config.norm == "sync":
+        if config.norm != "batch":
             synchronize_norms(self)
         self.train()
         self._anchors: dict[tuple[int, int, torch.device], Tensor] = {}

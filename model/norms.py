@@ -50,20 +50,25 @@ def normalize_by_batch(norm: AnyBatchNorm, x: Tensor) -> Tensor:
 
 
 class SyncBatchNorm(nn.SyncBatchNorm):
-    """Statistics over all ranks' batches; torch's own on a GPU, and the same in plain PyTorch where that has none."""
+    """Statistics over all ranks' batches: torch's own on a GPU, plain PyTorch on a CPU, where torch has none.
+
+    On a CPU one rank computes as several do. torch's `batch_norm` sums squares there: on maps of one cell the gradient
+    of the smallest detector was off by 1e-3, against 3e-6 here (fp32 beside fp64).
+    """
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
-            one_value = self.training and input.shape[0] * input.shape[2] * input.shape[3] == 1
-            return normalize_by_running(self, input) if one_value else normalize_by_batch(self, input)
+        ranks = dist.get_world_size() if dist.is_initialized() else 1
+        if not self.training or (ranks == 1 and input.numel() == input.shape[1]):
+            return normalize_by_running(self, input)
         if input.device.type != "cpu":
-            return super().forward(input)
-        x = input.float()
+            return super().forward(input) if ranks > 1 else normalize_by_batch(self, input)
+        x = input if input.dtype == torch.float64 else input.float()
         count = x.new_full((1,), x.shape[0] * x.shape[2] * x.shape[3])
         mean = x.mean(dim=(0, 2, 3))
         squares = (x - mean[:, None, None]).square().sum(dim=(0, 2, 3))
         # Each rank's (mean, sum of squared deviations, count), combined as if the batches were one.
-        parts = _GatherRows.apply(torch.cat([mean, squares, count]))
+        part = torch.cat([mean, squares, count])
+        parts = part[None] if ranks == 1 else _GatherRows.apply(part)
         means, all_squares, counts = parts.split([len(mean), len(mean), 1], dim=1)
         total = counts.sum()
         mean = (means * counts).sum(0) / total
