@@ -26,7 +26,9 @@ class Buffers:
             parts = flat.split([buffer.numel() for _, buffer in buffers])
             for (name, buffer), part in zip(buffers, parts, strict=True):
                 owner, _, last = name.rpartition(".")
-                setattr(module.get_submodule(owner), last, part.view(buffer.shape))
+                # `data`: views count changes together, and backward would refuse a frozen norm's statistics, which it
+                # saved, because those of another norm have changed.
+                setattr(module.get_submodule(owner), last, part.data.view(buffer.shape))
             self._flat.append(flat)
 
     def average(self, world: World) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from refinedet.model import RefineDetConfig, Targets
+from refinedet.model.norms import SyncBatchNorm
 from refinedet.pipeline.config.batches import BatchPlan
 from refinedet.pipeline.data.samples import Batch, Cursor
 from torch import Tensor, nn
@@ -47,12 +48,12 @@ class TinySums:
 
 
 class TinyDetector(nn.Module):
-    """Convolutions, batch norm, and a head that only some images use; every parameter is in every graph."""
+    """Convolutions, synchronised batch norm, and a head that only some images use; every parameter is in every graph."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
         torch.manual_seed(seed)
-        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3))
+        self.body = nn.Sequential(nn.Conv2d(3, 6, 3, padding=1), SyncBatchNorm(6), nn.ReLU(), nn.Conv2d(6, 5, 3))
         self.rare = nn.Linear(5, 3)
 
     def forward(self, images: Tensor, targets: object = None) -> Tensor:
