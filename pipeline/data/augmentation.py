@@ -1,20 +1,25 @@
-"""SSD's augmentation as the Caffe release does it: distort, expand, crop, resize, mirror (RefineDet section IV-B).
+"""SSD's augmentation as the Caffe release does it: expand, crop, distort, resize, mirror (RefineDet section IV-B).
 
-One random number after the other is drawn from one generator, then the pixels are touched once each: distortion
-works pixel by pixel, so cutting out the crop first gives the same result for a fraction of the work, and of the mean
-border that expansion adds only the width is known until the view is made.
+A transform is one class and one entry in `TRANSFORMS`; the section `data.augmentation` of the spec switches it by the
+same name. Each draws from a generator of its own, a function of (seed, epoch, sample key) and its name, so that adding
+one shifts none of the others. A transform changes a `ViewPlan`; pixels are touched once, when the plan is rendered:
+distortion works pixel by pixel, so cutting out the crop first gives the same result for a fraction of the work.
 
 Two deviations from the Caffe code, both in favour of its paper: boxes follow the crop in whole pixels, where Caffe
 cuts pixels at truncated and boxes at exact corners; and hue wraps around, where Caffe clamps it at red.
+
+G boxes in one image, H W pixels
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
 from refinedet.pipeline.config.spec import Augmentation
+from refinedet.pipeline.data.randomness import keyed_generator
 from refinedet.pipeline.data.resampling import Border, resize_bordered
 
 MEAN_RGB = (123, 117, 104)
@@ -40,39 +45,106 @@ class Window:
     height: int
 
 
+@dataclass(frozen=True)
+class ViewPlan:
+    """What a training view will show of an image.
+
+    image   uint8   [H, W, 3]  RGB
+    boxes   float32 [G, 4]     xyxy, pixels of `image`
+    labels  int64   [G]
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    window: Window
+    recolour: Callable[[np.ndarray], np.ndarray] | None = None
+    interpolation: int = cv2.INTER_LINEAR
+    mirrored: bool = False
+
+    def render(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Image [size, size, 3], boxes [G', 4] in its pixels, labels [G']: those whose centre lies in the window."""
+        boxes, labels = project_boxes(self.boxes, self.labels, self.window, size)
+        pixels, border = _cut(self.image, self.window)
+        if self.recolour and pixels.size:
+            pixels = self.recolour(pixels)
+        pixels = resize_bordered(pixels, border, MEAN_RGB, size, self.interpolation)
+        if self.mirrored:
+            pixels, boxes = cv2.flip(pixels, 1), mirror_boxes(boxes, size)
+        return pixels, boxes, labels
+
+
+class Expand:
+    """Half of the time, put the image at a random place on a canvas of 1 to 4 times its sides."""
+
+    def __call__(self, plan: ViewPlan, rng: np.random.Generator) -> ViewPlan:
+        coin, ratio, x, y = rng.random(4)
+        return replace(plan, window=expand_window(plan.window, 1 + 3 * ratio, x, y)) if coin < 0.5 else plan
+
+
+class Crop:
+    """Cut out one of the crops whose overlap with a box meets a random sampler's demand, or nothing."""
+
+    def __call__(self, plan: ViewPlan, rng: np.random.Generator) -> ViewPlan:
+        choice, trials = rng.random(), rng.random((len(MIN_IOUS), NUM_TRIALS, 4))
+        return replace(plan, window=crop_window(plan.window, plan.boxes, choice, trials))
+
+
+class Distort:
+    """Change brightness, contrast, saturation and hue, each half of the time."""
+
+    def __call__(self, plan: ViewPlan, rng: np.random.Generator) -> ViewPlan:
+        draws = rng.random(9)
+        return replace(plan, recolour=lambda pixels: distort(pixels, draws))
+
+
+class RandomInterpolation:
+    """Resize by one of five interpolations."""
+
+    def __call__(self, plan: ViewPlan, rng: np.random.Generator) -> ViewPlan:
+        return replace(plan, interpolation=INTERPOLATIONS[int(rng.random() * len(INTERPOLATIONS))])
+
+
+class Mirror:
+    """Half of the time, mirror left to right."""
+
+    def __call__(self, plan: ViewPlan, rng: np.random.Generator) -> ViewPlan:
+        return replace(plan, mirrored=rng.random() < 0.5)
+
+
+TRANSFORMS: dict[str, Callable[[ViewPlan, np.random.Generator], ViewPlan]] = {
+    "expand": Expand(),
+    "crop": Crop(),
+    "distort": Distort(),
+    "random_interpolation": RandomInterpolation(),
+    "mirror": Mirror(),
+}
+"""in the order in which they are applied"""
+assert TRANSFORMS.keys() == Augmentation.model_fields.keys()
+
+
 def augment(
     image: np.ndarray,
     boxes: np.ndarray,
     labels: np.ndarray,
     *,
     size: int,
-    rng: np.random.Generator,
+    key: tuple[int | str, ...],
     settings: Augmentation,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """One random training view of an image.
+    """One random training view of an image, a function of `key`: (seed, epoch, sample key).
 
     image    uint8   [H, W, 3]  RGB
-    boxes    float32 [G, 4]     pixels of `image`
+    boxes    float32 [G, 4]     xyxy, pixels of `image`
     labels   int64   [G]
     returns  image [size, size, 3], boxes [G', 4] in its pixels, labels [G']; those whose centre lies in the crop
     """
-    draws = rng.random(16)
-    trials = rng.random((len(MIN_IOUS), NUM_TRIALS, 4))
     height, width, _ = image.shape
-    window = Window(0, 0, width, height)
-    if settings.expand and draws[0] < 0.5:
-        window = expand_window(window, 1 + 3 * draws[1], draws[2], draws[3])
-    if settings.crop:
-        window = crop_window(window, boxes, draws[4], trials)
-    boxes, labels = project_boxes(boxes, labels, window, size)
-    pixels, border = _cut(image, window)
-    if settings.distort and pixels.size:
-        pixels = distort(pixels, draws[5:14])
-    interpolation = INTERPOLATIONS[int(draws[14] * len(INTERPOLATIONS)) if settings.random_interpolation else 0]
-    pixels = resize_bordered(pixels, border, MEAN_RGB, size, interpolation)
-    if settings.mirror and draws[15] < 0.5:
-        pixels, boxes = cv2.flip(pixels, 1), mirror_boxes(boxes, size)
-    return pixels, boxes, labels
+    plan = ViewPlan(image, boxes, labels, Window(0, 0, width, height))
+    for name, transform in TRANSFORMS.items():
+        if getattr(settings, name):
+            plan = transform(plan, keyed_generator("augment", name, *key))
+    return plan.render(size)
 
 
 def expand_window(image: Window, ratio: float, x: float, y: float) -> Window:

@@ -16,7 +16,6 @@ from refinedet.pipeline.data.augmentation import augment
 from refinedet.pipeline.data.images import EXTENSIONS, decode_image, resize_image
 from refinedet.pipeline.data.index import ShardSet, contents_name, format_key, open_shards
 from refinedet.pipeline.data.order import EpochOrder
-from refinedet.pipeline.data.randomness import keyed_generator
 from refinedet.pipeline.data.reading import SampleReader
 from refinedet.pipeline.data.records import fault_of_box
 from refinedet.pipeline.data.remote import read_file
@@ -195,9 +194,9 @@ def _draw(
         image, labels = resize_image(sample.image, size), sample.labels
         boxes = sample.boxes * np.array([size / width, size / height] * 2)
     else:
-        rng = keyed_generator("augment", seed, epoch, sample.key)
+        key = (seed, epoch, sample.key)
         image, boxes, labels = augment(
-            sample.image, sample.boxes, sample.labels, size=size, rng=rng, settings=augmentation
+            sample.image, sample.boxes, sample.labels, size=size, key=key, settings=augmentation
         )
     image = image.copy()
     for box, label in zip(boxes, labels, strict=True):

@@ -21,7 +21,6 @@ from refinedet.pipeline.data.cache import ShardCache, prefetch
 from refinedet.pipeline.data.images import resize_image, stack_images
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.order import EpochOrder, micro_batch_of_share, share_of_rank
-from refinedet.pipeline.data.randomness import keyed_generator
 from refinedet.pipeline.data.reading import SampleReader
 from refinedet.pipeline.data.samples import BadSample, Batch, Cursor, Sample
 from torch import Tensor
@@ -141,8 +140,8 @@ class Augmenter:
             image = resize_image(sample.image, self.size)
             boxes = boxes * np.array([self.size / width, self.size / height] * 2, np.float32)
         else:
-            rng = keyed_generator("augment", self.seed, turn.epoch, sample.key)
-            image, boxes, labels = augment(sample.image, boxes, labels, size=self.size, rng=rng, settings=self.settings)
+            key = (self.seed, turn.epoch, sample.key)
+            image, boxes, labels = augment(sample.image, boxes, labels, size=self.size, key=key, settings=self.settings)
         return View(turn, image, boxes, labels, sample.key, sample.image_id, sample.fault)
 
 

@@ -37,7 +37,6 @@ from refinedet.pipeline.data.augmentation import MEAN_RGB, augment  # noqa: E402
 from refinedet.pipeline.data.images import stack_images  # noqa: E402
 from refinedet.pipeline.data.index import FORMAT_VERSION, ShardSet, contents_name, open_shards  # noqa: E402
 from refinedet.pipeline.data.order import EpochOrder  # noqa: E402
-from refinedet.pipeline.data.randomness import keyed_generator  # noqa: E402
 from refinedet.pipeline.data.reading import decode_sample  # noqa: E402
 from refinedet.pipeline.data.samples import Cursor  # noqa: E402
 from refinedet.pipeline.data.shards import prepare_shards  # noqa: E402
@@ -63,8 +62,8 @@ def webdataset_images(shards: ShardSet, size: int) -> Iterator[int]:
 
     def view(sample: dict[str, Any]) -> np.ndarray:
         decoded = decode_sample(sample, shards, sample["__url__"])
-        rng = keyed_generator(0, sample["__key__"])
-        return augment(decoded.image, decoded.boxes, decoded.labels, size=size, rng=rng, settings=Augmentation())[0]
+        key = (0, 0, sample["__key__"])
+        return augment(decoded.image, decoded.boxes, decoded.labels, size=size, key=key, settings=Augmentation())[0]
 
     urls = [shards.shard_url(shard) for shard in range(len(shards))]
     dataset: Any = wds.WebDataset(urls, shardshuffle=100)  # type: ignore[attr-defined]

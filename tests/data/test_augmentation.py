@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import Any
+
 import cv2
 import numpy as np
 import pytest
@@ -11,6 +14,8 @@ from refinedet.pipeline.data.augmentation import (
     MEAN_RGB,
     MIN_IOUS,
     NUM_TRIALS,
+    TRANSFORMS,
+    ViewPlan,
     Window,
     augment,
     crop_window,
@@ -60,9 +65,7 @@ def check_alignment(settings: Augmentation, seed: int) -> bool:
     corner = rng.integers(12, (WIDTH, HEIGHT) - side - 12)  # clear of the mean border
     box = (*corner.tolist(), *(corner + side).tolist())
     boxes = np.array([box], np.float32)
-    image, moved, labels = augment(
-        marked_image(box), boxes, np.array([3]), size=SIZE, rng=keyed_generator(seed), settings=settings
-    )
+    image, moved, labels = augment(marked_image(box), boxes, np.array([3]), size=SIZE, key=(seed,), settings=settings)
     assert image.shape == (SIZE, SIZE, 3)
     assert len(moved) == len(labels)
     if not len(moved):
@@ -103,8 +106,7 @@ def test_the_same_sample_and_epoch_give_the_same_view() -> None:
     boxes, labels = np.array([[5, 5, 30, 30]], np.float32), np.array([1])
 
     def view(*key: int | str) -> np.ndarray:
-        rng = keyed_generator("augment", *key)
-        return augment(image, boxes, labels, size=32, rng=rng, settings=Augmentation())[0]
+        return augment(image, boxes, labels, size=32, key=key, settings=Augmentation())[0]
 
     np.testing.assert_array_equal(view(0, 1, "a"), view(0, 1, "a"))
     assert any((view(0, 1, "a") != view(0, 1, other)).any() for other in "bcd")
@@ -114,7 +116,7 @@ def test_arguments_are_left_as_they_are() -> None:
     image = np.full((40, 60, 3), 77, np.uint8)
     boxes = np.array([[5, 5, 30, 30]], np.float32)
     for seed in range(30):
-        augment(image, boxes, np.array([1]), size=32, rng=keyed_generator(seed), settings=Augmentation())
+        augment(image, boxes, np.array([1]), size=32, key=(seed,), settings=Augmentation())
     assert (image == 77).all()
     assert boxes.tolist() == [[5, 5, 30, 30]]
 
@@ -124,28 +126,48 @@ def test_cropping_first_gives_the_same_pixels_as_the_written_order() -> None:
     image = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
     boxes = np.array([[20, 20, 120, 110], [130, 60, 200, 140]], np.float32)
     for seed in range(60):
-        draws = keyed_generator(seed).random(16)
         settings = Augmentation(distort=False)
-        fast, *_ = augment(image, boxes, np.array([1, 2]), size=96, rng=keyed_generator(seed), settings=settings)
-        rng = keyed_generator(seed)
-        rng.random(16)
-        trials = rng.random((len(MIN_IOUS), NUM_TRIALS, 4))
+        fast, *_ = augment(image, boxes, np.array([1, 2]), size=96, key=(seed,), settings=settings)
         slow = image
         canvas = Window(0, 0, WIDTH, HEIGHT)
-        if draws[0] < 0.5:
-            canvas = expand_window(canvas, 1 + 3 * draws[1], draws[2], draws[3])
+        coin, ratio, x, y = keyed_generator("augment", "expand", seed).random(4)
+        if coin < 0.5:
+            canvas = expand_window(canvas, 1 + 3 * ratio, x, y)
             whole = np.empty((canvas.height, canvas.width, 3), np.uint8)
             whole[:] = MEAN_RGB
             whole[-canvas.top : HEIGHT - canvas.top, -canvas.left : WIDTH - canvas.left] = slow
             slow = whole
-        crop = crop_window(canvas, boxes, draws[4], trials)
+        rng = keyed_generator("augment", "crop", seed)
+        crop = crop_window(canvas, boxes, rng.random(), rng.random((len(MIN_IOUS), NUM_TRIALS, 4)))
         left, top = crop.left - canvas.left, crop.top - canvas.top
         slow = slow[top : top + crop.height, left : left + crop.width]
-        interpolation = INTERPOLATIONS[int(draws[14] * 5)]
+        draw = keyed_generator("augment", "random_interpolation", seed).random()
+        interpolation = INTERPOLATIONS[int(draw * 5)]
         slow = cv2.resize(slow, (96, 96), interpolation=interpolation)
-        slow = slow[:, ::-1] if draws[15] < 0.5 else slow
+        slow = slow[:, ::-1] if keyed_generator("augment", "mirror", seed).random() < 0.5 else slow
         rounding = 0 if interpolation == cv2.INTER_NEAREST_EXACT else 1  # fixed point against floating point
         assert np.abs(fast.astype(int) - slow.astype(int)).max() <= rounding
+
+
+def test_a_transform_that_is_added_shifts_none_of_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = np.random.default_rng(1).integers(0, 256, (HEIGHT, WIDTH, 3), dtype=np.uint8)
+    boxes, labels = np.array([[20, 20, 120, 110]], np.float32), np.array([1])
+    drawn = []
+
+    def extra(plan: ViewPlan, rng: np.random.Generator) -> ViewPlan:
+        drawn.append(rng.random(7))
+        return plan
+
+    def view(seed: int) -> np.ndarray:
+        switches: Any = SimpleNamespace(**Augmentation().model_dump(), extra=True)
+        return augment(image, boxes, labels, size=64, key=(seed,), settings=switches)[0]
+
+    before = [view(seed) for seed in range(20)]
+    monkeypatch.setattr("refinedet.pipeline.data.augmentation.TRANSFORMS", {"extra": extra, **TRANSFORMS})
+    after = [view(seed) for seed in range(20)]
+    assert len(drawn) == 20
+    for one, other in zip(before, after, strict=True):
+        np.testing.assert_array_equal(one, other)
 
 
 def test_distortion_may_come_after_the_crop() -> None:

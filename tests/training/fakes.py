@@ -48,7 +48,7 @@ class TinySums:
 
 
 class TinyDetector(nn.Module):
-    """Convolutions, synchronised batch norm, and a head that only some images use; every parameter is in every graph."""
+    """Convolutions, synchronised norm, and a head that only some images use; every parameter is in every graph."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
