@@ -196,10 +196,13 @@ class Training(Section):
         return self
 
 
+MergeMethod = Literal["nms", "soft_nms_linear", "soft_nms_gaussian", "vote", "soft_vote", "wbf"]
+
+
 class MergeRule(Section):
     """How the boxes of one class in one image become its detections."""
 
-    method: Literal["nms", "soft_nms_linear", "soft_nms_gaussian", "vote", "soft_vote", "wbf"] = "nms"
+    method: MergeMethod = "nms"
     iou: Fraction | None = None
     """overlap from which boxes meet; default: soft_nms 0.30, wbf 0.55, else 0.45"""
     sigma: PositiveFloat = 0.5

@@ -20,7 +20,7 @@ from queue import SimpleQueue
 from typing import IO, TypeVar
 
 from refinedet.pipeline.data.index import ShardSet
-from refinedet.pipeline.data.remote import NO_ROOM, read_range, retry
+from refinedet.pipeline.data.remote import read_range
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
@@ -69,7 +69,7 @@ class ShardCache:
         try:
             return self._copy(shard)
         except OSError as error:
-            if error.errno not in NO_ROOM:
+            if error.errno not in storage.NO_ROOM:
                 raise
             self._tell_full(error)
             return False
@@ -89,7 +89,7 @@ class ShardCache:
             partial = f"{path}.partial"
             try:
                 fs, remote = storage.filesystem(self.shards.shard_url(shard))
-                retry(lambda: fs.get_file(remote, partial), self.shards.shard_url(shard), level=logging.DEBUG)
+                storage.retry(lambda: fs.get_file(remote, partial), self.shards.shard_url(shard), level=logging.DEBUG)
                 os.replace(partial, path)
             finally:
                 _discard(partial)

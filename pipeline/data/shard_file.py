@@ -17,7 +17,6 @@ from refinedet.pipeline.data.faults import FaultLog
 from refinedet.pipeline.data.images import decode_image, encode_image, read_header, turn_upright
 from refinedet.pipeline.data.index import contents_name, format_key
 from refinedet.pipeline.data.records import Annotation, Record, fault_of_box
-from refinedet.pipeline.data.remote import NO_ROOM
 from refinedet.pipeline.data.samples import BadSample
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -111,7 +110,7 @@ def write_shard(
         storage.write_bytes(path, content)
         storage.write_bytes(contents_path, encoded)
     except OSError as error:
-        if error.errno not in NO_ROOM:
+        if error.errno not in storage.NO_ROOM:
             raise
         raise UserError(
             f"shard {path} of {len(content)} bytes could not be written ({error.strerror}): make room; "

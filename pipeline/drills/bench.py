@@ -23,6 +23,7 @@ import psutil
 import yaml
 from refinedet.pipeline.cluster.training_stage import FAULT_VARIABLE
 from refinedet.pipeline.drills.faults import hook
+from refinedet.pipeline.runs import settings
 
 _POLL_S = 0.2
 _TIMEOUT_S = 240.0
@@ -105,7 +106,7 @@ class Bench:
     def cluster(self) -> Any:
         """The drills' own Ray, a `ray.cluster_utils.Cluster` on this machine; started when it is first asked for."""
         if self._cluster is None:
-            os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # nobody else is to reach it
+            settings.suggest("RAY_AUTH_MODE", "disabled")  # nobody else is to reach it
             from ray.cluster_utils import Cluster
 
             quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}  # a dead node is seen in 5 s
@@ -142,7 +143,7 @@ class Bench:
         stages = "train" if (self.folder / "shards" / "train" / "index.json").exists() else "prepare,train"
         command = [sys.executable, "-m", "refinedet.pipeline.cli", "launch", str(spec), "--stages", stages]
         command += ["--address", self.cluster.address]
-        environment = {**os.environ, **({FAULT_VARIABLE: hook(fault)} if fault else {})}
+        environment = settings.inherited(**({FAULT_VARIABLE: hook(fault)} if fault else {}))
         output = self.folder / f"{spec.stem}.{time.time_ns()}.out"
         with open(output, "wb") as file:
             process = subprocess.Popen(

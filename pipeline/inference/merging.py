@@ -1,16 +1,76 @@
-"""Merge rules of the job spec, applied to the detections of several images at once.
+"""Merge methods: the boxes of one class in one image become its detections.
 
-N boxes of any number of images, xyxy in pixels of the original images.
+A method is one function here with one entry in `MERGE_METHODS`, and its name in the spec's `MergeMethod`.
+
+N boxes of any number of images, xyxy in pixels of the original images; M merged ones
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import get_args
+
 import torch
 from refinedet.model.ops import merge
-from refinedet.pipeline.config.spec import MergeRule
+from refinedet.pipeline.config.spec import MergeMethod, MergeRule
 from torch import Tensor
 
-DEFAULT_IOU = {"soft_nms_linear": 0.30, "soft_nms_gaussian": 0.30, "wbf": 0.55}  # else 0.45
+Merged = tuple[Tensor, Tensor, Tensor]
+"""boxes [M, 4], scores [M], groups [M]"""
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Boxes [N, 4] and scores [N]; boxes of one group [N] (an image's class) merge with each other alone."""
+
+    boxes: Tensor
+    scores: Tensor
+    groups: Tensor
+    num_views: int
+    """of each image; weighted box fusion trusts what many views detected"""
+
+
+def merge_by_nms(found: Candidates, rule: MergeRule, iou: float) -> Merged:
+    """Non-maximum suppression."""
+    kept = merge.nms(found.boxes, found.scores, found.groups, iou=iou, plus_one=rule.plus_one)
+    return found.boxes[kept], found.scores[kept], found.groups[kept]
+
+
+def merge_by_soft_nms(found: Candidates, rule: MergeRule, iou: float) -> Merged:
+    """Soft-NMS (Bodla et al. 2017): overlapping boxes lose score, linearly or by a Gaussian."""
+    kept, scores = merge.soft_nms(
+        found.boxes, found.scores, found.groups, iou=iou, sigma=rule.sigma, score_threshold=rule.score_threshold,
+        gaussian=rule.method == "soft_nms_gaussian", plus_one=rule.plus_one,
+    )  # fmt: skip
+    return found.boxes[kept], scores, found.groups[kept]
+
+
+def merge_by_voting(found: Candidates, rule: MergeRule, iou: float) -> Merged:
+    """Box voting (Gidaris and Komodakis 2015), or the authors' soft box voting."""
+    return merge.vote(
+        found.boxes, found.scores, found.groups, iou=iou, score_threshold=rule.score_threshold,
+        soft=rule.method == "soft_vote", plus_one=rule.plus_one,
+    )  # fmt: skip
+
+
+def merge_by_fusion(found: Candidates, rule: MergeRule, iou: float) -> Merged:
+    """Weighted box fusion (Solovyev et al. 2021)."""
+    return merge.weighted_box_fusion(
+        found.boxes, found.scores, found.groups, num_looks=found.num_views, iou=iou, plus_one=rule.plus_one
+    )
+
+
+MERGE_METHODS: dict[MergeMethod, tuple[Callable[[Candidates, MergeRule, float], Merged], float]] = {
+    "nms": (merge_by_nms, 0.45),
+    "soft_nms_linear": (merge_by_soft_nms, 0.30),
+    "soft_nms_gaussian": (merge_by_soft_nms, 0.30),
+    "vote": (merge_by_voting, 0.45),
+    "soft_vote": (merge_by_voting, 0.45),
+    "wbf": (merge_by_fusion, 0.55),
+}
+"""method -> (function, the IoU from which boxes merge where the spec gives none)"""
+assert MERGE_METHODS.keys() == set(get_args(MergeMethod))
 
 
 def merge_boxes(
@@ -19,43 +79,15 @@ def merge_boxes(
     """Merge within each class of each image, and keep the best `rule.max_detections` of each image.
 
     boxes [N, 4], scores [N], labels [N] integers from 1, image [N] integers from 0
-    num_looks  how many times each image was looked at (weighted box fusion trusts what many looks saw)
+    num_looks  views of each image
     returns    boxes [M, 4], scores [M], labels [M], image [M]; by image, best first
     """
     confident = scores >= rule.score_threshold
     boxes, scores, labels, image = boxes[confident], scores[confident], labels[confident], image[confident]
     num_labels = int(labels.max()) + 1 if len(labels) else 1
-    groups = image * num_labels + labels
-    iou = rule.iou if rule.iou is not None else DEFAULT_IOU.get(rule.method, 0.45)
-    if rule.method == "nms":
-        kept = merge.nms(boxes, scores, groups, iou=iou, plus_one=rule.plus_one)
-        boxes, scores, groups = boxes[kept], scores[kept], groups[kept]
-    elif rule.method in ("soft_nms_linear", "soft_nms_gaussian"):
-        kept, scores = merge.soft_nms(
-            boxes,
-            scores,
-            groups,
-            iou=iou,
-            sigma=rule.sigma,
-            score_threshold=rule.score_threshold,
-            gaussian=rule.method == "soft_nms_gaussian",
-            plus_one=rule.plus_one,
-        )
-        boxes, groups = boxes[kept], groups[kept]
-    elif rule.method in ("vote", "soft_vote"):
-        boxes, scores, groups = merge.vote(
-            boxes,
-            scores,
-            groups,
-            iou=iou,
-            score_threshold=rule.score_threshold,
-            soft=rule.method == "soft_vote",
-            plus_one=rule.plus_one,
-        )
-    else:
-        boxes, scores, groups = merge.weighted_box_fusion(
-            boxes, scores, groups, num_looks=num_looks, iou=iou, plus_one=rule.plus_one
-        )
+    function, usual_iou = MERGE_METHODS[rule.method]
+    found = Candidates(boxes, scores, image * num_labels + labels, num_looks)
+    boxes, scores, groups = function(found, rule, usual_iou if rule.iou is None else rule.iou)
     image, labels = groups // num_labels, groups % num_labels
     order = torch.sort(scores, descending=True, stable=True).indices
     order = order[torch.sort(image[order], stable=True).indices]

@@ -16,7 +16,7 @@ class Variable:
     """
 
     name: str
-    group: Literal["ours", "cluster", "ray", "mlflow"]
+    group: Literal["ours", "cluster", "training", "ray", "mlflow"]
     kind: Literal["text", "flag", "number", "path", "url", "json"]
     default: str | None
     purpose: str
@@ -32,6 +32,13 @@ _ALL = (
     Variable("RAY_AUTH_MODE", "cluster", "text", None, "`token`: requests carry RAY_AUTH_TOKEN"),
     Variable("REQUESTS_CA_BUNDLE", "cluster", "path", None, "authorities that may sign for an https:// dashboard"),
     Variable("RAY_JOB_HEADERS", "cluster", "json", None, "further HTTP headers, for a proxy that asks for a login"),
+    Variable("RANK", "training", "number", None, "number of this worker; torchrun and Ray Train set it"),
+    Variable("WORLD_SIZE", "training", "number", None, "number of workers; torchrun and Ray Train set it"),
+    Variable("LOCAL_RANK", "training", "number", "0", "number of this worker on its node, which chooses its GPU"),
+    Variable("LOCAL_WORLD_SIZE", "training", "number", None, "workers on this node, which share its cores"),
+    Variable("OMP_NUM_THREADS", "training", "number", None, "threads of a worker; default: an equal share of cores"),
+    Variable("DS_ACCELERATOR", "training", "text", None, "DeepSpeed's device; set to `cpu` where training has no GPU"),
+    Variable("CUBLAS_WORKSPACE_CONFIG", "training", "text", None, "set to `:4096:8` by `training.deterministic`"),
     Variable("MLFLOW_TRACKING_URI", "mlflow", "url", None, "tracking server, where the spec names none"),
     Variable("MLFLOW_CONFIGURE_LOGGING", "mlflow", "flag", "false", "no handlers of its own"),
     Variable("MLFLOW_DISABLE_TELEMETRY", "mlflow", "flag", "true", "nothing about a run leaves the machine"),
@@ -47,6 +54,21 @@ VARIABLES = {variable.name: variable for variable in _ALL}
 def read(name: str) -> str | None:
     """The text of a variable of the table, or its default; None where it is unset or empty."""
     return os.environ.get(name) or VARIABLES[name].default
+
+
+def read_count(name: str, default: int) -> int:
+    """A whole number of the environment."""
+    return int(read(name) or default)
+
+
+def suggest(name: str, value: str) -> None:
+    """Set a variable of the table where the user has set nothing."""
+    os.environ.setdefault(VARIABLES[name].name, value)
+
+
+def inherited(**changes: str) -> dict[str, str]:
+    """The environment of this process, with changes, for a process that it starts."""
+    return {**os.environ, **changes}
 
 
 def provide(group: Literal["ray", "mlflow"]) -> None:

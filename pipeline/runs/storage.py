@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import fsspec
 import tenacity
 from fsspec.implementations.local import LocalFileSystem
-from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.errors import JobError, UserError
 
 logger = logging.getLogger(__name__)
 
@@ -29,7 +29,7 @@ RETRY_DEADLINE_S = 300.0
 """how long a store may be out of reach before it is an error"""
 _LONGEST_PAUSE_S = 5.0
 _FINAL = (UserError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 _CHUNK = 4 * 2**20
 
@@ -91,10 +91,10 @@ def retry(call: Callable[[], T], what: str, *, deadline_s: float = RETRY_DEADLIN
     """Call until it succeeds, with pauses of 0.5 s that double up to 5 s, for `deadline_s` seconds at most.
 
     The one policy for storage. What a repetition cannot change is raised at once: absence, refusal, a full disk, a
-    user's mistake. Everything else is repeated, since the libraries of stores share no base class of errors. The last
-    error is raised at the deadline.
+    user's mistake. Everything else is repeated, since the libraries of stores share no base class of errors. Raises
+    JobError at the deadline.
 
-    what   names the call in the log
+    what   names the call in the log and in the error: a file, or "the checkpoint of step 8"
     level  of the log's lines
     """
 
@@ -104,17 +104,24 @@ def retry(call: Callable[[], T], what: str, *, deadline_s: float = RETRY_DEADLIN
             level, "%s: %.200s; again in %.1f s", what, error, state.next_action.sleep if state.next_action else 0
         )
 
+    def end(state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        raise JobError(
+            f"{what}: no answer from storage for {state.seconds_since_start or 0:.0f} s ({type(error).__name__}: "
+            f"{error!s:.200}); check the storage, then run the same command again"
+        ) from error
+
     return tenacity.Retrying(
         retry=tenacity.retry_if_exception(_may_pass),
         wait=tenacity.wait_exponential(multiplier=0.5, max=_LONGEST_PAUSE_S),
         stop=tenacity.stop_before_delay(deadline_s),
         before_sleep=log,
-        reraise=True,
+        retry_error_callback=end,
     )(call)
 
 
 def _may_pass(error: BaseException) -> bool:
-    full = isinstance(error, OSError) and error.errno in _NO_ROOM
+    full = isinstance(error, OSError) and error.errno in NO_ROOM
     return isinstance(error, Exception) and not isinstance(error, _FINAL) and not full
 
 

@@ -14,6 +14,7 @@ import select
 import subprocess
 import sys
 
+from refinedet.pipeline.runs import settings
 from refinedet.pipeline.tracking.identity import OWNER_TAG, REASON_TAG
 
 _POLL_S = 1.0
@@ -31,7 +32,7 @@ class Guardian:
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # what ends the parent's group must not end the child
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+                env=settings.inherited(PYTHONPATH=os.pathsep.join(path for path in sys.path if path)),
             )
             self._send(json.dumps({"uri": uri, "run_id": run_id, "owner": owner, "parent": os.getpid()}))
         except OSError:

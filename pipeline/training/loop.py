@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack, closing
 
 import torch
@@ -10,6 +9,7 @@ from refinedet.pipeline.config.batches import divide_batch
 from refinedet.pipeline.config.schedule import make_schedule
 from refinedet.pipeline.config.spec import Training
 from refinedet.pipeline.data.samples import Cursor
+from refinedet.pipeline.runs import settings
 from refinedet.pipeline.training.checkpoint import Checkpoint, load_checkpoint
 from refinedet.pipeline.training.ema import AveragedWeights
 from refinedet.pipeline.training.engine import Engine
@@ -83,7 +83,7 @@ def start(
 
 def _configure_torch(stack: ExitStack, deterministic: bool) -> None:
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+        settings.suggest("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # Images are all of one size, so that trying algorithms pays.
     flags = torch.backends.cudnn.flags(enabled=True, benchmark=not deterministic, deterministic=deterministic)

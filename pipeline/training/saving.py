@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from enum import IntEnum
-from typing import Any
+from typing import Any, TypeVar
 
 import safetensors.torch
 from refinedet.pipeline.config.spec import Training
@@ -30,8 +30,9 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 WEIGHTS = "weights.safetensors"
-_ATTEMPTS = 4
-_FIRST_PAUSE_S = 1.0
+T = TypeVar("T")
+_OUTAGE_S = 15.0
+"""a shorter outage of the storage delays a save, a longer one fails it"""
 _FIRST_WAIT_S = 10.0
 _LONGEST_WAIT_S = 300.0
 
@@ -75,7 +76,8 @@ class CheckpointWriter:
         self.settle()
         self._step, self._facts = step, dict(facts)
         path = self._path(step)
-        self._part = self._pool.submit(_retried, self._write_part, path, dict(tensors))
+        own = dict(tensors)
+        self._part = self._pool.submit(_retried, lambda: self._write_part(path, own), path)
 
     @property
     def state(self) -> SaveState:
@@ -175,7 +177,10 @@ class CheckpointWriter:
             self._fail(f"checkpoint of step {self._step} was not written ({'; '.join(errors)})")
         elif self.world.is_main:
             files = [result for result in results if isinstance(result, FileDigest)]
-            self._commit = self._pool.submit(_retried, self._write_manifest, self._step, files, self._facts)
+            step, facts = self._step, self._facts
+            self._commit = self._pool.submit(
+                _retried, lambda: self._write_manifest(step, files, facts), self._path(step)
+            )
 
     def _finish_commit(self) -> None:
         assert self._commit is not None
@@ -211,18 +216,8 @@ class CheckpointWriter:
             logger.warning("old checkpoints could not be removed: %s", error)
 
 
-def _retried(write: Any, *arguments: Any) -> Any:
-    """Storage fails for moments; only a failure that lasts counts."""
-    pause_s = _FIRST_PAUSE_S
-    for attempt in range(1, _ATTEMPTS + 1):
-        try:
-            return write(*arguments)
-        except Exception as error:
-            if attempt == _ATTEMPTS:
-                raise
-            logger.warning("writing a checkpoint failed (%s), attempt %d of %d", error, attempt, _ATTEMPTS)
-            time.sleep(pause_s)
-            pause_s *= 3
+def _retried(write: Callable[[], T], path: str) -> T:
+    return storage.retry(write, path, deadline_s=_OUTAGE_S)
 
 
 def export_weights(average: AveragedWeights, world: World, run_dir: str, step: int, facts: Mapping[str, Any]) -> str:
@@ -239,7 +234,7 @@ def export_weights(average: AveragedWeights, world: World, run_dir: str, step: i
             content = safetensors.torch.save(tensors, metadata)
             try:
                 path = storage.join(run_dir, WEIGHTS)
-                _retried(storage.write_bytes, path, content)
+                _retried(lambda: storage.write_bytes(path, content), path)
             except Exception as error:
                 path = os.path.join(tempfile.mkdtemp(prefix="refinedet-"), WEIGHTS)
                 logger.error("the weights cannot be written to %s (%s), so they go to %s", run_dir, error, path)

@@ -1,7 +1,7 @@
 """Who this process is among the workers, and the collectives that all of them call.
 
 A group that exists already is used as it is; else one is made from torchrun's environment, which workers of Ray Train
-find too; else this process is a world of one. This module reads the environment so that no other one of training does.
+find too; else this process is a world of one.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+from refinedet.pipeline.runs import settings
 from torch import Tensor
 
 T = TypeVar("T")
@@ -85,7 +86,7 @@ def open_world(device: torch.device | str | None = None, timeout_s: float = 1800
     device     default: the CUDA device of the local rank where there is one, else the CPU
     timeout_s  of collectives, where the group is made here
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = settings.read_count("LOCAL_RANK", 0)
     if device is None:
         device = f"cuda:{local_rank % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu"
     device = torch.device(device)
@@ -94,11 +95,11 @@ def open_world(device: torch.device | str | None = None, timeout_s: float = 1800
     made_here = not dist.is_initialized()
     if made_here:
         _make_group(device, timedelta(seconds=timeout_s))
-    elif "OMP_NUM_THREADS" not in os.environ:
-        _share_cores(int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    os.environ.setdefault("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
+    else:
+        _share_cores(settings.read_count("LOCAL_WORLD_SIZE", 1))
+    settings.suggest("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
     if device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        settings.suggest("DS_ACCELERATOR", "cpu")
     try:
         yield World(dist.get_rank(), local_rank, dist.get_world_size(), device)
     finally:
@@ -108,20 +109,18 @@ def open_world(device: torch.device | str | None = None, timeout_s: float = 1800
 
 def _make_group(device: torch.device, timeout: timedelta) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+    if settings.read("RANK") and settings.read("WORLD_SIZE"):
         dist.init_process_group(backend, timeout=timeout)
-        local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
+        _share_cores(settings.read_count("LOCAL_WORLD_SIZE", dist.get_world_size()))
     else:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
         dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
-        local_size = 1
-    if "OMP_NUM_THREADS" not in os.environ and local_size > 1:
-        _share_cores(local_size)
 
 
 def _share_cores(local_size: int) -> None:
-    """Threads of one worker, so that the workers of a machine together have one a core."""
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
+    """Set this worker's threads so that the workers of a node together have one per core; a user's number stays."""
+    if local_size > 1 and settings.read("OMP_NUM_THREADS") is None:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_size))
 
 
 def _scatter_flat(flat: Tensor, tensors: list[Tensor]) -> None:

@@ -12,15 +12,13 @@ import fsspec
 import numpy as np
 import pytest
 from refinedet.pipeline.config.spec import Augmentation
-from refinedet.pipeline.data import cache
-from refinedet.pipeline.data import remote as remote_module
 from refinedet.pipeline.data.cache import ShardCache, node_cache, prefetch
 from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.reading import SampleReader
-from refinedet.pipeline.data.remote import retry
 from refinedet.pipeline.data.samples import Cursor
 from refinedet.pipeline.data.stream import TrainingStream
-from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import JobError, UserError
 
 
 @pytest.fixture
@@ -123,8 +121,8 @@ def test_a_store_or_disk_that_fails_is_an_error_and_no_grey_sample(
         raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(type(fsspec.filesystem("memory")), "cat_file", fail)
-    monkeypatch.setattr(cache.retry, "__kwdefaults__", {**cache.retry.__kwdefaults__, "timeout_s": 0.0})
-    with pytest.raises(UserError, match=r"could not be read .* check the store"):
+    monkeypatch.setattr(storage.retry, "__kwdefaults__", {**storage.retry.__kwdefaults__, "deadline_s": 0.0})
+    with pytest.raises(JobError, match=r"no answer from storage .* check the storage"):
         SampleReader(remote).read(0)
     monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(OSError, match="Input/output error"):
@@ -168,7 +166,7 @@ def test_two_copy_the_same_shard_once(remote: ShardSet, tmp_path: Path, monkeypa
         second.append(ShardCache(remote, str(tmp_path), 2**30).copy(2))
         return read()
 
-    monkeypatch.setattr(cache, "retry", retry_meanwhile)
+    monkeypatch.setattr(storage, "retry", retry_meanwhile)
     assert held.copy(2)
     assert second == [False]
 
@@ -184,36 +182,6 @@ def test_a_cache_smaller_than_a_shard_is_said(remote: ShardSet, shapes_shards: S
     with pytest.raises(UserError, match=r"data\.cache_bytes is 1000, less than one shard"):
         node_cache(remote, str(tmp_path), 1000)
     assert node_cache(shapes_shards, None, 1000) is None
-
-
-def test_a_failing_store_is_tried_again_and_then_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    failures = [ConnectionError("refused"), RuntimeError("500"), TimeoutError("slow")]
-    waits: list[float] = []
-    monkeypatch.setattr(remote_module.time, "sleep", waits.append)
-
-    def read() -> str:
-        if failures:
-            raise failures.pop()
-        return "done"
-
-    assert retry(read, "a shard") == "done"
-    assert waits == [0.5, 1.0, 2.0]
-    failures.extend([OSError("down")] * 50)
-    with pytest.raises(UserError, match=r"a shard could not be read for .*OSError: down"):
-        retry(read, "a shard", timeout_s=2)
-
-
-@pytest.mark.parametrize("error", [FileNotFoundError, PermissionError])
-def test_absence_and_refusal_are_not_waited_for(error: type[OSError]) -> None:
-    calls: list[int] = []
-
-    def read() -> None:
-        calls.append(1)
-        raise error("no")
-
-    with pytest.raises(error):
-        retry(read, "a shard")
-    assert calls == [1]
 
 
 def test_a_resumed_remote_stream_goes_on(remote: ShardSet, shapes_shards: ShardSet, tmp_path: Path) -> None:
