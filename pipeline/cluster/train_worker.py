@@ -1,48 +1,103 @@
-"""The function that Ray Train calls in every worker, and what the driver sends to it."""
+"""One Ray Train worker: `train_job` with a link to the driver. Only workers import this file."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+import importlib
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
 
-if TYPE_CHECKING:
-    from refinedet.pipeline.training.preflight import PreflightReport
-    from refinedet.pipeline.training.records import TrainResult
+import ray.train
+from refinedet.model.cost import count_cost
+from refinedet.pipeline.cluster.mailbox import Link
+from refinedet.pipeline.cluster.worker_task import Fatal, WorkerTask
+from refinedet.pipeline.config.batches import plan_batches
+from refinedet.pipeline.config.files import parse_spec
+from refinedet.pipeline.config.run import Run
+from refinedet.pipeline.evaluation.validation import prepare_validation
+from refinedet.pipeline.planning.plan import DEVICES, estimate
+from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
+from refinedet.pipeline.training.engine import resolve_precision
+from refinedet.pipeline.training.finite import NonFiniteError
+from refinedet.pipeline.training.job import Attempt, check_job, train_job
+from refinedet.pipeline.training.preflight import PreflightReport
+from refinedet.pipeline.training.records import Event, TrainResult
+from refinedet.pipeline.training.world import World, open_world
+
+_PREEMPTION_INTERVAL_S = 2.0
 
 
-@dataclass(frozen=True)
-class WorkerTask:
-    """What the driver sends to every worker.
+def run_worker(task: WorkerTask) -> TrainResult | PreflightReport:
+    """Train, or only check; returns what rank 0's driver gets."""
+    run = Run(parse_spec(task.spec, source="the job's spec"))
+    rank = ray.train.get_context().get_world_rank()
+    restore_loggers()
+    log_to_file(os.path.join(log_folder(run.path), f"train-rank{rank}.log"), who=f"rank {rank}")
+    link = Link(task.mailbox, rank)
+    link.push(_started(rank))
+    if not task.preflight_only:
+        threading.Thread(target=_watch_preemption, args=(link, rank), name="preemption", daemon=True).start()
+    try:
+        # Without a GPU of its own a worker would take one that Ray has lent to others.
+        with open_world(None if run.spec.cluster.gpus_per_worker else "cpu") as world:
+            return _work(run, world, link, task)
+    except (UserError, NonFiniteError) as error:
+        link.push(Fatal(isinstance(error, UserError), str(error)), wait=True)
+        raise  # so that Ray Train ends the other ranks, which may be waiting for this one
 
-    spec             of the job, as JSON values with absolute paths
-    mailbox          actor handle
-    fault            drills only: "MODULE:FUNCTION ARGUMENTS"; FUNCTION(arguments, run, rank) returns the loss to use
-    preflight_only   check the workers, and end
-    estimate_memory  compare the estimate of the memory with the device's
-    began_at         when the job began to wait for workers, seconds since 1970
-    first            False once workers of this job have trained
+
+def _work(run: Run, world: World, link: Link, task: WorkerTask) -> TrainResult | PreflightReport:
+    memory_bytes = None
+    if task.estimate_memory:
+        memory_bytes = world.broadcast_object(_memory_estimate(run, world) if world.is_main else None)
+    attempt = Attempt(0 if task.first else 1, task.began_at, memory_bytes)
+    if task.preflight_only:
+        return check_job(run, world, link, attempt)
+    validate = None
+    if run.spec.training.validate_every_epochs:
+        validate = prepare_validation(run, world.rank, world.size, world.all_gather_object)
+    loss = _faulty_loss(task.fault, run, world.rank)
+    return train_job(run, world, link, attempt=attempt, loss=loss, validate=validate)
+
+
+def _started(rank: int) -> Event:
+    node, host = ray.get_runtime_context().get_node_id(), socket.gethostname()
+    facts = {"rank": rank, "node": node, "host": host, "address": ray.util.get_node_ip_address(), "pid": os.getpid()}
+    return Event("started", 0, f"rank {rank} runs on {host}, process {os.getpid()}", facts)
+
+
+def _watch_preemption(link: Link, rank: int) -> None:
+    """Stop the workers, which save, once a node of theirs is about to be taken away.
+
+    `get_preemption_info` waits for all workers, so it has a thread of its own, which costs a step nothing.
     """
-
-    spec: dict[str, Any]
-    mailbox: Any
-    fault: str
-    preflight_only: bool
-    estimate_memory: bool
-    began_at: float
-    first: bool
-
-
-@dataclass(frozen=True)
-class Fatal:
-    """An error that another attempt would meet again."""
-
-    by_user: bool
-    message: str
+    while True:
+        time.sleep(_PREEMPTION_INTERVAL_S)
+        info = ray.train.get_preemption_info()
+        if info is not None:
+            if rank == 0:
+                message = "a node is about to be taken away: saving, to go on elsewhere"
+                link.push(Event("preempted", 0, message, {"nodes": info.preempted_node_ids}), wait=True)
+            link.stop_requested = True
+            return
 
 
-def train_worker(config: dict[str, WorkerTask]) -> TrainResult | PreflightReport:
-    """Run the task of one worker, `config["task"]`."""
-    # Here, since Ray Train's controller loads this module too: it needs neither torchvision nor DeepSpeed.
-    from refinedet.pipeline.cluster.worker_training import run_worker
+def _faulty_loss(fault: str, run: Run, rank: int) -> Callable[..., Any] | None:
+    if not fault:
+        return None
+    path, _, arguments = fault.partition(" ")
+    module, _, function = path.partition(":")
+    return getattr(importlib.import_module(module), function)(arguments, run, rank)
 
-    return run_worker(config["task"])
+
+def _memory_estimate(run: Run, world: World) -> float:
+    """Bytes that a worker needs on its device, as `refinedet plan` calculates them."""
+    spec = run.spec
+    batch = plan_batches(spec.training, world.size)
+    device = DEVICES["H100" if spec.cluster.gpus_per_worker else "CPU"]
+    training = spec.training.model_copy(update={"precision": resolve_precision(spec.training, world.device)})
+    return estimate(spec.model, count_cost(spec.model), training, batch, device).memory_bytes
