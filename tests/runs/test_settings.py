@@ -12,7 +12,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 # The entry point runs before anything else is imported; redaction compares with every value. The others hand the
 # environment to processes that they start, or set what their library reads before it loads.
 ALLOWED = {"runs/settings.py", "runs/redaction.py", "cluster/entrypoint.py"}
-ROOMS_TO_FOLLOW = {"training", "cluster", "drills", "tracking"}
+ROOMS_TO_FOLLOW = {"training", "drills", "tracking"}
 
 
 def test_nothing_else_reads_the_environment() -> None:
