@@ -20,7 +20,6 @@ import torch
 from jsonschema import validate
 from refinedet.model import RefineDet
 from refinedet.pipeline.cli.main import app
-from refinedet.pipeline.cluster.detection_job import DetectionJob, make_detection_job, write_results
 from refinedet.pipeline.cluster.detection_stage import DetectionPool, run_detection
 from refinedet.pipeline.cluster.evaluate import evaluate_run
 from refinedet.pipeline.config.files import dump_spec, load_spec, parse_spec
@@ -32,6 +31,7 @@ from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.drills.bench import SPEC
+from refinedet.pipeline.evaluation.detection_job import DetectionJob, make_detection_job, write_results
 from refinedet.pipeline.evaluation.metrics import evaluate
 from refinedet.pipeline.evaluation.server_files import ROW_SCHEMA
 from refinedet.pipeline.inference.detections import DetectionTable
