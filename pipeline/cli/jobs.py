@@ -29,12 +29,13 @@ def launch(
 ) -> None:
     """Run a job's stages here, or on the cluster at ADDR; what is done already is not done again."""
     from refinedet.pipeline.cluster.launch import launch
-    from refinedet.pipeline.cluster.preflight import preflight
     from refinedet.pipeline.cluster.progress import ProgressDisplay
 
     spec = load_spec(job, overrides or ())
     with ProgressDisplay() as display:
         if check_only:
+            from refinedet.pipeline.cluster.preflight import preflight
+
             preflight(spec, address=address, display=display)
             return
         chosen = {"stages": stages.split(",")} if stages else {}

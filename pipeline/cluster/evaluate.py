@@ -6,7 +6,6 @@ import os
 import threading
 from collections.abc import Sequence
 
-from refinedet.pipeline.cluster.detection_job import DetectionJob, Mode, make_detection_job
 from refinedet.pipeline.cluster.detection_stage import Detected, DetectionPool, run_detection
 from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.cluster.session import ray_session
@@ -15,6 +14,7 @@ from refinedet.pipeline.config.files import load_spec
 from refinedet.pipeline.config.recipes import describe_cost, resolve_passes
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.evaluation.comparison import format_comparison
+from refinedet.pipeline.evaluation.detection_job import DetectionJob, Mode, make_detection_job
 from refinedet.pipeline.evaluation.protocols import Metrics
 from refinedet.pipeline.evaluation.unreadable import name_images
 from refinedet.pipeline.runs import storage

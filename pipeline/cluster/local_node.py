@@ -13,33 +13,38 @@ import subprocess
 import sys
 from collections.abc import Iterator
 
-_ATTEMPTS = 5
+from refinedet.pipeline.runs import storage
+
+_DEADLINE_S = 60.0
+"""for further attempts: Ray gives its parts 15 s to start, and a busy machine may need longer"""
 
 
 @contextlib.contextmanager
 def local_node() -> Iterator[str]:
     """Start the node; yields HOST:PORT. RuntimeError, with what Ray said, where it does not start."""
-    for _ in range(_ATTEMPTS):  # Ray gives its parts 15 s to start; a busy machine may need longer
-        node = subprocess.Popen(
-            [sys.executable, "-m", __name__],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
-        with node:
+    node, address = storage.retry(_start, "Ray on this machine", deadline_s=_DEADLINE_S)
+    with node:
+        try:
+            yield address
+        finally:
             assert node.stdin is not None
-            assert node.stdout is not None
-            assert node.stderr is not None
-            words = node.stdout.readline().split()
-            if words[:1] == ["node"]:
-                try:
-                    yield words[1]
-                finally:
-                    node.stdin.close()
-                return
-            said = node.stderr.read()
+            node.stdin.close()
+
+
+def _start() -> tuple[subprocess.Popen, str]:
+    node = subprocess.Popen(
+        [sys.executable, "-m", __name__],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    assert node.stdout is not None
+    words = node.stdout.readline().split()
+    if words[:1] == ["node"]:
+        return node, words[1]
+    _, said = node.communicate()
     raise RuntimeError(f"Ray did not start on this machine: {said[-2000:]}")
 
 

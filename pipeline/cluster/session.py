@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -20,15 +19,6 @@ from refinedet.pipeline.runs.logs import restore_loggers
 
 NAMESPACE = "refinedet"
 _PROBE_TIMEOUT_S = 5.0
-# Documented settings of Ray and Ray Train, which reads them in the driver and hands them to its workers.
-_SETTINGS = {
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # its default hides nothing from workers without a GPU, and warns
-    "RAY_CHDIR_TO_TRIAL_DIR": "0",  # relative paths of the spec keep their meaning
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",  # each end of a worker group waits for one
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "30",  # then the number of workers is decided anew
-}
 _FROM_OUTSIDE = (
     "run launch on a node of the cluster, where the address is HOST:PORT (port 6379), or send the job there with "
     "`refinedet submit`."
@@ -44,8 +34,7 @@ def ray_session(cluster: Cluster, address: str | None = None) -> Iterator[None]:
     `cluster.workers`.
     """
     address = address or settings.read("RAY_ADDRESS") or "local"
-    for name, value in _SETTINGS.items():
-        os.environ.setdefault(name, value)
+    settings.provide("ray")
     with contextlib.ExitStack() as stack:
         if address == "local":
             connect_to = stack.enter_context(local_node())

@@ -6,7 +6,6 @@ import functools
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from refinedet.pipeline.cluster.detection_job import DetectionJob, make_detection_job
 from refinedet.pipeline.cluster.detection_stage import DetectionPool
 from refinedet.pipeline.cluster.evaluate import detect_and_measure
 from refinedet.pipeline.cluster.job import Job, Outcome, Stage
@@ -15,6 +14,7 @@ from refinedet.pipeline.cluster.recorder import TrainingRecorder
 from refinedet.pipeline.cluster.training_stage import run_training
 from refinedet.pipeline.config.identity import lasting_part
 from refinedet.pipeline.data.index import check_same_categories, open_shards
+from refinedet.pipeline.evaluation.detection_job import DetectionJob, make_detection_job
 from refinedet.pipeline.report.report import build_report
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError

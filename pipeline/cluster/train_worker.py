@@ -1,4 +1,4 @@
-"""One Ray Train worker: `train_job` with a link to the driver."""
+"""One Ray Train worker: `train_job` with a link to the driver. Only workers import this file."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import ray.train
 from refinedet.model.cost import count_cost
 from refinedet.pipeline.cluster.mailbox import Link
+from refinedet.pipeline.cluster.worker_task import Fatal, WorkerTask
 from refinedet.pipeline.config.batches import plan_batches
 from refinedet.pipeline.config.files import parse_spec
 from refinedet.pipeline.config.run import Run
@@ -31,39 +31,8 @@ from refinedet.pipeline.training.world import World, open_world
 _PREEMPTION_INTERVAL_S = 2.0
 
 
-@dataclass(frozen=True)
-class WorkerTask:
-    """What the driver sends to every worker.
-
-    spec             of the job, as JSON values with absolute paths
-    mailbox          actor handle
-    fault            drills only: "MODULE:FUNCTION ARGUMENTS"; FUNCTION(arguments, run, rank) returns the loss to use
-    preflight_only   check the workers, and end
-    estimate_memory  compare the estimate of the memory with the device's
-    began_at         when the job began to wait for workers, seconds since 1970
-    first            False once workers of this job have trained
-    """
-
-    spec: dict[str, Any]
-    mailbox: Any
-    fault: str
-    preflight_only: bool
-    estimate_memory: bool
-    began_at: float
-    first: bool
-
-
-@dataclass(frozen=True)
-class Fatal:
-    """An error that another attempt would meet again."""
-
-    by_user: bool
-    message: str
-
-
-def train_worker(config: dict[str, WorkerTask]) -> TrainResult | PreflightReport:
-    """The function that Ray Train calls in every worker; `config["task"]` is its task."""
-    task = config["task"]
+def run_worker(task: WorkerTask) -> TrainResult | PreflightReport:
+    """Train, or only check; returns what rank 0's driver gets."""
     run = Run(parse_spec(task.spec, source="the job's spec"))
     rank = ray.train.get_context().get_world_rank()
     restore_loggers()

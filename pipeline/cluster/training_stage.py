@@ -17,7 +17,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from refinedet.pipeline.cluster.capacity import missing_capacity
 from refinedet.pipeline.cluster.mailbox import Link, Mailbox
 from refinedet.pipeline.cluster.session import session_nodes
-from refinedet.pipeline.cluster.train_worker import Fatal, WorkerTask, train_worker
+from refinedet.pipeline.cluster.worker_task import Fatal, WorkerTask
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import Cluster
 from refinedet.pipeline.runs import settings, storage
@@ -203,6 +203,14 @@ def scaling_config(cluster: Cluster, leaving: set[str] = frozenset()) -> Scaling
         placement_strategy=cluster.placement,
         label_selector=labels or None,
     )
+
+
+def train_worker(config: dict[str, WorkerTask]) -> TrainResult | PreflightReport:
+    """The function that Ray Train calls in every worker; `config["task"]` is its task."""
+    # Imported here: Ray Train's controller and the driver load this file too, and need neither timm nor DeepSpeed.
+    from refinedet.pipeline.cluster.train_worker import run_worker
+
+    return run_worker(config["task"])
 
 
 class _Restarts(UserCallback):

@@ -129,7 +129,7 @@ def nan(bench: Bench) -> None:
 def straggler(bench: Bench) -> None:
     """Slow one rank down: the verdict names it, and the part that is slow, while the job runs."""
     name = "straggler"
-    epochs = {"epochs": 3, "decay_epochs": [2]}
+    epochs = {"epochs": 6, "decay_epochs": [5]}  # a verdict needs 40 steps
     job = bench.launch(bench.write_spec(name, training=epochs), fault="slow:rank=1,seconds=0.3")
     bench.check("exit status", 0, job.wait())
     found = bench.events(name, "straggler")
@@ -137,9 +137,9 @@ def straggler(bench: Bench) -> None:
     bench.check("verdict", "rank 1, forward", message, "rank 1" in message and "forward" in message)
     bench.check(
         "before the end",
-        f"step < {3 * STEPS_AN_EPOCH}",
+        f"step < {6 * STEPS_AN_EPOCH}",
         found[0]["step"] if found else "-",
-        bool(found) and found[0]["step"] < 3 * STEPS_AN_EPOCH,
+        bool(found) and found[0]["step"] < 6 * STEPS_AN_EPOCH,
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import secrets
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,6 +31,7 @@ _ALL = (
         "RAY_API_SERVER_ADDRESS", "cluster", "url", "http://127.0.0.1:8265", "dashboard of `submit`, `status`, `stop`"
     ),
     Variable("RAY_AUTH_MODE", "cluster", "text", None, "`token`: requests carry RAY_AUTH_TOKEN"),
+    Variable("RAY_AUTH_TOKEN", "cluster", "text", None, "token of a cluster; a local node's is drawn at the launch"),
     Variable("REQUESTS_CA_BUNDLE", "cluster", "path", None, "authorities that may sign for an https:// dashboard"),
     Variable("RAY_JOB_HEADERS", "cluster", "json", None, "further HTTP headers, for a proxy that asks for a login"),
     Variable("RANK", "training", "number", None, "number of this worker; torchrun and Ray Train set it"),
@@ -39,6 +41,14 @@ _ALL = (
     Variable("OMP_NUM_THREADS", "training", "number", None, "threads of a worker; default: an equal share of cores"),
     Variable("DS_ACCELERATOR", "training", "text", None, "DeepSpeed's device; set to `cpu` where training has no GPU"),
     Variable("CUBLAS_WORKSPACE_CONFIG", "training", "text", None, "set to `:4096:8` by `training.deterministic`"),
+    Variable("RAY_USAGE_STATS_ENABLED", "ray", "flag", "0", "nothing about a run leaves the machine"),
+    Variable("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "ray", "flag", "0", "hide GPUs from workers that asked for none"),
+    Variable("RAY_CHDIR_TO_TRIAL_DIR", "ray", "flag", "0", "relative paths of the spec keep their meaning"),
+    Variable("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "ray", "number", "0.5", "poll of workers; each end waits for one"),
+    Variable("RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S", "ray", "number", "2", "poll for nodes about to be taken away"),
+    Variable(
+        "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "ray", "number", "30", "then the number of workers is decided anew"
+    ),
     Variable("MLFLOW_TRACKING_URI", "mlflow", "url", None, "tracking server, where the spec names none"),
     Variable("MLFLOW_CONFIGURE_LOGGING", "mlflow", "flag", "false", "no handlers of its own"),
     Variable("MLFLOW_DISABLE_TELEMETRY", "mlflow", "flag", "true", "nothing about a run leaves the machine"),
@@ -76,6 +86,15 @@ def provide(group: Literal["ray", "mlflow"]) -> None:
     for variable in _ALL:
         if variable.group == group and variable.default is not None:
             os.environ.setdefault(variable.name, variable.default)
+
+
+def provide_ray_token() -> None:
+    """Draw a token for the local node of this process, unless the environment says which cluster, or how to reach it.
+
+    Call before Ray is imported, which reads it then; a node asks for a token by default.
+    """
+    if "RAY_AUTH_MODE" not in os.environ and "RAY_ADDRESS" not in os.environ:
+        os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
 
 
 def describe() -> str:

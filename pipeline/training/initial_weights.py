@@ -12,8 +12,6 @@ logger = logging.getLogger(__name__)
 
 _SHOWN = 8
 
-__all__ = ["load_initial_weights", "read_weights"]
-
 
 def load_initial_weights(detector: RefineDet, uri: str) -> LoadReport:
     """Load a backbone's or an earlier run's weights into `detector`, and log what matched.

@@ -27,7 +27,7 @@ import yaml
 from tests.cluster.hosts import one_host
 
 WORKERS = 2
-LAUNCH_LIMIT_S, SUBMIT_LIMIT_S = 25.0, 40.0
+LAUNCH_LIMIT_S, SUBMIT_LIMIT_S = 45.0, 60.0
 _TIMEOUT_S = 280.0
 
 

@@ -1,5 +1,32 @@
-"""Local Rays of tests have no token: Ray reads its settings once in a process, which many tests share."""
+"""One Ray for all tests here: a small cluster, to which this process is connected too where a test asks for it.
+
+It has no token: Ray reads its settings once in a process, which many tests share.
+"""
+
+from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+
+import pytest
+from refinedet.pipeline.config.spec import Cluster
 
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+
+from refinedet.pipeline.cluster.session import ray_session
+from refinedet.pipeline.drills.bench import Bench
+
+
+@pytest.fixture(scope="session")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
+    """A small Ray cluster, and specs for it."""
+    bench = Bench(tmp_path_factory.mktemp("jobs"))
+    yield bench
+    bench.close()
+
+
+@pytest.fixture(scope="session")
+def connected(bench: Bench) -> Iterator[None]:
+    """This process as a driver on that cluster."""
+    with ray_session(Cluster(workers=1), bench.cluster.address):
+        yield

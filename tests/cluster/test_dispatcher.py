@@ -6,7 +6,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +14,11 @@ import pytest
 import ray
 from refinedet.pipeline.cluster import dispatcher as module
 from refinedet.pipeline.cluster.dispatcher import Dispatcher
-from refinedet.pipeline.cluster.session import ray_session
-from refinedet.pipeline.config.spec import Cluster
 from refinedet.pipeline.evaluation.chunks import Chunk, split_into_chunks
 from refinedet.pipeline.runs.errors import JobError, UserError
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.usefixtures("connected")]
 CHUNKS = [Chunk(index, 2 * index, 2 * index + 2) for index in range(6)]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with ray_session(Cluster(workers=1), "local"):
-        yield
 
 
 class Worker:
@@ -88,8 +80,8 @@ def test_a_fault_costs_one_chunk_and_one_line(
 ) -> None:
     monkeypatch.setattr(module, "PAUSE_S", 0.1)
     monkeypatch.setattr(module, "PING_EVERY_S", 0.5)
-    monkeypatch.setattr(module, "PING_LIMIT_S", 5.0 if act == "freeze" else 600.0)
-    monkeypatch.setattr(module, "DEADLINE_FLOOR_S", 5.0 if act == "hang" else 600.0)
+    monkeypatch.setattr(module, "PING_LIMIT_S", 3.0 if act == "freeze" else 600.0)
+    monkeypatch.setattr(module, "DEADLINE_FLOOR_S", 3.0 if act == "hang" else 600.0)
     done, said = dispatch(tmp_path, act)
     assert sorted(done) == [chunk.index for chunk in CHUNKS]
     assert len(said) == 1, said

@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,8 @@ import torch
 from jsonschema import validate
 from refinedet.model import RefineDet
 from refinedet.pipeline.cli.main import app
-from refinedet.pipeline.cluster.detection_job import DetectionJob, make_detection_job, write_results
 from refinedet.pipeline.cluster.detection_stage import DetectionPool, run_detection
 from refinedet.pipeline.cluster.evaluate import evaluate_run
-from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.files import dump_spec, load_spec, parse_spec
 from refinedet.pipeline.config.recipes import MERGE_RULES
 from refinedet.pipeline.config.run import Run
@@ -34,6 +31,7 @@ from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.drills.bench import SPEC
+from refinedet.pipeline.evaluation.detection_job import DetectionJob, make_detection_job, write_results
 from refinedet.pipeline.evaluation.metrics import evaluate
 from refinedet.pipeline.evaluation.server_files import ROW_SCHEMA
 from refinedet.pipeline.inference.detections import DetectionTable
@@ -49,13 +47,6 @@ VOC_CLASSES = load_spec(str(Path(__file__).parents[2] / "jobs" / "voc07_refinede
 pytestmark = pytest.mark.dist
 
 NUM_IMAGES, IMAGES_PER_PIECE = 24, 4
-
-
-@pytest.fixture(scope="module")
-def cluster() -> Iterator[None]:
-    """One Ray for all tests here."""
-    with ray_session(JobSpec.model_validate({"name": "any", "data": SPEC["data"]}).cluster):
-        yield
 
 
 def make_run(folder: Path, **changes: Any) -> Run:
@@ -132,7 +123,9 @@ def shapes_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return make_run(tmp_path_factory.mktemp("shapes"))
 
 
-def test_a_killed_worker_and_a_cut_file_cost_a_piece_each_and_no_digit(cluster, shapes_run: Run, caplog) -> None:
+def test_a_killed_worker_and_a_cut_file_cost_a_piece_each_and_no_digit(
+    connected: None, shapes_run: Run, caplog
+) -> None:
     alone = with_workers(shapes_run, 1)
     job, inputs = make_detection_job(alone, "single")
     undisturbed = detect(alone, job)
@@ -198,7 +191,7 @@ def write_voc(root: Path, year: str = "VOC2007", *, annotated: bool = True) -> N
             (root / year / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{objects}</annotation>")
 
 
-def test_a_voc_job_is_measured_by_its_years_rule_and_by_every_merge_rule(cluster, tmp_path: Path) -> None:
+def test_a_voc_job_is_measured_by_its_years_rule_and_by_every_merge_rule(connected: None, tmp_path: Path) -> None:
     write_voc(tmp_path / "VOCdevkit")
     run = make_run(
         tmp_path,

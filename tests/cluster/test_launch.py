@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -26,16 +25,6 @@ pytestmark = pytest.mark.dist
 
 SPARSE_IDS = {1, 3, 7, 20, 90}
 STEPS = 8
-
-
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
-    """A small Ray cluster, and specs for it."""
-    with pytest.MonkeyPatch.context() as environment:
-        environment.setenv("RAY_AUTH_MODE", "disabled")
-        bench = Bench(tmp_path_factory.mktemp("jobs"))
-        yield bench
-        bench.close()
 
 
 @pytest.fixture(scope="module")

@@ -5,21 +5,12 @@ from __future__ import annotations
 import os
 import signal
 import time
-from collections.abc import Iterator
 
 import pytest
 import ray
 from refinedet.pipeline.cluster.mailbox import Link, Mailbox
-from refinedet.pipeline.cluster.session import ray_session
-from refinedet.pipeline.config.spec import Cluster
 
-pytestmark = pytest.mark.dist
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    with ray_session(Cluster(workers=1), "local"):
-        yield
+pytestmark = [pytest.mark.dist, pytest.mark.usefixtures("connected")]
 
 
 def test_messages_arrive_in_order_and_the_request_to_stop_comes_back() -> None:

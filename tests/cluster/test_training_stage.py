@@ -12,8 +12,8 @@ import pytest
 from ray.train import WorkerGroupError
 from refinedet.pipeline.cluster import training_stage as module
 from refinedet.pipeline.cluster.mailbox import Mailbox
-from refinedet.pipeline.cluster.train_worker import Fatal
 from refinedet.pipeline.cluster.training_stage import _Training, explain, scaling_config
+from refinedet.pipeline.cluster.worker_task import Fatal
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import Cluster, JobSpec
 from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError

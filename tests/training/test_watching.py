@@ -5,14 +5,15 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.training.clock import StepClock
 from refinedet.pipeline.training.goodput import Ledger, read_goodput
 from refinedet.pipeline.training.records import StepTimes
-from refinedet.pipeline.training.stragglers import OWN_WORK, find_stragglers
+from refinedet.pipeline.training.stragglers import OWN_WORK, StragglerWatch, find_stragglers
 from refinedet.pipeline.training.watchdog import StallReport, StallVerdict, Watchdog, judge_stall
 from refinedet.pipeline.training.world import World
 
@@ -39,6 +40,29 @@ def test_the_slow_rank_and_its_slow_part_are_named(part: str) -> None:
 def test_of_two_ranks_the_slower_is_named() -> None:
     (found,) = find_stragglers([[0.01, 0.5, 0.0], [0.01, 0.1, 0.0]])
     assert (found.rank, found.part) == (0, "forward")
+
+
+class PlayedWorld:
+    """Two ranks, of which the other takes `other_s` for the forward pass of each step."""
+
+    size, device = 2, torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.other_s = 0.1
+
+    def all_gather(self, row: torch.Tensor) -> torch.Tensor:
+        other = torch.tensor([0.01, self.other_s, 0.0], dtype=row.dtype)
+        return torch.stack([row, other])
+
+
+def test_a_rank_is_named_once_it_was_slow_in_two_windows_in_a_row() -> None:
+    world = PlayedWorld()
+    watch = StragglerWatch(cast(World, world), window=2)
+    said = []
+    for window, seconds in enumerate((0.1, 0.5, 0.1, 0.5, 0.5, 0.5)):  # one slow window alone may be chance
+        world.other_s = seconds
+        said += [(window, found.rank, found.part) for _ in range(2) for found in watch.add(times())]
+    assert said == [(4, 1, "forward")]
 
 
 def report(rank: int, **changes: Any) -> StallReport:

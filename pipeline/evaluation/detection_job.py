@@ -10,12 +10,15 @@ from typing import Any, Literal
 
 from refinedet.pipeline.config.recipes import rules_to_compare
 from refinedet.pipeline.config.run import Run
-from refinedet.pipeline.config.spec import JobSpec, MergeRule
+from refinedet.pipeline.config.spec import MergeRule
+from refinedet.pipeline.data.index import check_same_categories, open_shards
+from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.evaluation.metrics import protocol_of
 from refinedet.pipeline.evaluation.protocols import Metrics, Protocol
 from refinedet.pipeline.evaluation.server_files import write_submission, write_voc_files
 from refinedet.pipeline.evaluation.unreadable import UnreadableImage, unreadable_to_json
 from refinedet.pipeline.inference.detections import DetectionTable
+from refinedet.pipeline.inference.weights import load_detector
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
@@ -78,9 +81,6 @@ def make_detection_job(
     Raises UserError where there are no weights, or where they or the shards are of another model, or the shards' labels
     mean other categories than those of the training shards, where these are there.
     """
-    from refinedet.pipeline.data.index import check_same_categories, open_shards
-    from refinedet.pipeline.data.reading import write_coco_annotations
-
     spec = run.spec
     found = open_shards(shards or storage.join(run.shards, "val"))
     if found.num_classes != spec.model.num_classes:
@@ -92,7 +92,7 @@ def make_detection_job(
     if storage.exists(storage.join(trained_on, "index.json")):
         check_same_categories(open_shards(trained_on), found)
     if weights:
-        _check_weights(weights, spec)
+        load_detector(spec.model, weights, "--weights")
     elif not storage.exists(run.weights):
         raise UserError(f"There are no weights at {run.weights}; run the stage train first, or name others.")
     weights = weights or run.weights
@@ -133,20 +133,6 @@ def make_detection_job(
         "protocol": storage.digest_json(protocol.to_json()),
         "merge_rules": storage.digest_json(compared),
     }
-
-
-def _check_weights(path: str, spec: JobSpec) -> None:
-    """UserError unless the file holds every tensor of the spec's model."""
-    from refinedet.model import RefineDet, load_weights
-    from refinedet.pipeline.training.initial_weights import read_weights
-
-    report = load_weights(RefineDet(spec.model), read_weights(path, "--weights"))
-    unfit = [*report.missing, *report.reshaped]
-    if unfit:
-        raise UserError(
-            f"--weights: {path} does not fit the run's model: {len(unfit)} of its tensors are not there in that shape, "
-            f"such as {unfit[0]}; give weights of the same spec, or change model.* to theirs."
-        )
 
 
 def write_results(

@@ -9,21 +9,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from refinedet.model import RefineDet, load_weights
-from refinedet.pipeline.cluster.detection_job import OWN_METHOD, DetectionJob
+from refinedet.model import RefineDet
 from refinedet.pipeline.config.files import parse_spec
 from refinedet.pipeline.config.recipes import resolve_merge
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.data.index import open_shards
 from refinedet.pipeline.evaluation.chunk_work import detect_chunk
 from refinedet.pipeline.evaluation.chunks import Chunk, ChunkResult, read_chunk, write_chunk
+from refinedet.pipeline.evaluation.detection_job import OWN_METHOD, DetectionJob
 from refinedet.pipeline.evaluation.metrics import match_detections
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.evaluation.unreadable import UnreadableImage
+from refinedet.pipeline.inference.weights import load_detector
 from refinedet.pipeline.runs import storage
-from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
-from refinedet.pipeline.training.initial_weights import read_weights
 
 logger = logging.getLogger(__name__)
 
@@ -114,14 +113,7 @@ class DetectionWorker:
     def _loaded_model(self) -> RefineDet:
         if self._model is None or self._weights != self._job.weights:
             device = "cuda" if self._run.spec.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu"
-            model = RefineDet(self._run.spec.model)
-            report = load_weights(model, read_weights(self._job.weights, "weights"))
-            unfit = [*report.missing, *report.reshaped]
-            if unfit:
-                raise UserError(
-                    f"{self._job.weights} does not fit the run's model: {len(unfit)} of its tensors are not there in "
-                    f"that shape, such as {unfit[0]}; give weights of the same spec."
-                )
-            self._model = model.to(device).to(memory_format=torch.channels_last).eval()
+            model = load_detector(self._run.spec.model, self._job.weights)
+            self._model = model.to(device).to(memory_format=torch.channels_last)
             self._weights = self._job.weights
         return self._model

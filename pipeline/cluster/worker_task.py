@@ -1,0 +1,36 @@
+"""What the driver sends to a training worker, and what it gets back when nothing helps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class WorkerTask:
+    """What the driver sends to every worker.
+
+    spec             of the job, as JSON values with absolute paths
+    mailbox          actor handle
+    fault            drills only: "MODULE:FUNCTION ARGUMENTS"; FUNCTION(arguments, run, rank) returns the loss to use
+    preflight_only   check the workers, and end
+    estimate_memory  compare the estimate of the memory with the device's
+    began_at         when the job began to wait for workers, seconds since 1970
+    first            False once workers of this job have trained
+    """
+
+    spec: dict[str, Any]
+    mailbox: Any
+    fault: str
+    preflight_only: bool
+    estimate_memory: bool
+    began_at: float
+    first: bool
+
+
+@dataclass(frozen=True)
+class Fatal:
+    """An error that another attempt would meet again."""
+
+    by_user: bool
+    message: str
