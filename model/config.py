@@ -1,4 +1,4 @@
-"""The one description of a detector; everything in `model/` is built from it.
+"""Description of a detector; everything in `model/` is built from it.
 
 Free of torch, so that a job spec can be read and checked without loading it.
 """

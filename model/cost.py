@@ -1,4 +1,4 @@
-"""What a detector costs, without memory or a device: parameters, FLOPs, anchors, activations.
+"""Cost of a detector, computed without memory or a device: parameters, FLOPs, anchors, activations.
 
 B images, A anchors an image. Everything is counted on torch's meta device, where tensors have shapes and no content.
 """

@@ -38,7 +38,7 @@ def save_detector(detector: RefineDet, directory: str | Path) -> Path:
 
 
 def detector_metadata(detector: RefineDet) -> dict[str, str]:
-    """What a file of weights carries beside them."""
+    """Metadata of a weights file: config, categories and preprocessing, as JSON texts."""
     mean, std = (part.flatten().tolist() for part in (detector.mean, detector.std))
     order = "BGR" if detector.config.normalization == "caffe" else "RGB"
     size = detector.config.input_size

@@ -1,4 +1,4 @@
-"""Which anchor answers for which box (section IV-D).
+"""Assignment of anchors to boxes (section IV-D).
 
 B images, A anchors an image, G boxes (padded to the largest count of the batch), K candidates a box
 

@@ -35,7 +35,7 @@ class BatchNorm(nn.BatchNorm2d):
 
 
 def normalize_by_running(norm: AnyBatchNorm, x: Tensor) -> Tensor:
-    """What `norm` does in evaluation, whatever its mode."""
+    """Normalise by the running statistics, whatever the mode of `norm`."""
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 

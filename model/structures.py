@@ -1,4 +1,4 @@
-"""What goes into the detector and what comes out of it.
+"""Inputs and outputs of the detector.
 
 B images, A anchors an image, G boxes in one image, C classes with background, N rows that the ADM computed
 """
@@ -83,7 +83,7 @@ def _as_target(target: AnyTargets, image: int) -> Targets:
 
 @dataclass(frozen=True)
 class Matches:
-    """Which box every anchor answers for; `matching.match_anchors` makes it.
+    """Assignment of every anchor to a box, made by `matching.match_anchors`.
 
     labels  [B, A]  class of the matched box, 0: negative, -1: neither (its IoU lies between the thresholds)
     boxes   [B, A]  index of the matched box in its image's targets; only meaningful where labels > 0
@@ -178,7 +178,7 @@ class LossSums:
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, most confident first.
+    """Detections of one image, most confident first.
 
     boxes   [N, 4]  xyxy, pixels of the network input, fp32, not clipped to the image
     scores  [N]     descending, fp32

@@ -28,7 +28,7 @@ EXPANDING_BLOCK = {
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What became of every tensor.
+    """Outcome of a load, tensor by tensor.
 
     matched   names in the model that were copied as they are
     reshaped  names in the model that were copied in part (another number of classes, fc6 and fc7 of VGG)

@@ -27,7 +27,7 @@ def group_bounds(features: Sequence[Tensor], aspects: int) -> list[int]:
 def align_conv_forward(
     features: list[Tensor], strides: list[int], boxes: Tensor, rows: Tensor, weight: list[Tensor], bias: list[Tensor]
 ) -> Tensor:
-    """What `align_conv` documents, for features on a CPU."""
+    """Forward pass of `align_conv` for features on a CPU."""
     aspects, outputs, _, kernel = weight[0].shape[:4]
     if len(rows) and (rows[0] < 0 or (rows[1:] < rows[:-1]).any()):
         raise ValueError("align_conv: rows must be ascending numbers from 0 on, received others.")

@@ -23,7 +23,7 @@ BUILD_COMMAND = "uv pip install --no-build-isolation --no-deps -e ."
 
 @dataclass(frozen=True)
 class LibraryStatus:
-    """What of the operators is there.
+    """State of the compiled operators.
 
     loaded         the library is loaded and its CPU kernels can be used
     path           of the library; None where it is not built
@@ -99,7 +99,7 @@ def find() -> Path | None:
 
 
 def _places() -> list[Path]:
-    """Where the library may be, best first.
+    """Possible paths of the library, best first.
 
     An editable install puts it into site-packages, not beside this file. The code of a job that
     was submitted to a cluster lies in a folder of its own: there, the library that the node's image was built with, for
@@ -113,7 +113,7 @@ def _places() -> list[Path]:
 
 @functools.cache
 def is_loaded() -> bool:
-    """Whether the compiled operators can be used; says once, as a warning, when they cannot."""
+    """Return whether the compiled operators can be used; warn once where they cannot."""
     status = describe()
     if not status.loaded:
         logger.warning("%s The slower PyTorch reference runs instead.", status.reason)
@@ -122,7 +122,7 @@ def is_loaded() -> bool:
 
 @functools.cache
 def runs_on_gpu(index: int) -> bool:
-    """Whether the CUDA kernels run on this GPU; warns once where they do not."""
+    """Return whether the CUDA kernels run on this GPU; warn once where they do not."""
     fault = describe_fault_on_gpu(index)
     if fault:
         logger.warning("%s Until then the slower PyTorch reference runs.", fault)

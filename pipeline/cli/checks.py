@@ -30,7 +30,7 @@ def plan(
 
 @app.command()
 def doctor() -> None:
-    """What is installed and built, what is missing, and what to do about it."""
+    """Check the installation: what is built, what is missing, and the remedy."""
     findings = examine()
     for finding in findings:
         typer.echo(f"{finding.mark} {finding.name:<12} {finding.text}")

@@ -70,7 +70,7 @@ def resume(name: RunOrJob, address: Dashboard = None) -> None:
 
 @app.command()
 def status(name: RunOrJob, address: Dashboard = None) -> None:
-    """How a submitted job is doing."""
+    """Show the status of a submitted job."""
     from refinedet.pipeline.cluster.jobs import JobsClient
 
     client = JobsClient(address)
@@ -97,7 +97,7 @@ def logs(
     address: Dashboard = None,
     follow: Annotated[bool, typer.Option("--follow", help="until it ends")] = False,
 ) -> None:
-    """What a submitted job has printed."""
+    """Print the output of a submitted job."""
     from refinedet.pipeline.cluster.jobs import JobsClient
 
     client = JobsClient(address)
@@ -109,7 +109,7 @@ def logs(
 
 @app.command()
 def stop(name: RunOrJob, address: Dashboard = None) -> None:
-    """Ask a submitted job to save and end, and wait until it has."""
+    """Make a submitted job save and end, and wait until it has."""
     from refinedet.pipeline.cluster.jobs import JobsClient
 
     found = JobsClient(address).stop(name)

@@ -81,7 +81,7 @@ class Dispatcher:
                         left -= 1
                         yield worker.chunk, answer
                 if self._stop.is_set():
-                    raise StoppedError(f"{left} of {len(chunks)} chunks are left; the same command goes on")
+                    raise StoppedError(f"{left} of {len(chunks)} chunks are left; run the same command again to resume")
                 self._replace_silent()
                 if self.idle or any(worker.chunk for worker in self._busy):
                     seen = time.monotonic()

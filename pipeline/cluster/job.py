@@ -93,7 +93,7 @@ class Job:
     def run_stage(self, stage: Stage) -> None:
         """Run a stage unless it is done, and commit its manifest."""
         if self.stop.is_set():
-            raise StoppedError(f"before the stage {stage.name}; the same command goes on there")
+            raise StoppedError(f"before the stage {stage.name}; run the same command again to resume")
         self.check_tracking()
         inputs = stage.inputs(self)
         if inputs is None:

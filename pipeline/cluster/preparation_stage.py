@@ -48,7 +48,7 @@ def run_preparation(
             for task in ready:
                 found[tasks[task]] = _result(task)
             if stop_requested():
-                raise StoppedError("while the shards were written; the same command goes on with those that are left")
+                raise StoppedError("while the shards were written; run the same command again to write the rest")
             waited_s = time.monotonic() - began
             if not progress and not found and waited_s > run.spec.cluster.resource_timeout_s:
                 raise JobError(
@@ -69,7 +69,7 @@ def _result(task: ray.ObjectRef) -> dict[str, Any]:
             raise UserError(str(error.cause)) from None
         if isinstance(error.cause, OSError):  # a full disk, storage that does not answer
             raise JobError(
-                f"shards could not be written: {error.cause}; mend it, then the same command goes on with those that "
+                f"shards could not be written: {error.cause}; fix it, then run the same command again for those that "
                 "are left"
             ) from error
         raise

@@ -80,7 +80,7 @@ class _Training:
             elif getattr(outcome, "status", None) != "stopped":
                 return outcome
             elif self.stop.is_set():
-                raise StoppedError(f"saved at step {outcome.step}; the same command goes on from there")
+                raise StoppedError(f"saved at step {outcome.step}; run the same command again to resume")
 
     def _fit(self) -> Any:
         """One fit to its end: the result of rank 0, or the error."""
@@ -141,7 +141,7 @@ class _Training:
         if self.stop.is_set():
             self.stop_deadline = self.stop_deadline or now + self.cluster.stop_grace_s
             if not self.ranks:
-                raise StoppedError("before the workers were placed; the same command goes on from the last checkpoint")
+                raise StoppedError("before the workers were placed; run the same command again to resume")
             if now > self.stop_deadline:
                 raise StoppedError(
                     f"the workers did not save within {self.cluster.stop_grace_s:g} s; the next start goes on from the "
@@ -157,7 +157,7 @@ class _Training:
         if now - self.waiting_since > limit:
             raise JobError(
                 f"no place for {self.cluster.min_workers} workers came within {limit:g} s "
-                f"({missing or 'other jobs hold them'}); add nodes, then the same command goes on"
+                f"({missing or 'other jobs hold them'}); add nodes, then run the same command again"
             )
 
     def _tell(self, kind: Any, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The one check of a job spec: everything that is wrong without looking at data, weights or a cluster."""
+"""Check of a job spec, as far as it needs no data, weights or cluster."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What makes a run what it is: the part of its spec that decides what is learnt."""
+"""Identity of a run: the part of its spec that decides what is learnt."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _MAY_CHANGE = {
 
 
 def lasting_part(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a spec, as JSON values, makes the run what it is: all but what may change from launch to launch."""
+    """Return the part of a spec, as JSON values, that must not change from launch to launch."""
     lasting: dict[str, Any] = {}
     for key, value in spec.items():
         exempt = _MAY_CHANGE.get(key, set())
@@ -52,7 +52,7 @@ def lasting_part(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spec_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What distinguishes two specs in a way that makes them different runs: "training.epochs was 3, now 4"."""
+    """Describe the first difference that makes two specs different runs: "training.epochs was 3, now 4"."""
     before, now = lasting_part(before), lasting_part(now)
     found = []
     for key in sorted({*before, *now}):

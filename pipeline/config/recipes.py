@@ -93,7 +93,7 @@ def resolve_merge(multiscale: Multiscale) -> MergeRule:
 
 
 def estimate_cost(passes: Sequence[Pass], *, input_size: int, num_images: int) -> dict[str, float]:
-    """What multi-scale testing costs: {"looks", "relative", "images"}.
+    """Estimate the cost of multi-scale testing: {"looks", "relative", "images"}.
 
     looks     forward passes of one image
     relative  pixels over those of one look at the input size, which is about how time compares

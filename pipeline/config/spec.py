@@ -200,7 +200,7 @@ MergeMethod = Literal["nms", "soft_nms_linear", "soft_nms_gaussian", "vote", "so
 
 
 class MergeRule(Section):
-    """How the boxes of one class in one image become its detections."""
+    """Merging of the boxes of one class in one image."""
 
     method: MergeMethod = "nms"
     iou: Fraction | None = None

@@ -26,7 +26,7 @@ def worker_kill(bench: Bench) -> None:
 
 
 def driver_kill(bench: Bench) -> None:
-    """SIGKILL the driver, and with it its workers: the same command goes on, in the same MLflow run."""
+    """SIGKILL the driver, and with it its workers: the same command resumes, in the same MLflow run."""
     name = "driver-kill"
     spec = bench.write_spec(name)
     job = bench.launch(spec)
@@ -109,7 +109,7 @@ def storage_outage(bench: Bench) -> None:
 
 
 def nan(bench: Bench) -> None:
-    """A loss that is not a number on one rank: all ranks stop together and say where; once mended, it goes on."""
+    """A loss that is not a number on one rank: all ranks stop together and name the rank; once fixed, the job resumes."""
     name = "nan"
     step = _AFTER_A_COMMIT
     spec = bench.write_spec(name)

@@ -69,7 +69,7 @@ def detect_samples(
     evaluation: Evaluation,
     autocast: torch.dtype | None = None,
 ) -> tuple[DetectionTable, list[int]]:
-    """As `detect_piece`, of any samples; also the ids of the images looked at, in order."""
+    """Like `detect_piece`, for any samples; also return the ids of the images, in order."""
     size = (model.config.input_size, model.config.input_size)
     rule = evaluation.merge
     config = model.config if rule is None else unsuppressed(model.config)

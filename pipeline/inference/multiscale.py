@@ -48,7 +48,7 @@ def detect_samples_by_rules(
     rules: Mapping[str, MergeRule] = MERGE_RULES,
     autocast: torch.dtype | None = None,
 ) -> dict[str, DetectionTable]:
-    """As `detect_by_rules`, of any samples."""
+    """Like `detect_by_rules`, for any samples."""
     num_looks = sum(1 + one.flip for one in resolve_passes(multiscale, model.config))
     tables: dict[str, list[DetectionTable]] = {name: [] for name in rules}
     for batch, found in look_many_times(model, samples, multiscale, autocast):

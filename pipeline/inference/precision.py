@@ -6,7 +6,7 @@ import torch
 
 
 def computes_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies in bf16 natively; emulated it is many times slower."""
+    """Return whether the device multiplies in bf16 natively; emulation is many times slower."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()

@@ -54,7 +54,7 @@ def _images_of(source: Path) -> list[Path]:
 
 
 def _targets(images: Sequence[Path], output: Path) -> list[Path]:
-    """Where each image's picture goes; UserError where that would write over an image, or over another's picture."""
+    """Output path of each picture; UserError where that would overwrite an image or another picture."""
     inputs = {image.resolve() for image in images}
     taken: dict[Path, Path] = {}
     for image in images:

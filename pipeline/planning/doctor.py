@@ -31,7 +31,7 @@ class Condition:
 
 
 def examine() -> list[Condition]:
-    """Look at this machine; nothing is started."""
+    """Examine this machine without starting anything."""
     versions = package_versions()
     cores = len(os.sched_getaffinity(0))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30

@@ -23,7 +23,7 @@ from rich.table import Table
 
 @dataclass(frozen=True)
 class Device:
-    """What the time model knows of a device.
+    """Figures of a device for the time model.
 
     tflops       dense matrix products in bf16 (fp32 on a CPU), TFLOP/s that the vendor or a measurement gives
     fp32_share   of them in fp32, which a GPU's convolutions compute as TF32
@@ -72,7 +72,7 @@ _WORKSPACE_BYTES = 1.5 * _GIB  # CUDA context, cuDNN workspaces, fragments
 
 @dataclass(frozen=True)
 class Estimate:
-    """What `estimate` says of one worker and one step."""
+    """Estimate for one worker and one step."""
 
     state_bytes: float
     activation_bytes: float

@@ -33,7 +33,7 @@ class RunDirectory:
         return self.file("ground_truth.json" if part == "val" else f"ground_truth_{part}.json")
 
     def stage_is_done(self, stage: str, inputs: Mapping[str, Any]) -> bool:
-        """Whether the stage has run on these very inputs, and its outputs are still what it wrote."""
+        """Return whether the stage has run on these inputs and its outputs are unchanged."""
         path = self._manifest(stage)
         if not storage.exists(path):
             return False

@@ -1,4 +1,4 @@
-"""What this machine and this installation are: for `refinedet doctor`, the report and MLflow."""
+"""Description of this machine and installation, for `refinedet doctor`, the report and MLflow."""
 
 from __future__ import annotations
 

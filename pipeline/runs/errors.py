@@ -39,7 +39,9 @@ def describe_end(error: BaseException) -> End | None:
         return End(1, _one_line(error))
     if isinstance(error, OSError) and error.errno in _NO_ROOM:
         where = f" for {error.filename}" if error.filename else ""
-        return End(1, f"no space is left{where} ({error.strerror}); free some, then the same command goes on.")
+        return End(
+            1, f"no space is left{where} ({error.strerror}); free some, then run the same command again to resume."
+        )
     if isinstance(error, _FILE_ERRORS) and error.filename:
         logger.info("ended by a file error", exc_info=error)  # into the log of the run, where there is one
         return End(2, f"{error.filename}: {error.strerror}; give another path, or change this one.")

@@ -109,7 +109,7 @@ class Lease:
             time.sleep(min(_POLL_S, self._ttl_s / _BEATS_PER_TTL / 2))
 
     def _create(self, number: int) -> bool:
-        """Whether this process won `number`, and with it the run."""
+        """Try to take `number`, and with it the run; return whether this process has it."""
         content = json.dumps(asdict(self._owner) | {"renewed": time.time()}).encode()
         if not storage.create(self._file(number), content):
             return False

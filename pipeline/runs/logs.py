@@ -1,4 +1,4 @@
-"""Where the words of libraries go: into files of the run, never over the progress bar."""
+"""Logging of all libraries into files of the run, never over the progress bar."""
 
 from __future__ import annotations
 

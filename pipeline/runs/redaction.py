@@ -1,4 +1,4 @@
-"""What may be shown: texts and specs without secrets, and a spec flattened to the parameters of a tracked run.
+"""Texts and specs without secrets, and a spec flattened to the parameters of a tracked run.
 
 A secret is recognised by its form (`PATTERNS`, the kept list), by the name that it stands under, or because the
 environment holds it under such a name. Where a form is ambiguous, as a slash in a password is, too much is masked.

@@ -42,7 +42,7 @@ def checkpoints_folder(run_dir: str) -> str:
 
 
 def has_checkpoint(run_dir: str) -> bool:
-    """Whether one was ever committed, whole or not."""
+    """Return whether a checkpoint was ever committed, intact or not."""
     return any(storage.exists(storage.join(path, MANIFEST)) for _, path in _folders(run_dir))
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What is remembered of a micro-batch until the step is checked."""
+    """A micro-batch, kept until its step is checked."""
 
     keys: tuple[str, ...]
     images: Tensor
@@ -30,7 +30,7 @@ class NonFiniteError(FloatingPointError):
 
 
 def explain_non_finite(engine: Engine, world: World, step: int, micro_batches: Sequence[MicroBatch]) -> str:
-    """Say which rank, which loss parts, which samples; or which parameters. All ranks call it."""
+    """Name rank, loss parts and samples, or parameters, that are not finite. Collective."""
     mine = [
         f"rank {world.rank}: {', '.join(f'{name} {value}' for name, value in batch.losses(engine.names).items())}; "
         f"samples {', '.join(batch.keys)}"

@@ -1,4 +1,4 @@
-"""What one training worker does from its start to its end, whoever started it: Ray Train, torchrun, or a shell."""
+"""One training worker from start to end, whether Ray Train, torchrun or a shell started it."""
 
 from __future__ import annotations
 

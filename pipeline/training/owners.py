@@ -1,4 +1,4 @@
-"""Which rank keeps and writes which tensor."""
+"""Assignment of tensors to the ranks that write them."""
 
 from __future__ import annotations
 

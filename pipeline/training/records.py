@@ -1,4 +1,4 @@
-"""What training tells of itself: a record a step, events, the result."""
+"""Records of training: one per step, events, the result."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class StepRecord:
     times: StepTimes
 
     def line(self) -> dict[str, Any]:
-        """As a line of metrics.jsonl."""
+        """Return the record as a line of metrics.jsonl."""
         kept = ("step", "total_steps", "epoch", "learning_rate", "losses", "gradient_norm", "images_per_s")
         line = {name: getattr(self, name) for name in (*kept, "memory_bytes", "skipped_steps")}
         return {**line, "time": time.time(), "times": asdict(self.times)}
@@ -91,7 +91,7 @@ class Event:
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How training ended; the same on every rank."""
+    """End of training; the same on every rank."""
 
     status: Literal["finished", "stopped"]
     step: int

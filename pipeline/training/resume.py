@@ -27,7 +27,7 @@ def check_same_data(checkpoint: Checkpoint, schedule: Schedule, global_batch: in
 
 
 def manifest_facts(state: TrainState, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What the manifest of a checkpoint holds beside its files; a score where these very weights were validated."""
+    """Metadata for the manifest of a checkpoint; with a score where these weights were validated."""
     epoch, batch = divmod(state.step, state.schedule.steps_per_epoch)
     validated = state.validated_step == state.step
     score = state.metrics.get("AP", next(iter(state.metrics.values()), None)) if validated else None

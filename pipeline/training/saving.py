@@ -38,7 +38,7 @@ _LONGEST_WAIT_S = 300.0
 
 
 class SaveState(IntEnum):
-    """How far this rank is with the checkpoint being written; exchanged in every step."""
+    """Progress of this rank with the checkpoint being written; exchanged in every step."""
 
     IDLE = 0
     WRITING = 1
@@ -151,7 +151,7 @@ class CheckpointWriter:
                 return
 
     def news(self, step: int) -> list[Event]:
-        """What became of saving since the last call."""
+        """Events of saving since the last call."""
         events = []
         if self.committed_step > self._told[0]:
             message = f"checkpoint of step {self.committed_step} is committed"

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, by name: whole tensors, each written by the one rank that owns it.
+"""Contents of a checkpoint by name: whole tensors, each written by the rank that owns it.
 
 `weight/NAME`, `momentum/NAME`, `ema/NAME` and `buffer/NAME`; all exact copies, and none of them of one rank only, so
 that any number of workers and any ZeRO stage resumes from them. Random numbers need no state: see `seed_everything`.

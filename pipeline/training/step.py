@@ -17,7 +17,7 @@ from refinedet.pipeline.training.state import seed_everything
 
 @dataclass
 class TrainState:
-    """What changes as training goes on. A checkpoint holds all of it; `step` is also the place in the data."""
+    """Everything that training changes. A checkpoint holds all of it; `step` is also the place in the data."""
 
     engine: Engine
     average: AveragedWeights

@@ -1,4 +1,4 @@
-"""Which rank the others wait for, and in what."""
+"""Detection of a rank that the others wait for, and of the part in which it is slow."""
 
 from __future__ import annotations
 

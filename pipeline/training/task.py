@@ -1,4 +1,4 @@
-"""What training is given: a task, and what it calls."""
+"""Inputs of training: a task, and callbacks."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on what, the same on every rank but for the stream."""
+    """Detector, loss and data; the same on every rank but for the stream."""
 
     detector: nn.Module
     """on the CPU, initialised alike on every rank (rank 0's weights win)"""
@@ -39,7 +39,7 @@ class Task:
 
 @dataclass(frozen=True)
 class Callbacks:
-    """What training calls. Records and events are the same on every rank; the callers of ranks other than 0 drop them.
+    """Callbacks of training. Records and events are the same on every rank; ranks other than 0 drop them.
 
     validate        (detector in eval mode, epochs done) -> metrics, on every rank; rank 0's count, `AP` is the score
     stop_requested  read once a step; True on any rank saves and ends training on all

@@ -1,4 +1,4 @@
-"""Everything around the steps of training: what the ranks agree on, faults, validation, saving, records."""
+"""Upkeep around the steps of training: agreement of the ranks, faults, validation, saving, records."""
 
 from __future__ import annotations
 
@@ -216,7 +216,7 @@ class Upkeep:
             self.callbacks.on_event(event)
 
     def _ends_epochs(self, every: int | None) -> bool:
-        """Whether the step was the last of an epoch after which something is due that comes every so many epochs."""
+        """Return whether the step was the last of an epoch whose number is a multiple of an interval."""
         epochs, rest = divmod(self.state.step, self.state.schedule.steps_per_epoch)
         return every is not None and rest == 0 and epochs % every == 0
 

@@ -31,7 +31,7 @@ EXIT_STALLED = 75
 
 @dataclass(frozen=True)
 class StallReport:
-    """Where one rank stood when a step had taken too long."""
+    """State of one rank when a step had taken too long."""
 
     rank: int
     host: str
@@ -47,7 +47,7 @@ class StallReport:
 
 @dataclass(frozen=True)
 class StallVerdict:
-    """Who held up a step. `ranks` is empty where every rank waits for the others: the network, or the device."""
+    """Ranks that held up a step. `ranks` is empty where every rank waits for the others: the network, or the device."""
 
     step: int
     ranks: tuple[int, ...]
@@ -175,7 +175,7 @@ def _try(what: str, action: Callable[[], object]) -> None:
 
 
 def _waits(phase: str, frame: FrameType | None) -> bool:
-    """Whether the code is in a collective: in torch.distributed, or where the device is waited for after one."""
+    """Return whether the code waits for other ranks: in torch.distributed, or for the device after a collective."""
     while frame is not None:
         if frame.f_code.co_filename.endswith(("distributed_c10d.py", "training/exchange.py")):
             return True

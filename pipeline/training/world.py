@@ -1,4 +1,4 @@
-"""Who this process is among the workers, and the collectives that all of them call.
+"""Rank of this process among the workers, and the collectives that all of them call.
 
 A group that exists already is used as it is; else one is made from torchrun's environment, which workers of Ray Train
 find too; else this process is a world of one.

@@ -82,7 +82,7 @@ def test_a_job_is_stopped_goes_on_to_the_end_and_is_not_done_twice(bench: Bench,
     last = steps_of(run)[-1]
     assert last < STEPS
     assert (tmp_path / "first.err").read_text() == (
-        f"refinedet: stopped: saved at step {last}; the same command goes on from there\n"
+        f"refinedet: stopped: saved at step {last}; run the same command again to resume\n"
     ), "libraries must not talk over the progress"
     stopped = json.loads((run / "tracking.json").read_text())
     assert stopped["status"] == "KILLED"
