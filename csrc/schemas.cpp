@@ -37,7 +37,7 @@ STABLE_TORCH_LIBRARY(refinedet, m) {
       "box_vote(Tensor boxes, Tensor scores, Tensor groups, float iou, float score_threshold, bool soft, "
       "bool plus_one) -> (Tensor, Tensor, Tensor)");
   m.def(
-      "weighted_box_fusion(Tensor boxes, Tensor scores, Tensor groups, int num_looks, float iou, "
+      "weighted_box_fusion(Tensor boxes, Tensor scores, Tensor groups, int num_views, float iou, "
       "float score_threshold, bool plus_one) -> (Tensor, Tensor, Tensor)");
 }
 

@@ -28,7 +28,7 @@ constexpr int64_t kBoxesPerThread = 512;
 struct Rule {
   float iou, sigma, score_threshold;
   bool plus_one, flag = false;  // flag: Gaussian soft-NMS, or soft voting
-  int64_t num_looks = 1;
+  int64_t num_views = 1;
 };
 
 // The boxes of a group that are left, in columns.
@@ -301,12 +301,12 @@ int64_t fuse(const Group& group, const Rule& rule) {
     }
     clusters.set(best, mean, one);
   }
-  const float looks = static_cast<float>(rule.num_looks);
+  const float views = static_cast<float>(rule.num_views);
   for (int64_t k = 0; k < clusters.size; ++k) {
     const float members = clusters.sum[k];
     const Box box = clusters.box(k);
     std::copy_n(box.begin(), 4, group.out_boxes + 4 * k);
-    group.out_scores[k] = clusters.score[k] / members * std::min(members, looks) / looks;
+    group.out_scores[k] = clusters.score[k] / members * std::min(members, views) / views;
   }
   sort_results(group, clusters.size);
   return clusters.size;
@@ -388,9 +388,9 @@ std::tuple<Tensor, Tensor, Tensor> box_vote_op(Tensor boxes, Tensor scores, Tens
   return {merged.boxes, merged.scores, merged.groups};
 }
 
-std::tuple<Tensor, Tensor, Tensor> fuse_op(Tensor boxes, Tensor scores, Tensor groups, int64_t num_looks, double iou,
+std::tuple<Tensor, Tensor, Tensor> fuse_op(Tensor boxes, Tensor scores, Tensor groups, int64_t num_views, double iou,
                                            double score_threshold, bool plus_one) {
-  const Rule rule{float(iou), 0, float(score_threshold), plus_one, false, num_looks};
+  const Rule rule{float(iou), 0, float(score_threshold), plus_one, false, num_views};
   const Merged merged = merge(boxes, scores, groups, rule, fuse, 1);
   return {merged.boxes, merged.scores, merged.groups};
 }

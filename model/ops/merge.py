@@ -99,7 +99,7 @@ def weighted_box_fusion(
     scores: Tensor,
     groups: Tensor | None = None,
     *,
-    num_looks: int,
+    num_views: int,
     iou: float = 0.55,
     score_threshold: float = 0.0,
     plus_one: bool = False,
@@ -107,20 +107,20 @@ def weighted_box_fusion(
     """Weighted box fusion (Solovyev et al. 2021): boxes [M, 4], scores [M], groups [M].
 
     Best first, every box joins the cluster whose mean it overlaps most, above `iou`, or opens one. A cluster's box is
-    the mean weighted by score, its score the mean score times min(boxes, num_looks) / num_looks: what few of the
-    looks (passes over the image) saw is trusted less.
+    the mean weighted by score, its score the mean score times min(boxes, num_views) / num_views: what few of the
+    views of the image detected is trusted less.
     """
-    if num_looks < 1:
-        raise ValueError(f"num_looks must be at least 1, received {num_looks}.")
+    if num_views < 1:
+        raise ValueError(f"num_views must be at least 1, received {num_views}.")
     boxes, scores, groups = _checked(boxes, scores, groups)
     if _is_ready():
         results = torch.ops.refinedet.weighted_box_fusion(
-            *_for_library(boxes, scores, groups), num_looks, iou, score_threshold, plus_one
+            *_for_library(boxes, scores, groups), num_views, iou, score_threshold, plus_one
         )
         return _returned(results, boxes, groups)
 
     def run(group_boxes: np.ndarray, group_scores: np.ndarray) -> tuple[np.ndarray, ...]:
-        return reference.weighted_box_fusion(group_boxes, group_scores, iou, score_threshold, num_looks, plus_one)
+        return reference.weighted_box_fusion(group_boxes, group_scores, iou, score_threshold, num_views, plus_one)
 
     return _merged(run, boxes, scores, groups)
 
@@ -135,7 +135,7 @@ def _checked(boxes: Tensor, scores: Tensor, groups: Tensor | None) -> tuple[Tens
             raise ValueError(f"{name} must be [{len(boxes)}] as there are boxes, received {list(values.shape)}.")
     if groups.is_floating_point():
         raise ValueError(f"groups must be integers, received {groups.dtype}.")
-    # A sum is finite only if its terms are, and quick; one of huge terms may overflow, so they are looked at then.
+    # A sum is finite only if its terms are, and quick; one of huge terms may overflow, so they are examined then.
     if not all(values.sum().isfinite() or values.isfinite().all() for values in (boxes, scores)):
         raise ValueError("boxes and scores must be finite, received NaN or infinity.")
     return boxes.detach(), scores.detach(), groups

@@ -100,12 +100,12 @@ def vote(
 
 
 def weighted_box_fusion(
-    boxes: np.ndarray, scores: np.ndarray, iou: float, score_threshold: float, num_looks: int, plus_one: bool
+    boxes: np.ndarray, scores: np.ndarray, iou: float, score_threshold: float, num_views: int, plus_one: bool
 ) -> Merged:
     """Weighted box fusion (Solovyev et al. 2021): (boxes [M, 4], scores [M]), best first.
 
     Best first, every box joins the cluster whose mean it overlaps most, above `iou`, or opens a new one. A cluster's
-    box is the mean weighted by score; its score the mean score times min(boxes, num_looks) / num_looks.
+    box is the mean weighted by score; its score the mean score times min(boxes, num_views) / num_views.
     """
     means, sums = np.zeros((0, 4), boxes.dtype), np.zeros((0, 4), boxes.dtype)
     totals, members = np.zeros(0, scores.dtype), np.zeros(0, np.int64)
@@ -125,8 +125,8 @@ def weighted_box_fusion(
             sums = np.concatenate([sums, (boxes[one] * scores[one])[None]])
             totals, members = np.append(totals, scores[one]), np.append(members, 1)
     members = members.astype(scores.dtype)
-    looks = scores.dtype.type(num_looks)
-    fused = totals / members * np.minimum(members, looks) / looks
+    views = scores.dtype.type(num_views)
+    fused = totals / members * np.minimum(members, views) / views
     order = np.argsort(-fused, kind="stable")
     return means[order], fused[order]
 

@@ -93,22 +93,22 @@ def resolve_merge(multiscale: Multiscale) -> MergeRule:
 
 
 def estimate_cost(passes: Sequence[Pass], *, input_size: int, num_images: int) -> dict[str, float]:
-    """Estimate the cost of multi-scale testing: {"looks", "relative", "images"}.
+    """Estimate the cost of multi-scale testing: {"views", "relative", "images"}.
 
-    looks     forward passes of one image
-    relative  pixels over those of one look at the input size, which is about how time compares
-    images    looks over all images
+    views     forward passes per image
+    relative  pixels relative to one view at the input size, roughly the ratio of times
+    images    views of all images
     """
-    looks = sum(1 + one.flip for one in passes)
+    views = sum(1 + one.flip for one in passes)
     pixels = sum((1 + one.flip) * sides_of(one)[0] * sides_of(one)[1] for one in passes)
-    return {"looks": looks, "relative": pixels / input_size**2, "images": looks * num_images}
+    return {"views": views, "relative": pixels / input_size**2, "images": views * num_images}
 
 
 def describe_cost(passes: Sequence[Pass], *, input_size: int, num_images: int) -> str:
     """`estimate_cost` in one line, to print before it starts."""
     cost = estimate_cost(passes, input_size=input_size, num_images=num_images)
     return (
-        f"multi-scale: {len(passes)} passes, {cost['looks']:.0f} looks at each of {num_images} images "
+        f"multi-scale: {len(passes)} passes, {cost['views']:.0f} views of each of {num_images} images "
         f"({cost['images']:.0f} in all), about {cost['relative']:.1f} times the single-scale time"
     )
 

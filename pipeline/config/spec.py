@@ -236,7 +236,7 @@ class Evaluation(Section):
 
 
 class Pass(Section):
-    """One look at every image in multi-scale testing."""
+    """One view of every image in multi-scale testing, and its mirror image."""
 
     size: PositiveInt | tuple[PositiveInt, PositiveInt]
     """side of the square, or (height, width) for landscape images, swapped for portrait ones; pixels"""

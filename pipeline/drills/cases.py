@@ -109,7 +109,7 @@ def storage_outage(bench: Bench) -> None:
 
 
 def nan(bench: Bench) -> None:
-    """A loss that is not a number on one rank: all ranks stop together and name the rank; once fixed, the job resumes."""
+    """A loss that is not a number on one rank: all ranks stop and name it; once fixed, the job resumes."""
     name = "nan"
     step = _AFTER_A_COMMIT
     spec = bench.write_spec(name)

@@ -76,7 +76,7 @@ def detect_samples(
     tables, image_ids = [], []
     with evaluating(model):
         for batch in batched(samples, evaluation.batch_size):
-            found = look(model, [sample.image for sample in batch], size, config=config, autocast=autocast)
+            found = detect_view(model, [sample.image for sample in batch], size, config=config, autocast=autocast)
             if rule is not None:
                 found = Found(*merge_boxes(rule, found.boxes, found.scores, found.labels, found.image))
             tables.append(as_table(found, batch, categories))
@@ -101,7 +101,7 @@ def unsuppressed(config: RefineDetConfig) -> RefineDetConfig:
     return dataclasses.replace(config, nms_iou=1.0, max_detections=10**9)
 
 
-def look(
+def detect_view(
     model: RefineDet,
     images: Sequence[np.ndarray],
     size: tuple[int, int],

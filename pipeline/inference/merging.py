@@ -57,7 +57,7 @@ def merge_by_voting(found: Candidates, rule: MergeRule, iou: float) -> Merged:
 def merge_by_fusion(found: Candidates, rule: MergeRule, iou: float) -> Merged:
     """Weighted box fusion (Solovyev et al. 2021)."""
     return merge.weighted_box_fusion(
-        found.boxes, found.scores, found.groups, num_looks=found.num_views, iou=iou, plus_one=rule.plus_one
+        found.boxes, found.scores, found.groups, num_views=found.num_views, iou=iou, plus_one=rule.plus_one
     )
 
 
@@ -74,19 +74,19 @@ assert MERGE_METHODS.keys() == set(get_args(MergeMethod))
 
 
 def merge_boxes(
-    rule: MergeRule, boxes: Tensor, scores: Tensor, labels: Tensor, image: Tensor, *, num_looks: int = 1
+    rule: MergeRule, boxes: Tensor, scores: Tensor, labels: Tensor, image: Tensor, *, num_views: int = 1
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Merge within each class of each image, and keep the best `rule.max_detections` of each image.
 
     boxes [N, 4], scores [N], labels [N] integers from 1, image [N] integers from 0
-    num_looks  views of each image
+    num_views  views of each image
     returns    boxes [M, 4], scores [M], labels [M], image [M]; by image, best first
     """
     confident = scores >= rule.score_threshold
     boxes, scores, labels, image = boxes[confident], scores[confident], labels[confident], image[confident]
     num_labels = int(labels.max()) + 1 if len(labels) else 1
     function, usual_iou = MERGE_METHODS[rule.method]
-    found = Candidates(boxes, scores, image * num_labels + labels, num_looks)
+    found = Candidates(boxes, scores, image * num_labels + labels, num_views)
     boxes, scores, groups = function(found, rule, usual_iou if rule.iou is None else rule.iou)
     image, labels = groups // num_labels, groups % num_labels
     order = torch.sort(scores, descending=True, stable=True).indices

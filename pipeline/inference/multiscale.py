@@ -1,4 +1,4 @@
-"""Multi-scale testing: every image looked at in several sizes, aspects and mirrored, and the boxes merged.
+"""Multi-scale testing: detection in several views of every image (sizes, aspects, mirrored), whose boxes are merged.
 
 An image is decoded once for all passes. Passes are batched by the size they warp to.
 """
@@ -15,7 +15,7 @@ from refinedet.pipeline.config.spec import MergeRule, Multiscale, Pass
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.reading import EvaluationSamples
 from refinedet.pipeline.data.samples import Category, Sample
-from refinedet.pipeline.inference.detect import Found, as_table, batched, evaluating, look
+from refinedet.pipeline.inference.detect import Found, as_table, batched, detect_view, evaluating
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.inference.merging import merge_boxes
 
@@ -32,7 +32,7 @@ def detect_by_rules(
     autocast: torch.dtype | None = None,
     max_bad_samples: int = 10,
 ) -> dict[str, DetectionTable]:
-    """Detections of the samples at `positions` by each rule; every image is looked at once for all of them.
+    """Detections of the samples at `positions` by each rule; the views of an image are computed once for all rules.
 
     Otherwise as `detect_piece`.
     """
@@ -49,39 +49,39 @@ def detect_samples_by_rules(
     autocast: torch.dtype | None = None,
 ) -> dict[str, DetectionTable]:
     """Like `detect_by_rules`, for any samples."""
-    num_looks = sum(1 + one.flip for one in resolve_passes(multiscale, model.config))
+    num_views = sum(1 + one.flip for one in resolve_passes(multiscale, model.config))
     tables: dict[str, list[DetectionTable]] = {name: [] for name in rules}
-    for batch, found in look_many_times(model, samples, multiscale, autocast):
+    for batch, found in detect_batches_in_views(model, samples, multiscale, autocast):
         for name, rule in rules.items():
-            merged = merge_boxes(rule, found.boxes, found.scores, found.labels, found.image, num_looks=num_looks)
+            merged = merge_boxes(rule, found.boxes, found.scores, found.labels, found.image, num_views=num_views)
             tables[name].append(as_table(Found(*merged), batch, categories))
     return {name: DetectionTable.concatenate(parts) for name, parts in tables.items()}
 
 
-def look_many_times(
+def detect_batches_in_views(
     model: RefineDet, samples: Iterable[Sample], multiscale: Multiscale, autocast: torch.dtype | None = None
 ) -> Iterator[tuple[list[Sample], Found]]:
     """Batches of samples, and what all passes found in them, not merged yet."""
     with evaluating(model):
         for batch in batched(samples, multiscale.batch_size * _BATCHES_DECODED):
-            yield batch, look_at_images(model, [sample.image for sample in batch], multiscale, autocast)
+            yield batch, detect_in_views(model, [sample.image for sample in batch], multiscale, autocast)
 
 
-def look_at_images(
+def detect_in_views(
     model: RefineDet, images: Sequence[np.ndarray], multiscale: Multiscale, autocast: torch.dtype | None = None
 ) -> Found:
     """Detections of all passes over images, uint8 [H, W, 3], not merged yet."""
     passes = resolve_passes(multiscale, model.config)
-    looks = [found for one in passes for found in _look_once(model, images, one, multiscale, autocast)]
+    views = [found for one in passes for found in _detect_in_pass(model, images, one, multiscale, autocast)]
     return Found(
-        torch.cat([one.boxes for one in looks]),
-        torch.cat([one.scores for one in looks]),
-        torch.cat([one.labels for one in looks]),
-        torch.cat([one.image for one in looks]),
+        torch.cat([one.boxes for one in views]),
+        torch.cat([one.scores for one in views]),
+        torch.cat([one.labels for one in views]),
+        torch.cat([one.image for one in views]),
     )
 
 
-def _look_once(
+def _detect_in_pass(
     model: RefineDet, images: Sequence[np.ndarray], one: Pass, multiscale: Multiscale, autocast: torch.dtype | None
 ) -> list[Found]:
     """One pass over images, in batches of one size; `image` is the place in `images`."""
@@ -95,7 +95,7 @@ def _look_once(
     for size, places in by_size.items():
         for start in range(0, len(places), num_images):
             chosen = places[start : start + num_images]
-            found = look(
+            found = detect_view(
                 model, [images[place] for place in chosen], size, config=model.config, flip=one.flip, autocast=autocast
             )
             sides = found.boxes[:, 2:] - found.boxes[:, :2] + 1  # the authors count inclusive pixels here

@@ -13,9 +13,9 @@ from refinedet.model import RefineDet
 from refinedet.pipeline.config.files import parse_spec
 from refinedet.pipeline.config.recipes import resolve_merge, resolve_passes
 from refinedet.pipeline.config.spec import Multiscale
-from refinedet.pipeline.inference.detect import Found, evaluating, look
+from refinedet.pipeline.inference.detect import Found, detect_view, evaluating
 from refinedet.pipeline.inference.merging import merge_boxes
-from refinedet.pipeline.inference.multiscale import look_at_images
+from refinedet.pipeline.inference.multiscale import detect_in_views
 from refinedet.pipeline.inference.precision import autocast_type
 from refinedet.pipeline.inference.weights import load_detector
 from refinedet.pipeline.runs import storage
@@ -87,11 +87,11 @@ class Predictor:
         config = self.model.config
         if self.multiscale is None:
             size = (config.input_size, config.input_size)
-            return look(self.model, images, size, config=config, autocast=self.autocast)
-        num_looks = sum(1 + one.flip for one in resolve_passes(self.multiscale, config))
-        found = look_at_images(self.model, images, self.multiscale, self.autocast)
+            return detect_view(self.model, images, size, config=config, autocast=self.autocast)
+        num_views = sum(1 + one.flip for one in resolve_passes(self.multiscale, config))
+        found = detect_in_views(self.model, images, self.multiscale, self.autocast)
         rule = resolve_merge(self.multiscale)
-        return Found(*merge_boxes(rule, found.boxes, found.scores, found.labels, found.image, num_looks=num_looks))
+        return Found(*merge_boxes(rule, found.boxes, found.scores, found.labels, found.image, num_views=num_views))
 
 
 def _category_names(directory: str, num_classes: int) -> tuple[str, ...]:

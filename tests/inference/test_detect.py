@@ -1,4 +1,4 @@
-"""Detections come back in the original image's pixels, whatever the size, aspect and mirroring of the look."""
+"""Detections come back in the original image's pixels, whatever the size, aspect and mirroring of the view."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_a_pass_of_any_size_finds_the_same_boxes(model, size, flip):
     rules = {"vote": MergeRule(method="vote")}
     table = detect_samples_by_rules(model, PICTURES, CATEGORIES, multiscale, rules)["vote"]
     check_boxes(table, tolerance=6)
-    if isinstance(size, tuple):  # the tall picture is looked at upright
+    if isinstance(size, tuple):  # the tall picture is shown upright
         assert {shape[2:] for shape in model.sizes} == {(64, 192), (192, 64)}
     assert all(shape[0] <= 4 for shape in model.sizes)
 
@@ -119,9 +119,9 @@ def test_published_recipes_resolve():
         assert resolve_merge(Multiscale(recipe=name)).method == ("vote" if "voc" in name else "soft_vote")
     assert resolve_merge(Multiscale(passes=(Pass(size=64),))).method == "soft_vote"
     cost = estimate_cost(RECIPES["coco320"].passes, input_size=320, num_images=5000)
-    assert cost["looks"] == 18
+    assert cost["views"] == 18
     assert cost["images"] == 90000
-    assert "18 looks at each of 5000 images" in describe_cost(
+    assert "18 views of each of 5000 images" in describe_cost(
         RECIPES["coco320"].passes, input_size=320, num_images=5000
     )
 

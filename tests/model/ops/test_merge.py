@@ -84,7 +84,7 @@ def test_compiled_equals_the_reference(implementation, monkeypatch, count, plus_
             *merge.vote(boxes, scores, groups, plus_one=plus_one),
             *merge.vote(boxes, scores, groups, soft=True, plus_one=plus_one),
             *merge.vote(boxes, scores, groups, soft=True, score_threshold=0.0, plus_one=plus_one),
-            *merge.weighted_box_fusion(boxes, scores, groups, num_looks=3, score_threshold=0.2, plus_one=plus_one),
+            *merge.weighted_box_fusion(boxes, scores, groups, num_views=3, score_threshold=0.2, plus_one=plus_one),
         ]
 
     def run_gaussian(boxes: Tensor, scores: Tensor, groups: Tensor) -> tuple[Tensor, Tensor]:
@@ -129,7 +129,7 @@ def test_equal_scores_stay_in_the_order_of_the_input(implementation):
     assert merge.nms(boxes, scores, iou=0.5).tolist() == list(range(40))
     assert merge.soft_nms(boxes, scores)[0].tolist() == list(range(40))
     assert torch.equal(merge.vote(boxes, scores, soft=True)[0], boxes)
-    assert torch.equal(merge.weighted_box_fusion(boxes, scores, num_looks=1)[0], boxes)
+    assert torch.equal(merge.weighted_box_fusion(boxes, scores, num_views=1)[0], boxes)
     twice = boxes.repeat_interleave(2, 0)
     assert merge.nms(twice, torch.full((80,), 0.5), iou=0.5).tolist() == list(range(0, 80, 2))
 
@@ -152,7 +152,7 @@ def test_what_merging_leaves(implementation, seed):
     soft, soft_scores, _ = merge.vote(boxes, scores, soft=True)
     assert len(soft) >= len(merged)
     assert (soft_scores.diff() <= 0).all()
-    fused, fused_scores, _ = merge.weighted_box_fusion(boxes, scores, num_looks=4)
+    fused, fused_scores, _ = merge.weighted_box_fusion(boxes, scores, num_views=4)
     assert (fused_scores <= scores.max()).all()
     assert len(fused) <= len(boxes)
 
@@ -160,9 +160,9 @@ def test_what_merging_leaves(implementation, seed):
 def test_weighted_box_fusion_by_hand(implementation):
     boxes = torch.tensor([[0.0, 0, 10, 10], [0, 0, 10, 12], [50, 50, 60, 60]])
     scores = torch.tensor([0.8, 0.4, 0.6])
-    merged, fused, _ = merge.weighted_box_fusion(boxes, scores, num_looks=2, iou=0.55)
+    merged, fused, _ = merge.weighted_box_fusion(boxes, scores, num_views=2, iou=0.55)
     torch.testing.assert_close(merged, torch.tensor([[0, 0, 10, (8 + 4.8) / 1.2], [50, 50, 60, 60]]))
-    torch.testing.assert_close(fused, torch.tensor([0.6, 0.3]))  # the second was seen in one look of two
+    torch.testing.assert_close(fused, torch.tensor([0.6, 0.3]))  # the second was found in one view of two
 
 
 def test_other_types_and_layouts(implementation):
