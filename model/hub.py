@@ -21,7 +21,8 @@ from .config import RefineDetConfig
 if TYPE_CHECKING:
     from .detector import RefineDet
 
-FILE = "model.safetensors"
+FILE, RUN_FILE = "model.safetensors", "weights.safetensors"
+"""name in a directory of `save_pretrained`, and in the directory of a training run"""
 CONFIG, CATEGORIES, PREPROCESSING = "config", "categories", "preprocessing"
 """keys of the file's metadata; the values are JSON"""
 
@@ -88,9 +89,9 @@ def _read(source: str, hub_options: dict[str, Any]) -> bytes:
     if "://" in source:
         return _read_uri(source)
     if path.is_dir():
-        found = [path / name for name in (FILE, "weights.safetensors") if (path / name).is_file()]
+        found = [path / name for name in (FILE, RUN_FILE) if (path / name).is_file()]
         if not found:
-            raise ValueError(f"a detector's directory must hold {FILE}, received {source!r} without it.")
+            raise ValueError(f"a detector's directory must hold {FILE} or {RUN_FILE}, received {source!r} without.")
         return found[0].read_bytes()
     if path.is_file():
         return path.read_bytes()
@@ -113,13 +114,16 @@ def _read_uri(source: str) -> bytes:
         import fsspec
     except ImportError:
         raise ValueError(f"reading {source!r} needs fsspec; install it with `pip install fsspec`.") from None
-    if not source.endswith(".safetensors"):
-        source = f"{source.rstrip('/')}/{FILE}"
-    try:
-        with fsspec.open(source, "rb") as file:
-            return file.read()  # pyright: ignore[reportAttributeAccessIssue]
-    except (OSError, ImportError, ValueError) as error:
-        raise ValueError(f"weights must exist, received {source!r} ({error}).") from None
+    names = [""] if source.endswith(".safetensors") else [f"/{FILE}", f"/{RUN_FILE}"]
+    for name in names:
+        try:
+            with fsspec.open(f"{source.rstrip('/')}{name}", "rb") as file:
+                return file.read()  # pyright: ignore[reportAttributeAccessIssue]
+        except FileNotFoundError:
+            continue
+        except (OSError, ImportError, ValueError) as error:
+            raise ValueError(f"weights must be readable, received {source!r} ({error}).") from None
+    raise ValueError(f"weights must exist, received {source!r}, which has neither {FILE} nor {RUN_FILE}.")
 
 
 def _read_metadata(content: bytes) -> dict[str, str]:

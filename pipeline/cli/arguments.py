@@ -20,3 +20,6 @@ Weights = Annotated[str | None, typer.Option(help="other weights, file or URI; d
 Shards = Annotated[str | None, typer.Option(help="directory or URI; default: the run's validation shards")]
 Output = Annotated[str | None, typer.Option(help="directory for the results; default: the run's")]
 Json = Annotated[Path | None, typer.Option("--json", help="write the numbers, by class and size, and curves here too")]
+Detector = Annotated[
+    str, typer.Argument(metavar="WEIGHTS", help="run directory, .safetensors file, URI, or the hub's owner/name")
+]

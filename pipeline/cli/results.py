@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from refinedet.pipeline.cli.arguments import Address, Json, Output, Overrides, Shards, Weights
@@ -21,7 +21,9 @@ app = typer.Typer()
 
 @app.command()
 def predict(
-    weights: Annotated[str, typer.Argument(help="weights.safetensors beside its spec.yaml, or a run's directory")],
+    weights: Annotated[
+        str, typer.Argument(help="a run's directory, a .safetensors file, a URI, or the hub's owner/name")
+    ],
     images: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="image files, or directories of them")],
     output: Annotated[Path, typer.Option(help="directory for the pictures and detections.json")],
     threshold: Annotated[float, typer.Option(help="lowest score that is drawn")] = 0.3,
@@ -38,6 +40,22 @@ def predict(
     predictor = Predictor.load(weights, device=device, precision=precision, batch_size=batch_size)
     for line in predict_images(predictor, images, output, threshold):
         typer.echo(line)
+
+
+@app.command()
+def export(
+    weights: Annotated[
+        str, typer.Argument(help="a run's directory, a .safetensors file, a URI, or the hub's owner/name")
+    ],
+    output: Annotated[Path, typer.Option(help="the file; .pt2 for torch, .onnx for onnx")],
+    format: Annotated[Literal["torch", "onnx"], typer.Option(help="torch.export's program, or ONNX")] = "onnx",
+    height: Annotated[int | None, typer.Option(min=1, help="of the images, pixels; default: the input size")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="of the images, pixels; default: the input size")] = None,
+) -> None:
+    """Export a detector as a graph of standard operators: images in, boxes and scores of every anchor out."""
+    from refinedet.pipeline.inference.exporting import export_weights
+
+    typer.echo(export_weights(weights, output, format, height, width))
 
 
 @app.command()

@@ -17,9 +17,9 @@ from refinedet.pipeline.data.index import check_same_categories, open_shards
 from refinedet.pipeline.evaluation.detection_job import DetectionJob, make_detection_job
 from refinedet.pipeline.report.report import build_report
 from refinedet.pipeline.runs import storage
-from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.tracking.packaging import package_model
 from refinedet.pipeline.tracking.runs import RunTracker
+from refinedet.pipeline.training.job import check_classes
 
 Mode = Literal["single", "multiscale"]
 
@@ -61,11 +61,7 @@ def _prepare(job: Job) -> Outcome:
 
 def _train_inputs(job: Job) -> Mapping[str, Any]:
     shards = open_shards(storage.join(job.run.shards, "train"))
-    if shards.num_classes != job.spec.model.num_classes:
-        raise UserError(
-            f"model.num_classes is {job.spec.model.num_classes}, but the data set has {shards.num_classes} "
-            f"categories; set model.num_classes={shards.num_classes}."
-        )
+    check_classes(job.run, shards)
     validated = storage.join(job.run.shards, "val")
     if job.spec.data.val and storage.exists(storage.join(validated, "index.json")):
         check_same_categories(shards, open_shards(validated))

@@ -8,17 +8,13 @@ from itertools import islice
 
 import numpy as np
 import torch
-import yaml
 from refinedet.model import RefineDet
-from refinedet.pipeline.config.files import parse_spec
 from refinedet.pipeline.config.recipes import resolve_merge, resolve_passes
 from refinedet.pipeline.config.spec import Multiscale
 from refinedet.pipeline.inference.detect import Found, detect_view, evaluating
 from refinedet.pipeline.inference.merging import merge_boxes
 from refinedet.pipeline.inference.multiscale import detect_in_views
 from refinedet.pipeline.inference.precision import autocast_type
-from refinedet.pipeline.inference.weights import load_detector
-from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
 
@@ -49,30 +45,19 @@ class Predictor:
         batch_size: int = 8,
         multiscale: Multiscale | None = None,
     ) -> Predictor:
-        """A predictor from a run's directory, or from weights.safetensors beside the run's spec.yaml; files or URIs.
+        """Load a detector of `RefineDet.from_pretrained`: a run's directory, a file, a URI or the hub's owner/name.
 
         device     "cpu", "cuda" or "cuda:1"; default: a GPU where there is one
         precision  auto (bf16 where the device computes it), fp32, bf16 or fp16
         Raises UserError where a file is missing, or where the weights leave a part of the model unset.
         """
-        whole = weights.endswith(".safetensors")
-        directory = weights.rpartition("/")[0] or "." if whole else weights
-        path = weights if whole else storage.join(weights, "weights.safetensors")
-        for needed in (path, storage.join(directory, "spec.yaml")):
-            if not storage.exists(needed):
-                raise UserError(
-                    f"There is no {needed}; give a run's directory, or its weights.safetensors beside spec.yaml."
-                )
-        spec = parse_spec(yaml.safe_load(storage.read_bytes(storage.join(directory, "spec.yaml"))), source=directory)
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = load_detector(spec.model, path).to(place).to(memory_format=torch.channels_last)
-        return cls(
-            model,
-            _category_names(directory, spec.model.num_classes),
-            batch_size,
-            autocast_type(place, precision),
-            multiscale,
-        )
+        try:
+            model = RefineDet.from_pretrained(weights).to(place).to(memory_format=torch.channels_last)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+        names = model.categories or tuple(f"class {label}" for label in range(1, model.config.num_classes + 1))
+        return cls(model, names, batch_size, autocast_type(place, precision), multiscale)
 
     def predict(self, images: Iterable[np.ndarray]) -> Iterator[Found]:
         """Detections of each image, uint8 [H, W, 3] in RGB of any size, in order; `batch_size` images are held."""
@@ -92,11 +77,3 @@ class Predictor:
         found = detect_in_views(self.model, images, self.multiscale, self.autocast)
         rule = resolve_merge(self.multiscale)
         return Found(*merge_boxes(rule, found.boxes, found.scores, found.labels, found.image, num_views=num_views))
-
-
-def _category_names(directory: str, num_classes: int) -> tuple[str, ...]:
-    truth = storage.join(directory, "ground_truth.json")
-    if not storage.exists(truth):
-        return tuple(f"class {label}" for label in range(1, num_classes + 1))
-    categories = sorted(storage.read_json(truth)["categories"], key=lambda category: category["id"])
-    return tuple(category["name"] for category in categories)

@@ -86,8 +86,9 @@ def train_job(
     spec = run.spec
     _raise_faults(check_job(run, world, link, attempt), first=attempt.number == 0)
     shards = open_shards(storage.join(run.shards, "train"))
+    check_classes(run, shards)
     torch.manual_seed(spec.seed)
-    detector = RefineDet(spec.model)
+    detector = RefineDet(spec.model, categories=[category.name for category in shards.categories])
     initial = spec.training.init_weights
     task = Task(
         detector,
@@ -108,6 +109,15 @@ def train_job(
         on_stall=functools.partial(_report_stall, link),
     )
     return train(spec.training, world, task, callbacks)
+
+
+def check_classes(run: Run, shards: ShardSet) -> None:
+    """Raise UserError where the shards have another number of classes than the model."""
+    if shards.num_classes != run.spec.model.num_classes:
+        raise UserError(
+            f"model.num_classes is {run.spec.model.num_classes}, but the data set has {shards.num_classes} "
+            f"categories; set model.num_classes={shards.num_classes}."
+        )
 
 
 def _open_shards(run: Run) -> ShardSet | None:

@@ -18,6 +18,8 @@ from enum import IntEnum
 from typing import Any, TypeVar
 
 import safetensors.torch
+from refinedet.model import RefineDet
+from refinedet.model.hub import detector_metadata
 from refinedet.pipeline.config.spec import Training
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.storage import FileDigest
@@ -221,7 +223,9 @@ def _retried(write: Callable[[], T], path: str) -> T:
 
 
 def export_weights(average: AveragedWeights, world: World, run_dir: str, step: int, facts: Mapping[str, Any]) -> str:
-    """Write weights.safetensors, the average where one is kept; returns where it lies. Collective.
+    """Write weights.safetensors, the average where one is kept; return its path. Collective.
+
+    `RefineDet.from_pretrained` reads it: config, categories and preprocessing are in its metadata.
 
     Where the run's directory does not take it, a temporary directory of rank 0's machine does.
     """
@@ -231,6 +235,7 @@ def export_weights(average: AveragedWeights, world: World, run_dir: str, step: i
             tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in detector.state_dict().items()}
             metadata = {"step": str(step), "ema": str(average.decay is not None).lower()}
             metadata |= {name: json.dumps(value) for name, value in facts.items()}
+            metadata |= detector_metadata(detector) if isinstance(detector, RefineDet) else {}
             content = safetensors.torch.save(tensors, metadata)
             try:
                 path = storage.join(run_dir, WEIGHTS)

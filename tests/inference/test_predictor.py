@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 import pytest
 import torch
 from refinedet.model import RefineDet
-from refinedet.pipeline.config.files import dump_spec
+from refinedet.model.hub import detector_metadata
 from refinedet.pipeline.config.spec import JobSpec, Multiscale
+from refinedet.pipeline.inference.exporting import export_weights
 from refinedet.pipeline.inference.predictor import Predictor
 from refinedet.pipeline.runs.errors import UserError
 from safetensors.torch import save_file
@@ -33,8 +34,8 @@ SPEC = JobSpec.model_validate(
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("tiny")
     torch.manual_seed(0)
-    save_file(RefineDet(SPEC.model).state_dict(), directory / "weights.safetensors")
-    (directory / "spec.yaml").write_text(dump_spec(SPEC))
+    detector = RefineDet(SPEC.model, categories=("disc", "ring"))
+    save_file(detector.state_dict(), directory / "weights.safetensors", detector_metadata(detector))
     return directory
 
 
@@ -43,11 +44,11 @@ def photos() -> list[np.ndarray]:
     return [generator.integers(0, 256, (*size, 3), np.uint8) for size in ((90, 160), (200, 64), (128, 128))]
 
 
-def without(run: Path, directory: Path, prefix: str) -> Path:
-    """A copy of the run whose weights lack the tensors of a part."""
-    state = {name: value for name, value in RefineDet(SPEC.model).state_dict().items() if not name.startswith(prefix)}
-    save_file(state, directory / "weights.safetensors")
-    (directory / "spec.yaml").write_bytes((run / "spec.yaml").read_bytes())
+def without(directory: Path, prefix: str) -> Path:
+    """A run whose weights lack the tensors of a part."""
+    detector = RefineDet(SPEC.model)
+    state = {name: value for name, value in detector.state_dict().items() if not name.startswith(prefix)}
+    save_file(state, directory / "weights.safetensors", detector_metadata(detector))
     return directory
 
 
@@ -71,17 +72,34 @@ def test_several_views_are_merged(run: Path) -> None:
 
 
 @pytest.mark.parametrize("part", ["backbone.", "adm.", "arm."])
-def test_weights_that_leave_a_part_unset_are_refused(run: Path, tmp_path: Path, part: str) -> None:
-    with pytest.raises(UserError, match=rf"of its tensors are not there in that shape, such as {part}"):
-        Predictor.load(str(without(run, tmp_path, part)), device="cpu")
+def test_weights_that_leave_a_part_unset_are_refused(tmp_path: Path, part: str) -> None:
+    with pytest.raises(UserError, match=rf'Missing key\(s\) in state_dict: "{part}'):
+        Predictor.load(str(without(tmp_path, part)), device="cpu")
 
 
-def test_weights_of_other_classes_are_refused(run: Path, tmp_path: Path) -> None:
-    (tmp_path / "weights.safetensors").write_bytes((run / "weights.safetensors").read_bytes())
-    other = SPEC.model_copy(update={"model": dataclasses.replace(SPEC.model, num_classes=5)})
-    (tmp_path / "spec.yaml").write_text(dump_spec(other))
-    with pytest.raises(UserError, match="5 classes"):
+def test_weights_without_the_detectors_config_are_refused(tmp_path: Path) -> None:
+    save_file(RefineDet(SPEC.model).state_dict(), tmp_path / "weights.safetensors")
+    with pytest.raises(UserError, match="must carry the detector's config"):
         Predictor.load(str(tmp_path), device="cpu")
+
+
+def test_the_file_names_the_categories(run: Path) -> None:
+    assert Predictor.load(f"{run}/weights.safetensors", device="cpu").names == ("disc", "ring")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["torch", "onnx"])
+def test_an_exported_graph_computes_what_the_detector_does(run: Path, tmp_path: Path, kind: Any) -> None:
+    told = export_weights(str(run), tmp_path / "graph", kind)
+    assert "images [B, 3, 128, 128] uint8 RGB -> boxes [B, 1020, 4], scores [B, 1020, 2]" in told
+    assert (tmp_path / "graph").stat().st_size > 10e6
+
+
+def test_an_export_that_cannot_be_is_refused_in_a_sentence(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="must be multiples of 64, received 100 and 128"):
+        export_weights(str(run), tmp_path / "graph.onnx", "onnx", height=100)
+    with pytest.raises(UserError, match="--output must be a file in an existing directory"):
+        export_weights(str(run), tmp_path / "absent" / "graph.onnx", "onnx")
 
 
 def test_the_command_draws_the_images_of_a_directory_and_refuses_half_a_model(run: Path, tmp_path: Path) -> None:
@@ -91,7 +109,7 @@ def test_the_command_draws_the_images_of_a_directory_and_refuses_half_a_model(ru
         cv2.imwrite(str(pictures / f"{number}.png"), image)
     half = tmp_path / "half"
     half.mkdir()
-    without(run, half, "backbone.")
+    without(half, "backbone.")
     command = [sys.executable, "-m", "refinedet.pipeline.cli", "predict"]
     options = {"cwd": tmp_path, "capture_output": True, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     done = subprocess.run([*command, str(run), str(pictures), "--output", "seen"], **options)
@@ -100,5 +118,5 @@ def test_the_command_draws_the_images_of_a_directory_and_refuses_half_a_model(ru
     assert len(json.loads((tmp_path / "seen" / "detections.json").read_text())) == 3
     done = subprocess.run([*command, str(half), str(pictures), "--output", "unseen"], **options)
     assert done.returncode == 2
-    assert "of its tensors are not there in that shape, such as backbone." in done.stderr
+    assert 'Missing key(s) in state_dict: "backbone.' in done.stderr
     assert not (tmp_path / "unseen").exists()
