@@ -102,12 +102,3 @@ def _has_labels(node: Node, labels: Mapping[str, str]) -> bool:
 
 def _shown(labels: Mapping[str, str]) -> str:
     return ", ".join(f"{key}={value}" for key, value in labels.items())
-
-
-def nodes_of(entries: Iterable[Mapping[str, object]], *, alive: str, resources: str, labels: str) -> list[Node]:
-    """Nodes out of Ray's own descriptions, whose keys differ by the interface that gives them."""
-    return [
-        Node(dict(entry[resources] or {}), dict(entry[labels] or {}))  # type: ignore[call-overload]
-        for entry in entries
-        if entry[alive] in (True, "ALIVE")
-    ]
