@@ -1,4 +1,4 @@
-"""Whether a cluster can hold a job, by its nodes: said before anything waits for what will never come."""
+"""Check of a job's resources against the nodes of a cluster, before anything waits for resources that never come."""
 
 from __future__ import annotations
 
@@ -39,10 +39,13 @@ def gpus_of(nodes: Iterable[Node]) -> list[str]:
 
 
 def check_capacity(cluster: Cluster, nodes: Sequence[Node]) -> None:
-    """Refuse a job that the cluster cannot hold; Ray would wait for ever. UserError, as `missing_capacity` says it."""
+    """Refuse a job that the cluster cannot hold; Ray would wait for ever.
+
+    Raises UserError with the sentence of `missing_capacity`.
+    """
     missing = missing_capacity(cluster, nodes)
     if missing:
-        raise UserError(f"{missing}; lower cluster.workers or what each worker asks for, or add nodes.")
+        raise UserError(f"{missing}; lower cluster.workers or the resources of each worker, or add nodes.")
 
 
 def missing_capacity(cluster: Cluster, nodes: Sequence[Node]) -> str | None:
@@ -96,18 +99,9 @@ def _missing_places(cluster: Cluster, workers: int, slots: Sequence[int]) -> str
 
 
 def _has_labels(node: Node, labels: Mapping[str, str]) -> bool:
-    """As far as it can be told here: Ray's own operators (!value, in(...)) are left to Ray."""
+    """Compare labels; Ray's own operators (!value, in(...)) are left to Ray."""
     return all(value.startswith(("!", "in(")) or node.labels.get(key) == value for key, value in labels.items())
 
 
 def _shown(labels: Mapping[str, str]) -> str:
     return ", ".join(f"{key}={value}" for key, value in labels.items())
-
-
-def nodes_of(entries: Iterable[Mapping[str, object]], *, alive: str, resources: str, labels: str) -> list[Node]:
-    """Nodes out of Ray's own descriptions, whose keys differ by the interface that gives them."""
-    return [
-        Node(dict(entry[resources] or {}), dict(entry[labels] or {}))  # type: ignore[call-overload]
-        for entry in entries
-        if entry[alive] in (True, "ALIVE")
-    ]

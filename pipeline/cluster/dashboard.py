@@ -29,15 +29,15 @@ _MOST_NODES = 10_000
 def connect(address: str) -> JobSubmissionClient:
     """A client of the cluster at `address`; UserError where none answers.
 
-    Requests go through the proxies of HTTPS_PROXY, HTTP_PROXY and NO_PROXY. Use the client within `said_clearly`.
+    Requests go through the proxies of HTTPS_PROXY, HTTP_PROXY and NO_PROXY. Use the client within `clear_errors`.
     """
     logging.getLogger("ray").setLevel(logging.WARNING)  # uploads and sockets are not for the terminal
-    with said_clearly(address):
+    with clear_errors(address):
         return JobSubmissionClient(address, headers=_headers())
 
 
 def cluster_nodes(address: str) -> list[Node]:
-    """The nodes of the cluster at `address` that are alive. Use within `said_clearly`."""
+    """The nodes of the cluster at `address` that are alive. Use within `clear_errors`."""
     options = ListApiOptions(limit=_MOST_NODES, filters=[("state", "=", "ALIVE")])  # pyright: ignore[reportCallIssue]
     nodes: list[Any] = StateApiClient(address, headers=_headers()).list(
         StateResource.NODES, options, raise_on_missing_output=False
@@ -60,8 +60,8 @@ def dashboard_address(address: str | None) -> str:
 
 
 @contextmanager
-def said_clearly(address: str) -> Iterator[None]:
-    """Ray's errors as one sentence: nobody there, a wrong token, a certificate, anything else it says."""
+def clear_errors(address: str) -> Iterator[None]:
+    """Turn Ray's errors into one sentence: no answer, a wrong token, a certificate, anything else."""
     try:
         yield
     except UserError:

@@ -171,6 +171,6 @@ def _is_ready(ping: ray.ObjectRef) -> bool:
         ray.get(ping, timeout=0)
     except GetTimeoutError:
         return False
-    except RayError:  # the answer to its chunk tells more
+    except RayError:  # the answer to its chunk carries the reason
         return True
     return True

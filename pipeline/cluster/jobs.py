@@ -1,7 +1,7 @@
 """Jobs on a cluster: submit, status, logs, stop, resume, over Ray's Jobs API.
 
 The code and the resolved spec travel with the job; secrets never do: they come from the cluster's environment. A run
-has one name and one home, so that submitting it again goes on where it stopped.
+has one name and one directory, so that submitting it again resumes it.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from refinedet.pipeline.cluster.capacity import check_capacity
-from refinedet.pipeline.cluster.dashboard import cluster_nodes, connect, dashboard_address, said_clearly
+from refinedet.pipeline.cluster.dashboard import clear_errors, cluster_nodes, connect, dashboard_address
 from refinedet.pipeline.cluster.submission import (
     ENTRYPOINT,
     describe_job,
@@ -37,7 +37,7 @@ _LOST_S = 60.0  # a connection that is lost for longer than this is not coming b
 
 @dataclass(frozen=True)
 class SubmittedJob:
-    """A job that the cluster knows of. Times are seconds since the epoch, None where there is none yet."""
+    """A job on the cluster. Times are seconds since the epoch, None where there is none yet."""
 
     id: str
     run: str
@@ -61,7 +61,7 @@ class JobsClient:
         self._client = connect(self.address)
 
     def submit(self, spec: JobSpec) -> str:
-        """Start a job, or go on with a run that stopped; returns its id.
+        """Start a job, or resume a run that stopped; returns its id.
 
         Raises UserError where the run is being worked on, where its name stands for another spec, where the cluster
         cannot hold it, or where its paths mean nothing on a cluster.
@@ -79,9 +79,9 @@ class JobsClient:
         if before and (difference := spec_difference(before.model_dump(mode="json"), spec.model_dump(mode="json"))):
             raise UserError(
                 f"The run {spec.name!r} was submitted with another spec: {'; '.join(difference)}. Choose another name "
-                "(name=OTHER), or go on with the one before (refinedet resume)."
+                "(name=OTHER), or resume the one before (refinedet resume)."
             )
-        with said_clearly(self.address):
+        with clear_errors(self.address):
             nodes = cluster_nodes(self.address)
         check_capacity(spec.cluster, nodes)
         number = 1 + sum(job.run == spec.name for job in jobs)
@@ -93,7 +93,7 @@ class JobsClient:
                     f"The job's code cannot be laid out in {tempfile.gettempdir()} ({error.strerror or error}); make "
                     "room there, or set TMPDIR."
                 ) from error
-            with said_clearly(self.address):
+            with clear_errors(self.address):
                 return self._client.submit_job(
                     entrypoint=ENTRYPOINT,
                     submission_id=f"{spec.name}-{number}-{os.urandom(3).hex()}",
@@ -112,7 +112,7 @@ class JobsClient:
 
     def list(self) -> list[SubmittedJob]:
         """The jobs that this project submitted, oldest first."""
-        with said_clearly(self.address):
+        with clear_errors(self.address):
             details = self._client.list_jobs()
         jobs = []
         for detail in details:
@@ -143,15 +143,15 @@ class JobsClient:
         return found[-1]
 
     def read_logs(self, name: str) -> str:
-        """What a job has printed so far."""
+        """The output of a job so far."""
         job = self.find(name)
-        with said_clearly(self.address):
+        with clear_errors(self.address):
             return self._client.get_job_logs(job.id)
 
     def follow_logs(self, name: str) -> Iterator[str]:
-        """What a job prints, in chunks, until it ends.
+        """Yield the output of a job in chunks until it ends.
 
-        Ray's stream of it breaks where a proxy or a sleeping laptop breaks it; then the rest is asked for.
+        Where Ray's stream breaks, as behind a proxy or on a sleeping laptop, the rest is polled.
         """
         job = self.find(name)
         printed = 0
@@ -193,11 +193,11 @@ class JobsClient:
             loop.close()
 
     def stop(self, name: str) -> SubmittedJob:
-        """Ask a job to save and end; returns once it has, or was killed after its time of grace."""
+        """Make a job save and end; returns once it has, or was killed after its time of grace."""
         job = self.find(name)
         if not job.is_active:
             raise UserError(f"Job {job.id} has ended already ({job.status.lower()}); there is nothing to stop.")
-        with said_clearly(self.address):
+        with clear_errors(self.address):
             self._client.stop_job(job.id)
         return self.wait(job.id)
 

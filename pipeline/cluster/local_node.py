@@ -21,7 +21,7 @@ _DEADLINE_S = 60.0
 
 @contextlib.contextmanager
 def local_node() -> Iterator[str]:
-    """Start the node; yields HOST:PORT. RuntimeError, with what Ray said, where it does not start."""
+    """Start the node; yields HOST:PORT. RuntimeError, with Ray's output, where it does not start."""
     node, address = storage.retry(_start, "Ray on this machine", deadline_s=_DEADLINE_S)
     with node:
         try:
@@ -44,8 +44,8 @@ def _start() -> tuple[subprocess.Popen, str]:
     words = node.stdout.readline().split()
     if words[:1] == ["node"]:
         return node, words[1]
-    _, said = node.communicate()
-    raise RuntimeError(f"Ray did not start on this machine: {said[-2000:]}")
+    _, output = node.communicate()
+    raise RuntimeError(f"Ray did not start on this machine: {output[-2000:]}")
 
 
 def _serve() -> None:

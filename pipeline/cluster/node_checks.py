@@ -23,7 +23,7 @@ _PROBE_TIMEOUT_S = 60.0
 
 
 def check_nodes(run: Run) -> None:
-    """Before the first stage: all nodes share the run's folder, the clock, and the versions of what a job needs.
+    """Before the first stage: all nodes share the run's directory, the clock, and the versions of a job's packages.
 
     The workers check themselves before they train; by then, shards may have been written for hours. A cluster of one
     node has nothing to compare. Raises UserError that names every node at fault.
@@ -44,7 +44,7 @@ def check_nodes(run: Run) -> None:
         try:
             answers.append(ray.get(each))
         except RayTaskError as error:
-            faults.append(f"a node cannot look at {run.path} ({type(error.cause).__name__}: {error.cause})")
+            faults.append(f"a node cannot read {run.path} ({type(error.cause).__name__}: {error.cause})")
         except RayError as error:
             logger.warning("a node went away before it answered: %s", error)
     answers.sort(key=lambda answer: answer["rank"])
@@ -53,11 +53,11 @@ def check_nodes(run: Run) -> None:
     for answer in answers:
         seen = answer["fault"] is None and storage.exists(_probe_file(run.path, token, answer["rank"]))
         if answer["fault"]:
-            faults.append(f"{answer['host']}: the run's folder {run.path} cannot be written ({answer['fault']})")
+            faults.append(f"{answer['host']}: the run's directory {run.path} cannot be written ({answer['fault']})")
         elif not seen:
             faults.append(
-                f"{answer['host']}: what it writes to {run.path} is not seen here; set runs= to a folder or URI that "
-                "all nodes share"
+                f"{answer['host']}: what it writes to {run.path} is not seen here; set runs= to a directory or URI "
+                "that all nodes share"
             )
         with suppress(OSError):
             storage.remove(_probe_file(run.path, token, answer["rank"]))
@@ -71,7 +71,7 @@ def check_nodes(run: Run) -> None:
 
 
 def _probe(run_path: str, token: str, rank: int) -> dict[str, Any]:
-    """One node: write to the run's folder, and tell who is there."""
+    """Write to the run's directory from one node, and describe that node."""
     fault = None
     try:
         storage.write_bytes(_probe_file(run_path, token, rank), token.encode())

@@ -69,8 +69,7 @@ def _result(task: ray.ObjectRef) -> dict[str, Any]:
             raise UserError(str(error.cause)) from None
         if isinstance(error.cause, OSError):  # a full disk, storage that does not answer
             raise JobError(
-                f"shards could not be written: {error.cause}; fix it, then run the same command again for those that "
-                "are left"
+                f"shards could not be written: {error.cause}; fix it, then run the same command again to write the rest"
             ) from error
         raise
 
@@ -85,12 +84,12 @@ def _prepare(spec: dict[str, Any], part: str, mailbox: Any) -> dict[str, Any]:
     run = Run(parse_spec(spec, source="the job's spec"))
     last = 0.0
 
-    def tell(done: int, total: int) -> None:
+    def report(done: int, total: int) -> None:
         nonlocal last
         if time.monotonic() - last > _PROGRESS_INTERVAL_S or done == total:
             link.push((part, (done, total)))
             last = time.monotonic()
 
-    shards = prepare_shards(run.spec.data, part, storage.join(run.shards, part), on_progress=tell)
+    shards = prepare_shards(run.spec.data, part, storage.join(run.shards, part), on_progress=report)
     write_coco_annotations(shards, run.ground_truth(part))
     return {"digest": shards.digest, "num_samples": shards.num_samples}

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
-import os
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
@@ -18,6 +15,7 @@ from refinedet.pipeline.cluster.gauges import TrainingGauges
 from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.lines import LinesLog
 from refinedet.pipeline.training.goodput import read_goodput
 from refinedet.pipeline.training.records import Event, StepRecord
 from rich.markup import escape
@@ -29,17 +27,6 @@ logger = logging.getLogger(__name__)
 
 METRICS_LOG = "metrics.jsonl"
 EVENTS_LOG = "events.jsonl"
-_UPLOAD_INTERVAL_S = 60.0
-_LOGGED = (
-    "step",
-    "total_steps",
-    "epoch",
-    "learning_rate",
-    "gradient_norm",
-    "images_per_s",
-    "memory_bytes",
-    "skipped_steps",
-)
 _TOLD = ("preflight", "resumed", "resized")
 _WARNED = (
     "passed_over",
@@ -51,59 +38,6 @@ _WARNED = (
     "preempted",
     "waiting",
 )
-
-
-class LinesLog:
-    """One JSON object a line, appended as training goes; where the run is behind a URI, uploaded now and then.
-
-    While storage is away or full, lines wait: training goes on, and every line is written later.
-    """
-
-    def __init__(self, target: str) -> None:
-        self._target = target
-        self._local = storage.is_local(self._target)
-        if self._local:
-            path = self._target
-        else:
-            handle, path = tempfile.mkstemp(suffix=".jsonl")
-            os.close(handle)
-            if storage.exists(self._target):
-                with open(path, "wb") as file:
-                    file.write(storage.read_bytes(self._target))
-        self._path, self._uploaded = path, time.monotonic()
-        self._waiting = b""
-        self._failing = False
-
-    def append(self, line: dict[str, Any]) -> None:
-        self._waiting += json.dumps(line).encode() + b"\n"
-        self._try(self._write)
-        if not self._local and time.monotonic() - self._uploaded > _UPLOAD_INTERVAL_S:
-            self._try(self._upload)
-
-    def close(self) -> None:
-        self._try(self._write)
-        if not self._local:
-            self._try(self._upload)
-            os.unlink(self._path)
-
-    def _write(self) -> None:
-        with open(self._path, "ab", buffering=0) as file:  # opened each time: a handle may outlive what it stands for
-            while self._waiting:
-                self._waiting = self._waiting[file.write(self._waiting) :]
-
-    def _upload(self) -> None:
-        self._uploaded = time.monotonic()
-        with open(self._path, "rb") as file:
-            storage.write_bytes(self._target, file.read())
-
-    def _try(self, action: Callable[[], None]) -> None:
-        try:
-            action()
-            self._failing = False
-        except Exception as error:  # a library of remote storage raises what it likes
-            if not self._failing:
-                logger.warning("%s cannot be written now, its lines wait: %s", self._target, error)
-            self._failing = True
 
 
 class TrainingRecorder:
@@ -172,15 +106,14 @@ class TrainingRecorder:
         self._gauges.step(record)
         if record.step % self._every and record.step != record.total_steps:
             return
-        times = asdict(record.times)
-        values = {name: getattr(record, name) for name in _LOGGED}
-        self._metrics.append({**values, "time": time.time(), "losses": record.losses, "times": times})
+        line = record.line()
+        self._metrics.append(line)
         self._tracker.log_metrics(
             record.step,
             {
                 **{f"loss/{name}": value for name, value in record.losses.items()},
-                **{f"time/{name}_s": value for name, value in times.items()},
-                **{name: values[name] for name in ("epoch", "learning_rate", "gradient_norm", "images_per_s")},
+                **{f"time/{name}_s": value for name, value in line["times"].items()},
+                **{name: line[name] for name in ("epoch", "learning_rate", "gradient_norm", "images_per_s")},
                 "memory_gb": record.memory_bytes / 2**30,
             },
         )

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import ray
 from ray.exceptions import AuthenticationError
-from refinedet.pipeline.cluster.capacity import Node, check_capacity, nodes_of
+from refinedet.pipeline.cluster.capacity import Node, check_capacity
 from refinedet.pipeline.cluster.local_node import local_node
 from refinedet.pipeline.config.spec import Cluster
 from refinedet.pipeline.runs import settings
@@ -62,7 +62,7 @@ def ray_session(cluster: Cluster, address: str | None = None) -> Iterator[None]:
 
 def session_nodes() -> list[Node]:
     """The nodes that are alive."""
-    return nodes_of(ray.nodes(), alive="Alive", resources="Resources", labels="Labels")
+    return [Node(entry["Resources"], entry["Labels"] or {}) for entry in ray.nodes() if entry["Alive"]]
 
 
 def _explain(error: Exception, address: str) -> Exception:

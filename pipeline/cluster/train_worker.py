@@ -71,7 +71,7 @@ def _started(rank: int) -> Event:
 
 
 def _watch_preemption(link: Link, rank: int) -> None:
-    """Stop the workers, which save, once a node of theirs is about to be taken away.
+    """Stop the workers, which save, once Ray announces that one of their nodes will be preempted.
 
     `get_preemption_info` waits for all workers, so it has a thread of its own, which costs a step nothing.
     """
@@ -80,7 +80,7 @@ def _watch_preemption(link: Link, rank: int) -> None:
         info = ray.train.get_preemption_info()
         if info is not None:
             if rank == 0:
-                message = "a node is about to be taken away: saving, to go on elsewhere"
+                message = "a node will be preempted: saving, to resume on the others"
                 link.push(Event("preempted", 0, message, {"nodes": info.preempted_node_ids}), wait=True)
             link.stop_requested = True
             return

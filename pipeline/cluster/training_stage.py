@@ -1,7 +1,10 @@
 """The train stage: Ray Train runs `train_worker`, restarts it after failures, and resizes it.
 
-What this adds: a stop that saves, errors that are not worth a restart, a limit on every wait, and a new fit where the
-workers saved for a node that goes away or where progress gave the failures of `cluster.max_failures` back.
+This file adds four things:
+- a stop that saves;
+- errors that end the job without a restart;
+- a limit on every wait;
+- a new fit after a save for a preempted node, or after a new checkpoint, which resets the count of failures.
 """
 
 from __future__ import annotations
@@ -30,14 +33,14 @@ FAULT_VARIABLE = "REFINEDET_FAULT"
 NODE_LABEL = "ray.io/node-id"
 _POLL_S = 0.3
 _PATIENCE_S = 30.0
-"""workers that have not started after this long are waited for aloud"""
+"""after this long without workers the user gets a warning"""
 OnMessage = Callable[[StepRecord | Event], None]
 
 
 def run_training(run: Run, mailbox: Mailbox, on_message: OnMessage, stop: threading.Event) -> TrainResult:
     """Train in Ray workers to the end.
 
-    on_message  called in this thread, with what workers send and what happens to them
+    on_message  called in this thread with every message of the workers and every change in their number
     stop        once it is set, the workers save and end
     Raises StoppedError after a stop, UserError for a mistake in the spec, JobError where `cluster.max_failures`
     restarts did not bring a new checkpoint or no workers started within `cluster.resource_timeout_s`.
@@ -51,7 +54,7 @@ def check_workers(run: Run, mailbox: Mailbox, on_message: OnMessage, stop: threa
 
 
 class _Training:
-    """One fit of a TorchTrainer after the other, until one comes to the end."""
+    """Fits of a TorchTrainer, repeated until one finishes."""
 
     def __init__(
         self, run: Run, mailbox: Mailbox, on_message: OnMessage, stop: threading.Event, preflight_only: bool = False
@@ -61,11 +64,11 @@ class _Training:
         self.began_at = time.time()
         self.step = self.saved = 0
         self.leaving: set[str] = set()
-        """ids of nodes that are about to be taken away"""
+        """ids of nodes that will be preempted"""
         self.ranks: set[int] = set()
         """that have started since the last failure"""
         self.waiting_since = time.monotonic()
-        self.told_waiting = False
+        self.warned_waiting = False
         self.stop_deadline: float | None = None
 
     def run(self) -> Any:
@@ -74,7 +77,7 @@ class _Training:
             if isinstance(outcome, TrainingFailedError):
                 if self.saved == saved or self.preflight_only:
                     raise JobError(f"training failed: {explain(outcome)}") from outcome
-                self._tell("restarted", f"saved since the last failures, which count no more: {explain(outcome)}")
+                self._report("restarted", f"saved since the last failures, which count no more: {explain(outcome)}")
             elif isinstance(outcome, BaseException):
                 raise outcome
             elif getattr(outcome, "status", None) != "stopped":
@@ -83,7 +86,7 @@ class _Training:
                 raise StoppedError(f"saved at step {outcome.step}; run the same command again to resume")
 
     def _fit(self) -> Any:
-        """One fit to its end: the result of rank 0, or the error."""
+        """Run one fit; returns the result of rank 0, or the error."""
         self._wait_for_workers()
         outcome: list[Any] = []
         trainer = self._trainer()
@@ -115,11 +118,11 @@ class _Training:
             self.on_message(message)
 
     def _note(self, rank: int, event: Event) -> Event:
-        """Keep what an event says of the workers; returns it with the step that training is at."""
+        """Update the state of the workers from an event; returns it with the current step."""
         if event.kind == "started":
             if rank in self.ranks:  # without a failure before: Ray Train changes the number of workers
                 self._wait_for_workers()
-                self._tell("resized", f"the number of workers changes, from the checkpoint of step {self.saved}")
+                self._report("resized", f"the number of workers changes, from the checkpoint of step {self.saved}")
             self.ranks.add(rank)
         elif event.kind == "saved":
             self.saved = max(self.saved, event.step)
@@ -133,7 +136,7 @@ class _Training:
 
     def _wait_for_workers(self) -> None:
         self.ranks.clear()
-        self.waiting_since, self.told_waiting = time.monotonic(), False
+        self.waiting_since, self.warned_waiting = time.monotonic(), False
 
     def _check_waits(self) -> None:
         """Raise where workers did not start, or did not save, within the limits of the spec."""
@@ -144,23 +147,23 @@ class _Training:
                 raise StoppedError("before the workers were placed; run the same command again to resume")
             if now > self.stop_deadline:
                 raise StoppedError(
-                    f"the workers did not save within {self.cluster.stop_grace_s:g} s; the next start goes on from the "
+                    f"the workers did not save within {self.cluster.stop_grace_s:g} s; the next start resumes from the "
                     "checkpoint before"
                 )
         if self.ranks:
             return
         missing = missing_capacity(self.cluster, session_nodes())
-        if not self.told_waiting and (missing or now - self.waiting_since > _PATIENCE_S):
-            self.told_waiting = True
+        if not self.warned_waiting and (missing or now - self.waiting_since > _PATIENCE_S):
+            self.warned_waiting = True
             why = missing or "they are still starting, or other jobs hold the resources"
-            self._tell("waiting", f"waiting up to {limit:g} s for {self.cluster.min_workers} workers: {why}")
+            self._report("waiting", f"waiting up to {limit:g} s for {self.cluster.min_workers} workers: {why}")
         if now - self.waiting_since > limit:
             raise JobError(
                 f"no place for {self.cluster.min_workers} workers came within {limit:g} s "
                 f"({missing or 'other jobs hold them'}); add nodes, then run the same command again"
             )
 
-    def _tell(self, kind: Any, message: str) -> None:
+    def _report(self, kind: Any, message: str) -> None:
         self.on_message(Event(kind, self.step, message))
 
     def _trainer(self) -> TorchTrainer:
@@ -214,7 +217,7 @@ def train_worker(config: dict[str, WorkerTask]) -> TrainResult | PreflightReport
 
 
 class _Restarts(UserCallback):
-    """Tells the driver why workers are started again; Ray Train calls it in its controller."""
+    """Report to the driver why workers restart; Ray Train calls it in its controller."""
 
     def __init__(self, mailbox: Any, allowed: int) -> None:
         self._mailbox, self._allowed, self._failures = mailbox, allowed, 0
@@ -223,7 +226,7 @@ class _Restarts(UserCallback):
         errors = list(worker_exceptions.values())
         reason = explain(errors[0])
         if any(getattr(error, "preempted", False) for error in errors):
-            message = f"restart after a node was taken away, which is no failure: {reason}"
+            message = f"restart after the loss of a node, which is no failure: {reason}"
         else:
             self._failures += 1
             message = f"restart {self._failures} of {self._allowed} allowed, after: {reason}"
@@ -232,7 +235,7 @@ class _Restarts(UserCallback):
 
 
 def explain(error: BaseException) -> str:
-    """The workers' own error out of Ray Train's wrapping, in one line."""
+    """The innermost error of a failed fit, in one line."""
     inner = error
     while True:
         failures = getattr(inner, "worker_failures", None)

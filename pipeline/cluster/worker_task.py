@@ -1,4 +1,4 @@
-"""What the driver sends to a training worker, and what it gets back when nothing helps."""
+"""Messages between the driver and a training worker: the task, and an error that no restart fixes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class WorkerTask:
-    """What the driver sends to every worker.
+    """Task of every worker.
 
     spec             of the job, as JSON values with absolute paths
     mailbox          actor handle
@@ -30,7 +30,7 @@ class WorkerTask:
 
 @dataclass(frozen=True)
 class Fatal:
-    """An error that another attempt would meet again."""
+    """An error that every attempt would raise."""
 
     by_user: bool
     message: str

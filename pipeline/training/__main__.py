@@ -8,7 +8,6 @@ This file composes rooms that do not import each other: training, and the evalua
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 import threading
@@ -26,6 +25,7 @@ from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.evaluation.validation import prepare_validation
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.lines import LinesLog
 from refinedet.pipeline.training.finite import NonFiniteError
 from refinedet.pipeline.training.job import Attempt, train_job
 from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
@@ -36,16 +36,27 @@ logger = logging.getLogger("refinedet")
 
 
 class FileLink:
-    """Rank 0's records as lines of metrics.jsonl and events.jsonl in a local run; a stop from this process's signals.
+    """Rank 0's records as lines of metrics.jsonl and events.jsonl; a stop from this process's signals.
 
-    Behind a URI, where nothing can be appended, they are logged only.
+    A context manager: it opens the files, which are complete once it ends. Behind a URI only rank 0 writes.
     """
 
-    def __init__(self, run: Run, stop: StopSignals) -> None:
+    def __init__(self, run: Run, stop: StopSignals, is_main: bool) -> None:
         self._run, self._stop = run, stop
         self.lost = threading.Event()
         """another process has taken the run over"""
         self._every = run.spec.tracking.log_every_steps
+        self._writes = is_main or storage.is_local(run.path)
+        self._files: dict[str, LinesLog] = {}
+
+    def __enter__(self) -> FileLink:
+        if self._writes:
+            self._files = {name: LinesLog(self._run.file(name)) for name in ("metrics.jsonl", "events.jsonl")}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for file in self._files.values():
+            file.close()
 
     @property
     def stop_requested(self) -> bool:
@@ -54,18 +65,17 @@ class FileLink:
     def push(self, message: StepRecord | Event, *, wait: bool = False) -> None:
         if isinstance(message, Event):
             logger.info("%s at step %d: %s", message.kind, message.step, message.message)
-            self._append("events.jsonl", {"time": time.time(), **asdict(message)})
+            self._append("events.jsonl", {"time": time.time(), **asdict(message)}, wait)
         elif message.step % self._every == 0 or message.step == message.total_steps:
             logger.info(
                 "step %d of %d, loss %.4f, %.1f images/s",
                 message.step, message.total_steps, message.losses["total"], message.images_per_s,
             )  # fmt: skip
-            self._append("metrics.jsonl", message.line())
+            self._append("metrics.jsonl", message.line(), wait)
 
-    def _append(self, name: str, line: dict) -> None:
-        if storage.is_local(self._run.path):
-            with open(self._run.file(name), "a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+    def _append(self, name: str, line: dict, wait: bool) -> None:
+        if self._writes:
+            self._files[name].append(line, upload=wait)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -92,10 +102,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _train(spec: JobSpec, world: World, stop: StopSignals, began_at: float) -> TrainResult:
     run = Run(spec)
-    link = FileLink(run, stop)
+    link = FileLink(run, stop, world.is_main)
     with ExitStack() as stack:
         _on_main(world, lambda: stack.enter_context(run.open(on_lost=lambda _: link.lost.set())))
         _on_main(world, lambda: _prepare(run))
+        stack.enter_context(link)
         validate = None
         if spec.training.validate_every_epochs:
             validate = prepare_validation(run, world.rank, world.size, world.all_gather_object)

@@ -7,9 +7,8 @@ import logging
 from pathlib import Path
 
 import pytest
-from refinedet.pipeline.cluster import recorder
-from refinedet.pipeline.cluster.recorder import LinesLog
-from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs import lines, storage
+from refinedet.pipeline.runs.lines import LinesLog
 
 
 def read(text: str) -> list[int]:
@@ -34,7 +33,7 @@ def test_lines_wait_while_storage_is_away_and_none_is_lost(tmp_path: Path, caplo
 
 def test_lines_behind_a_uri_are_uploaded_and_survive_an_outage(monkeypatch: pytest.MonkeyPatch) -> None:
     target = "memory://recorder/events.jsonl"
-    monkeypatch.setattr(recorder, "_UPLOAD_INTERVAL_S", -1.0)
+    monkeypatch.setattr(lines, "_UPLOAD_INTERVAL_S", -1.0)
     log = LinesLog(target)
     log.append({"step": 1})
     with monkeypatch.context() as outage:
