@@ -22,7 +22,13 @@ from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
 
 # What says how the work is done, and nothing of what comes out: these may be set without --output.
-_HARMLESS = ("cluster.", "evaluation.images_per_piece=", "tracking.")
+_HARMLESS = (
+    "cluster.",
+    "evaluation.diagnose=",
+    "evaluation.images_per_piece=",
+    "evaluation.trace_images=",
+    "tracking.",
+)
 
 
 def detect_and_measure(
@@ -48,6 +54,8 @@ def detect_and_measure(
         display.warn(
             f"{len(found.unreadable)} images cannot be read and have no detections: {name_images(found.unreadable)}"
         )
+    if job.diagnose and found.metrics is not None and found.diagnosis is None:
+        display.note("  no diagnosis: it has no rule for groups or for objects that were not looked for everywhere")
     return found, f"{_outcome(found.metrics)}  {found.num_detections} detections{_for_server(job, found.files)}"
 
 

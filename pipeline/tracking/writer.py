@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 from refinedet.pipeline.runs.redaction import parameters, redact_text
+from refinedet.pipeline.runs.results import metric_values
 from refinedet.pipeline.tracking import stores
 from refinedet.pipeline.tracking.identity import REASON_TAG
 from refinedet.pipeline.tracking.outbox import Outbox, Point
@@ -29,7 +30,6 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 EVALUATIONS = ("validation", "single", "multiscale")
 """first parts of the names of metrics that lie in [0, 1]; COCO writes -1 where there is nothing to measure by"""
-MODE_METRICS = ("coco", "voc2007", "voc2012", "lvis")
 
 _MAX_PARAM_BYTES = 6000  # MLflow's own limits
 _MAX_TAG_BYTES = 8000
@@ -117,7 +117,7 @@ class RunWriter:
     def log_evaluation(self, step: int, mode: str, content: Mapping[str, Any]) -> None:
         """Log the metrics of an evaluation at the step of its weights.
 
-        content  of one mode in `metrics.json`: the metrics by rule, and `per_class`
+        content  of one mode in `metrics.json`
         Undefined values (None, or COCO's -1 where there is nothing to measure by) are left out.
         """
         self.log_metrics(step, evaluation_metrics(mode, content))
@@ -177,8 +177,7 @@ class RunWriter:
 
 def evaluation_metrics(mode: str, content: Mapping[str, Any]) -> dict[str, float]:
     """One mode of `metrics.json` as MLflow metrics: "single/AP", and "single/class AP/NAME" for every class."""
-    rule = next((content[rule] for rule in MODE_METRICS if isinstance(content.get(rule), Mapping)), {})
-    found = {f"{mode}/{metric_name(name)}": value for name, value in rule.items()}
+    found = {f"{mode}/{metric_name(name)}": value for name, value in metric_values(content).items()}
     per_class = content.get("per_class")
     for name, row in per_class.items() if isinstance(per_class, Mapping) else ():
         key = f"{mode}/class AP/{metric_name(str(name))}"

@@ -150,7 +150,10 @@ def test_a_report_goes_to_any_storage():
     import fsspec
 
     memory = fsspec.filesystem("memory")
-    memory.pipe("/bucket/run/metrics.json", json.dumps({"single": {"coco": {"AP": 0.25}}}).encode())
+    memory.pipe(
+        "/bucket/run/metrics.json",
+        json.dumps({"single": {"coco": {"AP": 0.25}, "protocol": {"metric": "coco"}}}).encode(),
+    )
     assert build_report("memory://bucket/run") == "memory://bucket/run/report.html"
     assert b">0.250<" in memory.cat("/bucket/run/report.html")
 

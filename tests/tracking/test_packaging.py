@@ -28,11 +28,12 @@ CATEGORIES = [{"id": 1, "name": "disc"}, {"id": 18, "name": "ring"}, {"id": 90, 
 
 HALVED = """
 
-_select = select_detections
+_select = select_batch
 
 
-def select_detections(predictions, config):
-    return [Detections(found.boxes, found.scores / 2, found.labels) for found in _select(predictions, config)]
+def select_batch(predictions, config):
+    found = _select(predictions, config)
+    return DetectionBatch(found.boxes, found.scores / 2, found.labels, found.counts)
 """
 CONFIG = RefineDetConfig(
     num_classes=3, input_size=64, backbone="resnet18", tcb_channels=16, score_threshold=0.0, adm_iou=(0.4, 0.5)

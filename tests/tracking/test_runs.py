@@ -142,6 +142,7 @@ def test_a_store_that_is_no_database_is_a_user_error(runs):
 
 
 METRICS = {
+    "protocol": {"metric": "coco"},
     "coco": {"AP": 0.5, "AP50": 0.7, "APl": -1.0, "APs": None},
     "per_class": {"hot dog": {"AP": 0.25}, "../etc": {"AP": 0.5}, "..\\etc": {"AP": 0.75}, "none": {"AP": -1}},
 }
