@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from refinedet.pipeline.cluster.detection_stage import Detected, DetectionPool, run_detection
+from refinedet.pipeline.cluster.job_tracking import log_result_later
 from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.checks import check_spec
@@ -103,6 +104,8 @@ def evaluate_run(
         with ray_session(spec.cluster.model_copy(update={"workers": 1}), address), DetectionPool() as pool:
             found, text = detect_and_measure(run, job, pool, display=display, stop=threading.Event())
         display.done(text)
+        if not output and found.metrics is not None and not log_result_later(run, mode):
+            display.warn("MLflow did not take the results; the run's directory has them")
         if found.by_merge_rule:
             display.note(f"\n{format_comparison(found.by_merge_rule)}\n")
     return found.metrics

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import logging
 import shlex
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -56,6 +58,8 @@ def build_report(run_dir: str, *, status: str | None = None, load_images: LoadIm
     run = read_run(run_dir)
     if status:
         run.tracking["status"] = status
+        if run.spans and run.spans[-1].end is None:  # the stage that builds this report
+            run.spans[-1] = dataclasses.replace(run.spans[-1], end=time.time(), status="done")
     page = template_environment().get_template("report.html.j2").render(**_content(run, load_images))
     path = storage.join(run_dir, REPORT_FILE)
     storage.write_bytes(path, page.encode())
