@@ -99,7 +99,9 @@ def _whole(
     row: Mapping[str, Any], image: np.ndarray, name: str, found: Boxes | None, class_names: Sequence[str]
 ) -> Panel:
     note = f"{row['num_missed']} of {row['num_objects']} missed, {_count(row['num_false'], 'false alarm')}"
-    picture = Image.fromarray(image) if found is None else draw_detections(image, found, class_names, long_side=_CROP_SIDE)
+    picture = (
+        Image.fromarray(image) if found is None else draw_detections(image, found, class_names, long_side=_CROP_SIDE)
+    )
     return Panel(name, note, jpeg_uri(picture, 480))
 
 
