@@ -178,6 +178,7 @@ def test_vocs_mean_average_precision_is_shown(run):
     metrics = {
         mode: {
             "voc2007": {"mAP": value},
+            "protocol": {"metric": "voc2007"},
             "per_class": {"lens": {"AP": value}},
             "curves": {"recall": [0, 0.5, 1], "precision50": {"lens": curve}},
         }
