@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .config import RefineDetConfig
     from .detector import RefineDet
-    from .inference import select_detections
+    from .inference import detect_images, resize_images, select_detections
     from .loss import detection_loss, sum_losses
     from .structures import DetectionBatch, Detections, Losses, LossSums, Predictions, Targets
     from .weights import LoadReport, load_weights
@@ -27,8 +27,10 @@ __all__ = [
     "RefineDet",
     "RefineDetConfig",
     "Targets",
+    "detect_images",
     "detection_loss",
     "load_weights",
+    "resize_images",
     "select_detections",
     "sum_losses",
 ]
@@ -36,6 +38,8 @@ __all__ = [
 _HOMES = {
     "RefineDetConfig": "config",
     "RefineDet": "detector",
+    "detect_images": "inference",
+    "resize_images": "inference",
     "select_detections": "inference",
     "detection_loss": "loss",
     "sum_losses": "loss",

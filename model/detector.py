@@ -5,7 +5,7 @@ B images, A anchors an image, H W pixels, multiples of the coarsest stride, N ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,8 @@ from .boxes import decode_boxes
 from .config import VGG16_REDUCED, RefineDetConfig
 from .filtering import select_survivors, select_trained_rows
 from .heads import AnchorRefinementHead, DetectionHead
-from .hub import load_detector, resize_images, save_detector
-from .inference import select_batch
+from .hub import load_detector, save_detector
+from .inference import detect_images, select_batch
 from .matching import match_anchors
 from .norms import freeze_norms, synchronize_norms
 from .ops.align_conv import top_rows
@@ -141,21 +141,14 @@ class RefineDet(nn.Module):
         return select_batch(self(images), self.config).split()
 
     @torch.no_grad()
-    def predict(self, images: Sequence[Tensor]) -> list[Detections]:
+    def predict(self, images: Iterable[Tensor]) -> list[Detections]:
         """Find the objects of images of any sizes, in their own pixels, clipped to them. Only in evaluation mode.
 
         images  [3, H, W] each, RGB, 0..255, uint8 or float, on any device; each is warped to the config's input size
         """
         self._require_evaluation()
-        if not len(images):
-            return []
-        size = self.config.input_size
-        results = []
-        for image, found in zip(images, self.detect(resize_images(images, size).to(self.mean.device)), strict=True):
-            sides = found.boxes.new_tensor([image.shape[2], image.shape[1]] * 2)
-            boxes = torch.minimum((found.boxes * (sides / size)).clamp(min=0), sides)
-            results.append(Detections(boxes, found.scores, found.labels))
-        return results
+        size = (self.config.input_size, self.config.input_size)
+        return detect_images(self, (image.to(self.mean.device) for image in images), size, self.config)
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **hub_options: Any) -> RefineDet:

@@ -1,17 +1,12 @@
-"""A detector in one file: weights, config, categories and preprocessing; on disk, behind a URI or on the hub.
-
-B images, H W pixels
-"""
+"""A detector in one file: weights, config, categories and preprocessing; on disk, behind a URI or on the hub."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
@@ -130,14 +125,3 @@ def _read_metadata(content: bytes) -> dict[str, str]:
     """The metadata of a safetensors file: its header is JSON, after eight bytes that hold its length."""
     length = int.from_bytes(content[:8], "little")
     return json.loads(content[8 : 8 + length]).get("__metadata__", {})
-
-
-def resize_images(images: Sequence[Tensor], size: int) -> Tensor:
-    """Warp images [3, H, W], RGB, 0..255, of any sizes to the network's input [B, 3, size, size], fp32."""
-    for number, image in enumerate(images):
-        if image.dim() != 3 or image.shape[0] != 3 or not image.numel():
-            raise ValueError(f"image {number} must be [3, H, W], RGB, received {list(image.shape)}.")
-    resize = torch.nn.functional.interpolate
-    return torch.cat(
-        [resize(image[None].float(), (size, size), mode="bilinear", align_corners=False) for image in images]
-    )

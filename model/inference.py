@@ -1,12 +1,15 @@
 """From predictions to detections (section IV-H), for a whole batch at once.
 
-B images, A anchors an image, C foreground classes, N rows that the ADM computed, K candidates of an image
+B images, H W their pixels, A anchors an image, C foreground classes, N rows that the ADM computed, K candidates of an
+image, D most detections of an image
 
 All shapes are known beforehand and nothing waits for the device, so that a CUDA graph can capture it;
 `DetectionBatch.split` waits once, for the counts. Equal scores keep the order of the anchors, then of the classes.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +20,52 @@ from .config import RefineDetConfig
 from .filtering import select_survivors
 from .ops.suppress import suppress
 from .structures import DetectionBatch, Detections, Predictions
+
+
+@torch.no_grad()
+def detect_images(
+    detector: Callable[[Tensor], Predictions], images: Iterable[Tensor], size: tuple[int, int], config: RefineDetConfig
+) -> list[Detections]:
+    """Find the objects of images of any sizes, in their own pixels; the one way from pictures to boxes.
+
+    images  as in `resize_images`, on the detector's device
+    size    (height, width) that each is warped to
+    config  of the selection (thresholds, NMS)
+    returns boxes clipped to their image; those that lie off it are left out
+    """
+    shapes: list[tuple[int, int]] = []
+
+    def noted() -> Iterator[Tensor]:
+        for image in images:
+            shapes.append((image.shape[-1], image.shape[-2]))
+            yield image
+
+    batch = resize_images(noted(), size)
+    if not shapes:
+        return []
+    found = select_batch(detector(batch), config)
+    sides = found.boxes.new_tensor([shape * 2 for shape in shapes])[:, None]
+    boxes = found.boxes * (sides / found.boxes.new_tensor([size[1], size[0]] * 2))
+    boxes = torch.minimum(boxes.clamp(min=0), sides)
+    counted = torch.arange(found.scores.shape[1], device=boxes.device) < found.counts[:, None]
+    whole = counted & (boxes[..., 2:] > boxes[..., :2]).all(2) & boxes.isfinite().all(2) & found.scores.isfinite()
+    counts = whole.sum(1).tolist()
+    columns = (part[whole].split(counts) for part in (boxes, found.scores, found.labels))
+    return [Detections(*parts) for parts in zip(*columns, strict=True)]
+
+
+def resize_images(images: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
+    """Warp images of any sizes to one input [B, 3, height, width], by bilinear interpolation.
+
+    images  [3, H, W] each, RGB, 0..255; one at a time is asked for. uint8 stays uint8, rounded as images of training
+    """
+    warped = []
+    for number, image in enumerate(images):
+        if image.dim() != 3 or image.shape[0] != 3 or not image.numel():
+            raise ValueError(f"image {number} must be [3, H, W], RGB, received {list(image.shape)}.")
+        one = F.interpolate(image[None].float(), size, mode="bilinear", align_corners=False)
+        warped.append(one if image.is_floating_point() else one.round_().to(torch.uint8))
+    return torch.cat(warped) if warped else torch.zeros(0, 3, *size)
 
 
 def select_detections(predictions: Predictions, config: RefineDetConfig) -> list[Detections]:

@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from refinedet.model import RefineDetConfig
 from refinedet.pipeline.cluster.dispatcher import Dispatcher
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.evaluation.chunks import Chunk, merge_chunks, read_chunk, split_into_chunks
 from refinedet.pipeline.evaluation.comparison import best_first
 from refinedet.pipeline.evaluation.detection_job import OWN_METHOD, DetectionJob, write_results
 from refinedet.pipeline.evaluation.detection_worker import ChunkAnswer, DetectionWorker
+from refinedet.pipeline.evaluation.diagnose import diagnose
+from refinedet.pipeline.evaluation.diagnosis import Diagnosis
+from refinedet.pipeline.evaluation.diagnosis_stages import summarize_levels
 from refinedet.pipeline.evaluation.metrics import accumulate_matches
 from refinedet.pipeline.evaluation.protocols import Metrics
 from refinedet.pipeline.evaluation.truth import GroundTruth
@@ -33,6 +37,7 @@ class Detected:
     metrics         None where the truth has no annotations, as test-dev's
     by_merge_rule   of the methods that were compared, best first
     num_detections  in the results file
+    diagnosis       what the errors are; None where it was not asked for, or the truth has marks that it has no rule for
     files           written, relative to the job's output
     damaged         chunk files that existed, but were damaged or of another evaluation, and were done again
     unreadable      images that could not be decoded, and have no detections
@@ -40,6 +45,7 @@ class Detected:
 
     metrics: Metrics | None
     by_merge_rule: Mapping[str, Metrics]
+    diagnosis: Diagnosis | None
     num_detections: int
     files: Sequence[str]
     damaged: Sequence[str]
@@ -132,9 +138,18 @@ def run_detection(
     metrics = measure(OWN_METHOD)
     compared = {name: measure(name) for name in job.merge_rules}
     by_rule = best_first({name: one for name, one in compared.items() if one is not None})
-    files = write_results(job, instances, merged, metrics, by_rule, unreadable)
+    diagnosis = _diagnose(run.spec.model, truth, ordered)
+    files = write_results(job, instances, merged, metrics, by_rule, unreadable, diagnosis)
     damaged = [answer.damaged for answer in ordered if answer.damaged]
-    return Detected(metrics, by_rule, len(merged), files, damaged, unreadable)
+    return Detected(metrics, by_rule, diagnosis, len(merged), files, damaged, unreadable)
+
+
+def _diagnose(config: RefineDetConfig, truth: GroundTruth | None, answers: Sequence[ChunkAnswer]) -> Diagnosis | None:
+    examined = [answer.examined for answer in answers if answer.examined is not None]
+    if truth is None or not examined:
+        return None
+    traced = [answer.traced for answer in answers if answer.traced is not None]
+    return diagnose(truth, examined, summarize_levels(config, sum(traced[1:], traced[0])) if traced else ())
 
 
 def _chunks(run: Run, job: DetectionJob, workers: int) -> tuple[Chunk, ...]:

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Sequence
 
 from refinedet.pipeline.cluster.detection_stage import Detected, DetectionPool, run_detection
+from refinedet.pipeline.cluster.job_tracking import log_result_later
 from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.checks import check_spec
@@ -22,7 +23,13 @@ from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
 
 # What says how the work is done, and nothing of what comes out: these may be set without --output.
-_HARMLESS = ("cluster.", "evaluation.images_per_piece=", "tracking.")
+_HARMLESS = (
+    "cluster.",
+    "evaluation.diagnose=",
+    "evaluation.images_per_piece=",
+    "evaluation.trace_images=",
+    "tracking.",
+)
 
 
 def detect_and_measure(
@@ -48,6 +55,8 @@ def detect_and_measure(
         display.warn(
             f"{len(found.unreadable)} images cannot be read and have no detections: {name_images(found.unreadable)}"
         )
+    if job.diagnose and found.metrics is not None and found.diagnosis is None:
+        display.note("  no diagnosis: it has no rule for groups or for objects that were not looked for everywhere")
     return found, f"{_outcome(found.metrics)}  {found.num_detections} detections{_for_server(job, found.files)}"
 
 
@@ -95,6 +104,8 @@ def evaluate_run(
         with ray_session(spec.cluster.model_copy(update={"workers": 1}), address), DetectionPool() as pool:
             found, text = detect_and_measure(run, job, pool, display=display, stop=threading.Event())
         display.done(text)
+        if not output and found.metrics is not None and not log_result_later(run, mode):
+            display.warn("MLflow did not take the results; the run's directory has them")
         if found.by_merge_rule:
             display.note(f"\n{format_comparison(found.by_merge_rule)}\n")
     return found.metrics

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import threading
@@ -10,22 +11,25 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal
+from typing import Any
 
-from refinedet.pipeline.cluster.capacity import gpus_of
+from refinedet.pipeline.cluster.job_tracking import begin_tracking, describe
 from refinedet.pipeline.cluster.mailbox import Mailbox
 from refinedet.pipeline.cluster.progress import ProgressDisplay, summary_table
-from refinedet.pipeline.cluster.session import session_nodes
+from refinedet.pipeline.cluster.recorder import METRICS_LOG
+from refinedet.pipeline.cluster.result_pictures import ResultPictures
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.report.report import build_report
 from refinedet.pipeline.report.summary import merge_rule_rows, summary_rows
 from refinedet.pipeline.runs import storage
-from refinedet.pipeline.runs.environment import describe_environment
-from refinedet.pipeline.runs.errors import StoppedError
-from refinedet.pipeline.runs.logs import log_folder, restore_loggers
+from refinedet.pipeline.runs.errors import StoppedError, UserError
+from refinedet.pipeline.runs.logs import log_folder
+from refinedet.pipeline.runs.timeline import Timeline
 from refinedet.pipeline.tracking.runs import RunTracker
 
 logger = logging.getLogger(__name__)
+
+_ARTIFACTS = ("spec.yaml", "metrics.json", "detections/single.json", "detections/multiscale.json")
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,9 @@ class Job:
     def __init__(self, run: Run, display: ProgressDisplay, stop: threading.Event) -> None:
         self.run, self.spec, self.display, self.stop = run, run.spec, display, stop
         self._stack = ExitStack()
-        # MLflow may take long to answer: beside the stage that writes shards.
-        beside = self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="tracking"))
-        self.begun: Future[RunTracker] = beside.submit(_begin_tracking, run)
+        self._beside = self._stack.enter_context(ThreadPoolExecutor(1, thread_name_prefix="tracking"))
+        self._begun: Future[RunTracker] | None = None
+        self._timeline = Timeline(run.path)
 
     def __enter__(self) -> Job:
         return self
@@ -76,25 +80,35 @@ class Job:
     def mailbox(self) -> Mailbox:
         return self._stack.enter_context(Mailbox())
 
+    @cached_property
+    def pictures(self) -> ResultPictures:
+        return self._stack.enter_context(contextlib.closing(ResultPictures(self.run)))
+
     def keep(self, resource: Any) -> Any:
         """Enter a context manager, which ends with the job."""
         return self._stack.enter_context(resource)
+
+    @property
+    def begun(self) -> Future[RunTracker]:
+        """The MLflow run, begun by the first stage that needs it and beside that stage: it may take long to answer.
+
+        The data is prepared by then, so that a mistake in it leaves no failed run.
+        """
+        if self._begun is None:
+            self._begun = self._beside.submit(begin_tracking, self.run)
+        return self._begun
 
     @property
     def tracker(self) -> RunTracker:
         """Waits until the MLflow run has begun; raises what beginning it raised."""
         return self.begun.result()
 
-    def check_tracking(self) -> None:
-        """Raise what beginning the MLflow run raised, once it is known; waits for nothing."""
-        if self.begun.done():
-            self.begun.result()
-
     def run_stage(self, stage: Stage) -> None:
         """Run a stage unless it is done, and commit its manifest."""
         if self.stop.is_set():
             raise StoppedError(f"before the stage {stage.name}; run the same command again to resume")
-        self.check_tracking()
+        if self._begun and self._begun.done():
+            self._begun.result()
         inputs = stage.inputs(self)
         if inputs is None:
             return
@@ -103,32 +117,37 @@ class Job:
         if inputs and self.run.stage_is_done(stage.name, inputs):
             self.display.done("done before")
             return
-        outcome = stage.run(self)
-        if inputs:
-            self.run.commit_stage(stage.name, inputs, list(outcome.outputs))
+        with self._timeline.stage(stage.name):
+            outcome = stage.run(self)
+            if inputs:
+                self.run.commit_stage(stage.name, inputs, list(outcome.outputs))
         self.display.done(outcome.text)
 
-    def end_tracking(self, status: Literal["FAILED", "KILLED"], reason: str) -> None:
-        """End the MLflow run, where it has begun; must not hide why the job ended."""
+    def fail(self, error: BaseException) -> None:
+        """End the MLflow run as `error` ended the job, and build the report; must not hide the error."""
+        stopped, trained = isinstance(error, StoppedError), storage.exists(self.run.file(METRICS_LOG))
+        reason = str(error) if stopped else f"{type(error).__name__}: {error}"
+        status = "KILLED" if stopped else "FAILED"
         try:
-            if self.begun.exception() is None:
-                self.tracker.finish(status, reason)
+            if self._begun and self._begun.exception() is None:
+                if isinstance(error, UserError) and not trained and not self.tracker.resumed:
+                    self.tracker.discard(reason)
+                else:
+                    describe(self.tracker, self.run, status)
+                    self.tracker.finish(status, reason)
+            if trained and not stopped:
+                build_report(self.run.path)
         except Exception:
-            logger.exception("the end of the MLflow run could not be set")
-
-    def report_after_failure(self) -> None:
-        """A failed job leaves its report too; an error of the report must not hide why the job failed."""
-        try:
-            build_report(self.run.path)
-        except Exception:
-            logger.exception("the report of the failed job could not be built")
+            logger.exception("the end of the job could not be recorded")
 
     def finish(self) -> None:
         """Log what is left to MLflow, end its run, and print where everything is."""
-        for name in ("spec.yaml", "metrics.json", "detections/single.json", "detections/multiscale.json"):
+        self.pictures.close()
+        profile = [f"profile/{name}" for name in storage.list_folder(self.run.file("profile"))]
+        for name in (*_ARTIFACTS, *profile) if self._begun else ():
             if storage.exists(self.run.file(name)):
                 self.tracker.log_artifact(self.local_copy(self.run.file(name)), os.path.dirname(name) or None)
-        if not self.tracker.finish("FINISHED"):
+        if self._begun and not self.tracker.finish("FINISHED"):
             self.display.warn(
                 f"MLflow ({self.tracker.location}) did not take everything; {log_folder(self.run.path)} says what, and "
                 "the run's folder has it all"
@@ -167,22 +186,9 @@ class Job:
             ("report", self.run.file("report.html")),
             ("weights", self.run.weights),
             ("model", f"in MLflow, and as a folder for mlflow.pyfunc.load_model: {self.model_folder}"),
-            ("MLflow", self.tracker.location),
+            ("MLflow", self.tracker.location if self._begun else ""),
             ("logs", log_folder(self.run.path)),
         ):
             shown = where.replace(os.getcwd() + os.sep, "")
-            self.display.console.print(f"  {what:<8} {shown}", markup=False, soft_wrap=True)
-
-
-def _begin_tracking(run: Run) -> RunTracker:
-    """Start or resume the MLflow run of the job, and log what it runs on."""
-    tracker = RunTracker(run.spec.tracking, name=run.spec.name, run_dir=run.path, runs=run.runs)
-    restore_loggers()
-    environment: dict[str, Any] = {**describe_environment(), "devices": gpus_of(session_nodes())}
-    storage.write_json(run.file("environment.json"), environment)
-    tracker.log_spec(run.spec.model_dump(mode="json"))
-    tracker.set_tags(
-        {"commit": environment["commit"]}
-        | {f"version.{name}": version for name, version in environment["versions"].items()}
-    )
-    return tracker
+            if shown and (what not in ("report", "weights") or storage.exists(where)):
+                self.display.console.print(f"  {what:<8} {shown}", markup=False, soft_wrap=True)

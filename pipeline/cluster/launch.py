@@ -13,9 +13,11 @@ from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
-from refinedet.pipeline.runs import storage
-from refinedet.pipeline.runs.errors import StoppedError, UserError
+from refinedet.pipeline.runs import settings, storage
+from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
+from refinedet.pipeline.runs.timeline import Timeline
+from refinedet.pipeline.tracking.stores import check_store
 
 STAGE_NAMES = ("prepare", "train", "evaluate", "multiscale", "report")
 
@@ -38,9 +40,11 @@ def launch(
     run = Run(spec)
     check_spec(spec)
     check_weights(spec)
+    check_store(spec.tracking, run.runs)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals(display))
         stack.enter_context(run.open(on_lost=lambda said: stop.set()))
+        stack.enter_context(Timeline(run.path).launched(settings.read("REFINEDET_SUBMITTED_AT")))
         log_to_file(os.path.join(log_folder(run.path), "launch.log"), who="driver")
         # Ray, torch and MLflow take seconds to load: after what a mistake needs, and torch and MLflow after Ray's own
         # start, which gives its parts 15 s.
@@ -61,12 +65,8 @@ def _run_stages(run: Run, stages: Sequence[str], display: ProgressDisplay, stop:
             for stage in STAGES:
                 if stage.name in stages:
                     job.run_stage(stage)
-        except StoppedError as error:
-            job.end_tracking("KILLED", str(error))
-            raise
         except BaseException as error:
-            job.end_tracking("FAILED", f"{type(error).__name__}: {error}")
-            job.report_after_failure()
+            job.fail(error)
             raise
         job.finish()
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from refinedet.pipeline.cluster.gauges import TrainingGauges
 from refinedet.pipeline.cluster.progress import ProgressDisplay
+from refinedet.pipeline.cluster.result_pictures import ResultPictures
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.lines import LinesLog
@@ -43,17 +44,21 @@ _WARNED = (
 class TrainingRecorder:
     """Takes the messages of `run_training`.
 
-    tracker  may begin later than the workers do; what beginning it raised is raised at the first message
+    tracker   may begin later than the workers do; what beginning it raised is raised at the first message
+    pictures  draws what validations found
     """
 
-    def __init__(self, run: Run, display: ProgressDisplay, tracker: Future[RunTracker]) -> None:
-        self._display, self._begun = display, tracker
+    def __init__(
+        self, run: Run, display: ProgressDisplay, tracker: Future[RunTracker], pictures: ResultPictures
+    ) -> None:
+        self._display, self._begun, self._pictures = display, tracker, pictures
         self._run = run
         self._gauges = TrainingGauges(run.spec.name)
         self._metrics = LinesLog(run.file(METRICS_LOG))
         self._events = LinesLog(run.file(EVENTS_LOG))
         self._every = run.spec.tracking.log_every_steps
         self._counts = Counter(event["kind"] for event in self._events_so_far())
+        self._last_step = 0
         self._validated_on = {"val": "validation", "train": "training"}[run.spec.training.validate_on]
 
     @property
@@ -82,7 +87,7 @@ class TrainingRecorder:
         if not ledger["attempts"]:
             return
         storage.write_json(self._run.file("ledger.json"), {**ledger, "events": self._events_so_far()})
-        self._tracker.log_metrics(0, {f"goodput/{name}": float(value) for name, value in ledger.items()})
+        self._tracker.log_metrics(self._last_step, {f"goodput/{name}": float(value) for name, value in ledger.items()})
 
     def _events_so_far(self) -> list[dict[str, Any]]:
         """Of all starts of this run; a line that a crash cut short is left out."""
@@ -94,6 +99,7 @@ class TrainingRecorder:
         return events
 
     def _step(self, record: StepRecord) -> None:
+        self._last_step = record.step
         self._display.update(
             record.step,
             record.total_steps,
@@ -134,8 +140,9 @@ class TrainingRecorder:
 
     def _validated(self, event: Event) -> None:
         values = {name: float(value) for name, value in event.facts.items() if isinstance(value, int | float)}
-        self._metrics.append({"step": event.step, "epoch": event.facts.get("epoch"), "validation": values})
-        values.pop("epoch", None)
+        epoch = int(values.pop("epoch"))
+        self._metrics.append({"step": event.step, "epoch": epoch, "validation": values})
+        self._pictures.log_validation(self._tracker, event.step, epoch)
         self._gauges.validated(values)
         self._tracker.log_metrics(event.step, {f"validation/{name}": value for name, value in values.items()})
         shown = "  ".join(f"{name} {values[name]:.3f}" for name in ("AP", "AP50", "mAP") if name in values)

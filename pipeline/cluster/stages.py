@@ -9,6 +9,7 @@ from typing import Any, Literal
 from refinedet.pipeline.cluster.detection_stage import DetectionPool
 from refinedet.pipeline.cluster.evaluate import detect_and_measure
 from refinedet.pipeline.cluster.job import Job, Outcome, Stage
+from refinedet.pipeline.cluster.job_tracking import describe, log_model, log_result
 from refinedet.pipeline.cluster.preparation_stage import run_preparation
 from refinedet.pipeline.cluster.recorder import TrainingRecorder
 from refinedet.pipeline.cluster.training_stage import run_training
@@ -17,8 +18,6 @@ from refinedet.pipeline.data.index import check_same_categories, open_shards
 from refinedet.pipeline.evaluation.detection_job import DetectionJob, make_detection_job
 from refinedet.pipeline.report.report import build_report
 from refinedet.pipeline.runs import storage
-from refinedet.pipeline.tracking.packaging import package_model
-from refinedet.pipeline.tracking.runs import RunTracker
 from refinedet.pipeline.training.job import check_classes
 
 Mode = Literal["single", "multiscale"]
@@ -34,25 +33,13 @@ def _always(job: Job) -> Mapping[str, Any]:
 def _prepare(job: Job) -> Outcome:
     parts = [part for part in ("train", "val") if getattr(job.spec.data, part)]
 
-    def on_progress(done: int, total: int) -> None:
-        job.check_tracking()
-        job.display.update(done, total, unit="images")
-
     found = run_preparation(
-        job.run, parts, mailbox=job.mailbox, on_progress=on_progress, stop_requested=job.stop.is_set
+        job.run,
+        parts,
+        mailbox=job.mailbox,
+        on_progress=lambda done, total: job.display.update(done, total, unit="images"),
+        stop_requested=job.stop.is_set,
     )
-
-    def track(tracker: RunTracker) -> None:
-        for part, facts in found.items():
-            tracker.log_dataset(
-                part,
-                facts["digest"],
-                context="training" if part == "train" else "validation",
-                source=storage.join(job.run.shards, part),
-                num_samples=facts["num_samples"],
-            )
-
-    job.begun.add_done_callback(lambda begun: begun.exception() or track(begun.result()))
     return Outcome(", ".join(f"{facts['num_samples']} {part} images" for part, facts in found.items()))
 
 
@@ -72,7 +59,7 @@ def _train_inputs(job: Job) -> Mapping[str, Any]:
 
 
 def _train(job: Job) -> Outcome:
-    recorder = TrainingRecorder(job.run, job.display, job.begun)
+    recorder = TrainingRecorder(job.run, job.display, job.begun, job.pictures)
     try:
         result = run_training(job.run, job.mailbox, recorder, job.stop)
     finally:
@@ -93,8 +80,9 @@ def _detect(mode: Mode, job: Job) -> Outcome:
     found, text = detect_and_measure(
         job.run, _detection(job, mode)[0], _detection_pool(job), display=job.display, stop=job.stop
     )
+    step = log_result(job.tracker, job.run, mode)
     if found.metrics is not None:
-        job.tracker.log_metrics(0, {f"{mode}/{name}": value for name, value in found.metrics.values.items()})
+        job.pictures.log_evaluation(job.tracker, mode, step)
     return Outcome(text, tuple(found.files))
 
 
@@ -114,24 +102,11 @@ def _detection_pool(job: Job) -> DetectionPool:
 
 def _report(job: Job) -> Outcome:
     if storage.exists(job.run.weights):
-        _package_model(job)
+        log_model(job.tracker, job.run, job.model_folder)
+    describe(job.tracker, job.run, "FINISHED")
     path = build_report(job.run.path, status="FINISHED")  # only the end of the MLflow run follows
     job.tracker.log_artifact(job.local_copy(path))
     return Outcome(path)
-
-
-def _package_model(job: Job) -> None:
-    part = "val" if job.spec.data.val else "train"
-    categories = storage.read_json(job.run.ground_truth(part))["categories"]
-    package_model(
-        job.model_folder,
-        config=job.spec.model,
-        weights=job.run.weights,
-        categories=sorted(categories, key=lambda category: category["id"]),
-        facts={"run": job.spec.name},
-    )
-    digest = storage.digest_file(job.run.weights).sha256
-    job.tracker.log_model(job.model_folder, name=job.spec.name, digest=digest)
 
 
 STAGES = (

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +61,8 @@ def stage_code(folder: Path, spec: JobSpec) -> None:
 
 
 def runtime_environment(spec: JobSpec, folder: Path) -> dict[str, Any]:
-    return {"working_dir": str(folder), "env_vars": stop_environment(spec) | {PYTHON_VARIABLE: _python()}}
+    ours = {PYTHON_VARIABLE: _python(), "REFINEDET_SUBMITTED_AT": f"{time.time():.3f}"}
+    return {"working_dir": str(folder), "env_vars": stop_environment(spec) | ours}
 
 
 def stop_environment(spec: JobSpec) -> dict[str, str]:

@@ -269,6 +269,9 @@ class Tracking(Section):
     uri: str | None = None
     """MLflow tracking URI; default: sqlite in the runs folder"""
     experiment: str = "refinedet"
+    registered_model: str | None = None
+    """name under which models are registered, so that they compete; default: experiment and data format, as in
+    refinedet-coco"""
     log_every_steps: PositiveInt = 10
     report_images: PositiveInt = 12
     """images whose detections are drawn beside the truth"""

@@ -35,8 +35,19 @@ class Chunk:
         return f"chunk-{self.index:05d}.json"
 
     @property
+    def trace_name(self) -> str:
+        """Of the file with the objects that the diagnosis followed through the detector."""
+        return f"trace-{self.index:05d}.json"
+
+    @property
     def positions(self) -> range:
         return range(self.start, self.stop)
+
+    def spread(self, num_samples: int, count: int) -> list[int]:
+        """Those of `count` positions, spread evenly over a data set of `num_samples`, that lie in this chunk."""
+        count = min(count, num_samples)
+        chosen = (int((number + 0.5) * num_samples / count) for number in range(count))
+        return [position for position in chosen if self.start <= position < self.stop]
 
 
 @dataclass(frozen=True)
@@ -104,6 +115,22 @@ def read_chunk(folder: str, chunk: Chunk, *, fingerprint: str = "") -> ChunkResu
         logger.warning("%s is of another evaluation (other weights, data or settings); it is done again", path)
         return None
     return ChunkResult(DetectionTable.of(json.loads(rows)), unreadable)
+
+
+def write_trace(folder: str, chunk: Chunk, counts: np.ndarray, *, fingerprint: str) -> None:
+    """Commit the [L, S] counts of `trace_chunk`; `fingerprint` also of the positions that were traced."""
+    storage.write_json(storage.join(folder, chunk.trace_name), {"fingerprint": fingerprint, "counts": counts.tolist()})
+
+
+def read_trace(folder: str, chunk: Chunk, *, fingerprint: str) -> np.ndarray | None:
+    """The committed counts; None where there are none, or those of another evaluation."""
+    path = storage.join(folder, chunk.trace_name)
+    try:
+        known = storage.read_json(path) if storage.exists(path) else {}
+        return np.array(known["counts"], np.int64) if known.get("fingerprint") == fingerprint else None
+    except (ValueError, KeyError, AttributeError):
+        logger.warning("%s is damaged; it is done again", path)
+        return None
 
 
 def merge_chunks(tables: Iterable[DetectionTable], image_ids: Sequence[int] | None = None) -> DetectionTable:

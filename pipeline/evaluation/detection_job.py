@@ -13,6 +13,7 @@ from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import MergeRule
 from refinedet.pipeline.data.index import check_same_categories, open_shards
 from refinedet.pipeline.data.reading import write_coco_annotations
+from refinedet.pipeline.evaluation.diagnosis import Diagnosis
 from refinedet.pipeline.evaluation.metrics import protocol_of
 from refinedet.pipeline.evaluation.protocols import Metrics, Protocol
 from refinedet.pipeline.evaluation.server_files import write_submission, write_voc_files
@@ -40,6 +41,8 @@ class DetectionJob:
     merge_rules  to be compared on the same passes, by name
     format       of the data set: coco, voc or shapes
     image_set    VOC's year and list, as in VOC2012/test
+    diagnose     also find what the errors are
+    trace_images  images whose objects are followed through the detector
     """
 
     mode: Mode
@@ -54,6 +57,8 @@ class DetectionJob:
     merge_rules: Mapping[str, MergeRule]
     format: str
     image_set: str
+    diagnose: bool = False
+    trace_images: int = 0
 
     @property
     def folder(self) -> str:
@@ -100,6 +105,7 @@ def make_detection_job(
     truth = storage.join(output, "ground_truth.json")  # the run's own, unless the results go elsewhere
     write_coco_annotations(found, truth)
     multiscale = spec.multiscale if mode == "multiscale" else None
+    diagnose = spec.evaluation.diagnose
     settings = {
         "model": asdict(spec.model),
         "evaluation": spec.evaluation.model_dump(mode="json", include={"batch_size", "merge"}),
@@ -126,11 +132,14 @@ def make_detection_job(
         merge_rules=rules_to_compare(multiscale) if multiscale and multiscale.compare_rules else {},
         format=found.format,
         image_set=image_set or f"{'VOC2007' if protocol.metric == 'voc2007' else 'VOC2012'}/test",
+        diagnose=diagnose,
+        trace_images=spec.evaluation.trace_images if diagnose and mode == "single" else 0,
     )
     compared = {name: job.rule_fingerprint(name) for name in job.merge_rules}
     return job, {
         **detected,
         "protocol": storage.digest_json(protocol.to_json()),
+        "diagnosis": storage.digest_json([job.diagnose, job.trace_images]),
         "merge_rules": storage.digest_json(compared),
     }
 
@@ -142,6 +151,7 @@ def write_results(
     metrics: Metrics | None,
     by_merge_rule: Mapping[str, Metrics],
     unreadable: tuple[UnreadableImage, ...] = (),
+    diagnosis: Diagnosis | None = None,
 ) -> list[str]:
     """Write the detections, what a server takes, and metrics.json; returns the files but the last, below `output`.
 
@@ -154,6 +164,8 @@ def write_results(
     known.pop(job.mode, None)
     if metrics is not None:
         known[job.mode] = {**metrics.to_json(), "unreadable": unreadable_to_json(unreadable)}
+        if diagnosis is not None:
+            known[job.mode]["diagnosis"] = diagnosis.to_json()
     if job.mode == "multiscale":
         known.pop("merge_rules", None)
         if by_merge_rule:

@@ -8,15 +8,24 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from refinedet.model import RefineDet
 from refinedet.pipeline.config.files import parse_spec
 from refinedet.pipeline.config.recipes import resolve_merge
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.data.index import open_shards
-from refinedet.pipeline.evaluation.chunk_work import detect_chunk
-from refinedet.pipeline.evaluation.chunks import Chunk, ChunkResult, read_chunk, write_chunk
+from refinedet.pipeline.evaluation.chunk_work import detect_chunk, trace_chunk
+from refinedet.pipeline.evaluation.chunks import (
+    Chunk,
+    ChunkResult,
+    read_chunk,
+    read_trace,
+    write_chunk,
+    write_trace,
+)
 from refinedet.pipeline.evaluation.detection_job import OWN_METHOD, DetectionJob
+from refinedet.pipeline.evaluation.diagnosis_examination import Examination, can_examine, examine
 from refinedet.pipeline.evaluation.metrics import match_detections
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.evaluation.unreadable import UnreadableImage
@@ -34,11 +43,15 @@ class ChunkAnswer:
     matches     by merge method; empty without truth
     damaged     file that existed, but was damaged or of another evaluation
     unreadable  images that could not be decoded
+    examined    detections and objects, for the diagnosis; None where none is made
+    traced      [L, S] objects by where the detector loses them; None where no image of the chunk is traced
     """
 
     matches: Mapping[str, Any] = field(default_factory=dict)
     damaged: str | None = None
     unreadable: tuple[UnreadableImage, ...] = ()
+    examined: Examination | None = None
+    traced: np.ndarray | None = None
 
 
 class DetectionWorker:
@@ -78,7 +91,24 @@ class DetectionWorker:
             name: match_detections(job.protocol, self._truth, result.detections, ids)
             for name, result in results.items()
         }
-        return ChunkAnswer(matches, damaged, unreadable)
+        if not (job.diagnose and can_examine(self._truth)):
+            return ChunkAnswer(matches, damaged, unreadable)
+        examined = examine(self._truth, results[OWN_METHOD].detections, ids)
+        return ChunkAnswer(matches, damaged, unreadable, examined, self._trace(chunk))
+
+    def _trace(self, chunk: Chunk) -> np.ndarray | None:
+        """Follow the objects of the chunk's share of `trace_images` through the detector, unless that is committed."""
+        job = self._job
+        positions = chunk.spread(len(job.image_ids), job.trace_images)
+        if not positions:
+            return None
+        fingerprint = storage.digest_json([job.fingerprint, positions])
+        counts = read_trace(job.folder, chunk, fingerprint=fingerprint)
+        if counts is None:
+            batch_size = self._run.spec.evaluation.batch_size
+            counts = trace_chunk(self._loaded_model(), open_shards(job.shards), positions, batch_size=batch_size)
+            write_trace(job.folder, chunk, counts, fingerprint=fingerprint)
+        return counts
 
     def _read(self, chunk: Chunk) -> tuple[dict[str, ChunkResult] | None, str | None]:
         """The committed results by merge method, None unless all exist; and a file that exists but is no good."""

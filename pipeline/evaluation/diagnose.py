@@ -48,6 +48,7 @@ def diagnose(
     thresholds = tuple(number / step for number in range(step))
     bins, calibration_error = calibrate(examined)
     cost = cost_detections(examined, positives)
+    confusion = count_confusion(truth, examined, positives)
     return Diagnosis(
         iou=IOU,
         max_detections=MAX_DETECTIONS,
@@ -57,7 +58,7 @@ def diagnose(
         num_objects=int(positives.sum()),
         num_detections=len(examined.score),
         errors=cost_errors(truth, examined, positives),
-        confusion=count_confusion(truth, examined, positives),
+        confusion=confusion,
         scores=thresholds,
         classes=draw_classes(truth, scored, thresholds),
         slices=slice_objects(truth, examined),
@@ -65,7 +66,7 @@ def diagnose(
         num_traced=sum(sum(level.counts.values()) for level in levels),
         calibration=bins,
         calibration_error=calibration_error,
-        worst_images=_worst_images(truth, examined, positives, cost),
+        worst_images=_worst_images(truth, examined, positives, cost, confusion.score),
         costly_misses=_misses(truth, examined, positives),
         false_alarms=tuple(_finding(truth, examined, row, cost) for row in _first(cost)),
         truth_suspects=_suspects(truth, examined, cost),
@@ -84,8 +85,9 @@ def _cost_of_misses(truth: GroundTruth, objects: np.ndarray, positives: np.ndarr
 
 
 def _worst_images(
-    truth: GroundTruth, examined: Examination, positives: np.ndarray, cost: np.ndarray
+    truth: GroundTruth, examined: Examination, positives: np.ndarray, cost: np.ndarray, score: float
 ) -> tuple[WorstImage, ...]:
+    """score  from which false detections are counted"""
     missed = _unfound(truth, examined)
     counted = ~truth.crowd & ~truth.difficult
     place = np.searchsorted(examined.images, examined.image_id)
@@ -94,7 +96,8 @@ def _worst_images(
     size = len(examined.images)
     total = np.bincount(place, cost, size)
     total += np.bincount(missed_place, _cost_of_misses(truth, missed, positives), size)
-    wrong = np.bincount(place[(examined.kind != CORRECT) & ~examined.ignored], minlength=size)
+    shown = (examined.kind != CORRECT) & ~examined.ignored & (examined.score >= score)
+    wrong = np.bincount(place[shown], minlength=size)
     lost = np.bincount(missed_place, minlength=size)
     objects = np.bincount(np.searchsorted(examined.images, truth.image_id[own]), minlength=size)
     order = np.argsort(-total, kind="stable")[:_LISTED]

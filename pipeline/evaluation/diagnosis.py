@@ -109,7 +109,11 @@ class CalibrationBin:
 
 @dataclass(frozen=True)
 class WorstImage:
-    """An image by the errors on it, each weighted as in `Finding.cost`."""
+    """An image by the errors on it, each weighted as in `Finding.cost`.
+
+    num_false   false detections of at least the score of the confusion matrix
+    num_missed  objects that no detection finds, of whatever score
+    """
 
     image_id: int | str
     cost: float

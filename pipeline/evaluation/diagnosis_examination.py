@@ -57,6 +57,11 @@ class Examination:
     pair_iou: np.ndarray
 
 
+def can_examine(truth: GroundTruth) -> bool:
+    """Whether the diagnosis has a rule for every mark of the truth: it has none for groups and federated truth."""
+    return truth.marks <= {"crowd", "difficult"}
+
+
 def examine(truth: GroundTruth, detections: DetectionTable, image_ids: Sequence[int] | None = None) -> Examination:
     """Examine the detections of `image_ids` (default: all images of the truth); each image belongs in one call."""
     images = truth.image_ids if image_ids is None else np.unique(np.asarray(image_ids, np.int64))

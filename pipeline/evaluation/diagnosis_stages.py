@@ -9,12 +9,11 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from refinedet.model import RefineDet, RefineDetConfig, select_detections
+from refinedet.model import RefineDet, RefineDetConfig, resize_images, select_detections
 from refinedet.model.anchors import count_anchors
 from refinedet.model.boxes import decode_boxes
 from refinedet.model.filtering import select_survivors
 from refinedet.model.structures import Detections, Predictions
-from refinedet.pipeline.data.images import resize_image, stack_images
 from refinedet.pipeline.data.samples import Sample
 from refinedet.pipeline.evaluation.diagnosis import STAGES, LevelStages
 from refinedet.pipeline.evaluation.diagnosis_examination import IOU
@@ -31,7 +30,9 @@ def trace_samples(model: RefineDet, samples: Sequence[Sample], autocast: torch.d
         return counts
     side = config.input_size
     device = next(model.parameters()).device
-    images = stack_images([resize_image(sample.image, (side, side)) for sample in samples]).to(device)
+    images = resize_images(
+        [torch.from_numpy(sample.image).to(device).permute(2, 0, 1) for sample in samples], (side, side)
+    )
     with evaluating(model), torch.autocast(device.type, autocast, enabled=autocast is not None):
         predictions = model(images)
     found = select_detections(predictions, config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -16,9 +17,11 @@ from refinedet.pipeline.data.reading import EvaluationSamples
 from refinedet.pipeline.data.samples import Sample
 from refinedet.pipeline.evaluation.metrics import accumulate_matches, match_detections, protocol_of
 from refinedet.pipeline.evaluation.protocols import Metrics, Protocol
+from refinedet.pipeline.evaluation.shown_images import keep_shown, shown_ids
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.evaluation.unreadable import ReadableSamples, UnreadableImage, sum_unreadable
 from refinedet.pipeline.inference.detect import detect_samples
+from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
@@ -47,12 +50,14 @@ def validate(
     max_bad_samples: int,
     timeout_s: float | None = None,
     autocast: torch.dtype | None = None,
+    on_detections: Callable[[DetectionTable], None] | None = None,
 ) -> Metrics:
     """Metrics over all samples, each detected by exactly one rank; every rank returns the same.
 
     all_gather       returns the objects of all ranks on every rank (torch.distributed.all_gather_object, or [x] alone)
     max_bad_samples  unreadable images of all ranks together; they have no detections
     timeout_s        limit of one rank's detection
+    on_detections    takes this rank's detections, before the ranks meet
     `all_gather` is called once, also by a rank that failed: then every rank raises, naming the failed one. What raises
     is a UserError where a rank failed with one, as trying again would not help.
     """
@@ -64,6 +69,8 @@ def validate(
             model, _until(samples, timeout_s, len(own)), shards.categories, evaluation, autocast
         )
         images += [image.image_id for image in samples.unreadable]
+        if on_detections is not None:
+            on_detections(table)
         matches = match_detections(protocol, truth, table, images)
         outcome = _Outcome(matches, tuple(samples.unreadable))
     except Exception as error:  # sent to the other ranks, which would wait for ever otherwise
@@ -103,6 +110,7 @@ def prepare_validation(
     splits = run.spec.data.train if part == "train" else run.spec.data.val
     protocol = protocol_of(run.spec.evaluation, shards.format, shards.sets[0] if shards.sets else splits[0].set)
     truth = GroundTruth.of(run.ground_truth(part))
+    shown = shown_ids(truth.image_id.tolist(), run.spec)
 
     def measure(detector: torch.nn.Module, epochs_done: int) -> dict[str, float]:
         assert isinstance(detector, RefineDet)
@@ -117,6 +125,7 @@ def prepare_validation(
             protocol=protocol,
             max_bad_samples=run.spec.data.max_bad_samples,
             timeout_s=run.spec.evaluation.validation_timeout_s,
+            on_detections=functools.partial(keep_shown, run, epochs_done, rank, shown),
         ).values
 
     return measure

@@ -13,9 +13,8 @@ from itertools import islice
 
 import numpy as np
 import torch
-from refinedet.model import RefineDet, RefineDetConfig, select_detections
+from refinedet.model import RefineDet, RefineDetConfig, detect_images
 from refinedet.pipeline.config.spec import Evaluation
-from refinedet.pipeline.data.images import resize_image, stack_images
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.reading import EvaluationSamples
 from refinedet.pipeline.data.samples import Category, Sample
@@ -117,32 +116,24 @@ def detect_view(
     returns  what was found in each, mirrored boxes turned back
     """
     device = next(model.parameters()).device
-    batch = stack_images([resize_image(image, size) for image in images]).to(device, non_blocking=True)
+    views = [torch.from_numpy(image).to(device, non_blocking=True).permute(2, 0, 1) for image in images]
     if flip:
-        batch = torch.cat([batch, batch.flip(3)])
+        views += [view.flip(2) for view in views]
     with torch.autocast(device.type, autocast, enabled=autocast is not None):
-        predictions = model(batch)
-    detections = select_detections(predictions, config)
-
-    count = torch.tensor([len(one.scores) for one in detections])
-    place = torch.repeat_interleave(torch.arange(len(detections)), count)
+        detections = detect_images(model, views, size, config)
+    place = torch.repeat_interleave(torch.tensor([len(one.scores) for one in detections]))
     boxes = torch.cat([one.boxes for one in detections]).cpu()
     if flip:
-        mirrored = place >= len(images)
-        turned = torch.stack([size[1] - boxes[:, 2], boxes[:, 1], size[1] - boxes[:, 0], boxes[:, 3]], 1)
-        boxes = torch.where(mirrored[:, None], turned, boxes)
+        width = torch.tensor([float(image.shape[1]) for image in images])[place % len(images)]
+        turned = torch.stack([width - boxes[:, 2], boxes[:, 1], width - boxes[:, 0], boxes[:, 3]], 1)
+        boxes = torch.where((place >= len(images))[:, None], turned, boxes)
         place = place % len(images)
-    sides = torch.tensor([[image.shape[1], image.shape[0]] * 2 for image in images], dtype=torch.float32)
-    boxes = boxes * (sides / torch.tensor([size[1], size[0]] * 2))[place]
-    boxes = torch.minimum(boxes.clamp(min=0), sides[place])
-    found = Found(
+    return Found(
         boxes,
         torch.cat([one.scores for one in detections]).cpu(),
         torch.cat([one.labels for one in detections]).cpu(),
         place,
     )
-    inside = ((boxes[:, 2:] > boxes[:, :2]).all(1) & boxes.isfinite().all(1) & found.scores.isfinite()).nonzero()
-    return found.select(inside.squeeze(1))
 
 
 def as_table(found: Found, samples: Sequence[Sample], categories: Sequence[Category]) -> DetectionTable:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -35,6 +36,13 @@ def load_detector(config: RefineDetConfig, uri: str, what: str = "weights") -> R
             "of the same spec."
         )
     return detector.eval()
+
+
+def weights_step(uri: str) -> int:
+    """The step of training at which a run's safetensors file was written; 0 where the file does not hold one."""
+    length = int.from_bytes(storage.read_bytes(uri, 0, 8), "little")
+    header = json.loads(storage.read_bytes(uri, 8, 8 + length))
+    return int(header.get("__metadata__", {}).get("step", 0))
 
 
 def read_weights(uri: str, what: str = "training.init_weights") -> dict[str, Tensor]:

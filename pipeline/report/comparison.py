@@ -10,7 +10,7 @@ from markupsafe import Markup
 from refinedet.pipeline.report import charts
 from refinedet.pipeline.report.charts import Series
 from refinedet.pipeline.report.report import built_at, subtitle, template_environment
-from refinedet.pipeline.report.results import METRIC_MEANINGS, MODE_TITLES
+from refinedet.pipeline.report.results import MODE_TITLES, sorted_metrics
 from refinedet.pipeline.report.run_data import RunFolder, read_run
 from refinedet.pipeline.report.training_charts import duration, epochs_of, get, ledger_total
 from refinedet.pipeline.report.verdict import headline, signed, verdict
@@ -109,7 +109,7 @@ def _results(runs: Sequence[RunFolder]) -> list[Row]:
     rows = []
     for mode, title in MODE_TITLES.items():
         by_run = [run.evaluations[mode].values if mode in run.evaluations else {} for run in runs]
-        for metric in METRIC_MEANINGS:
+        for metric in sorted_metrics({name for found in by_run for name in found}):
             values = [found.get(metric) for found in by_run]
             if any(value is not None for value in values):
                 rows.append(_score_row(f"{metric}, {title.lower()}", values))

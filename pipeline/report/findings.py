@@ -19,7 +19,7 @@ LoadImages = Callable[[Sequence[int]], Mapping[int, np.ndarray]]
 """Images, uint8 [H, W, 3] RGB, by image id; those that do not exist are left out."""
 
 GROUPS = {
-    "worst_images": ("Worst images", "By the AP that the errors on them cost."),
+    "worst_images": ("Worst images", "By the AP that the errors on them cost. Dashed: a false alarm."),
     "costly_misses": ("Missed objects", "Objects without a detection, costliest first."),
     "false_alarms": ("False alarms", "Wrong detections, costliest first. Dashed: the object that it was taken for."),
     "truth_suspects": ("Likely mistakes of the truth", "Confident detections that the annotations contradict."),
@@ -46,11 +46,18 @@ class FindingGroup:
 
 
 def finding_groups(
-    diagnosis: Mapping[str, Any], names: Mapping[Any, str], load_images: LoadImages
+    diagnosis: Mapping[str, Any],
+    names: Mapping[Any, str],
+    load_images: LoadImages,
+    *,
+    drawn: Mapping[Any, Boxes],
+    class_names: Sequence[str],
 ) -> list[FindingGroup]:
     """One group for each kind of finding that has pictures.
 
-    names  image id -> file name, shown below a picture
+    names        image id -> file name, shown below a picture
+    drawn        image id -> detections, on the pictures of whole images
+    class_names  of label 1 first
     """
     wanted = {
         kind: [row for row in rows if isinstance(row, Mapping) and "image_id" in row][:_MAX_OF_GROUP]
@@ -67,7 +74,11 @@ def finding_groups(
             if image is None:
                 continue
             try:
-                panels.append(_panel(kind, row, image, str(names.get(row["image_id"], row["image_id"]))))
+                name = str(names.get(row["image_id"], row["image_id"]))
+                if kind == "worst_images":
+                    panels.append(_whole(row, image, name, drawn.get(row["image_id"]), class_names))
+                else:
+                    panels.append(_panel(kind, row, image, name))
             except (KeyError, TypeError, ValueError) as error:
                 logger.warning("A picture of %s is left out of the report: %s", kind, error)
         if panels:
@@ -84,10 +95,21 @@ def jpeg_uri(picture: Image.Image, longest: int, quality: int = 82) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 
+def _whole(
+    row: Mapping[str, Any], image: np.ndarray, name: str, found: Boxes | None, class_names: Sequence[str]
+) -> Panel:
+    note = f"{row['num_missed']} of {row['num_objects']} missed, {_count(row['num_false'], 'false alarm')}"
+    picture = (
+        Image.fromarray(image) if found is None else draw_detections(image, found, class_names, long_side=_CROP_SIDE)
+    )
+    return Panel(name, note, jpeg_uri(picture, 480))
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _panel(kind: str, row: Mapping[str, Any], image: np.ndarray, name: str) -> Panel:
-    if kind == "worst_images":
-        note = f"{row['num_missed']} of {row['num_objects']} missed, {row['num_false']} false alarms"
-        return Panel(name, note, jpeg_uri(Image.fromarray(image), 480))
     boxes, labels, solid = [row["bbox"]], [str(row["label"])], [kind != "costly_misses"]
     if row.get("other_bbox") is not None:
         boxes, labels, solid = (

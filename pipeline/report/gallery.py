@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,22 @@ def build_gallery(
         if image_id in images
     ]  # fmt: skip
     return Gallery(rows, thresholds, len(sampled)) if rows else None
+
+
+def find_from(
+    truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], image_ids: Sequence[int], score: float
+) -> dict[int, Boxes]:
+    """Detections of some images from a score on, at most a few of each; `matched` where they find an object."""
+    labels = {category["id"]: index for index, category in enumerate(_categories(truth), start=1)}
+    truths = _truth_by_image(truth, labels)
+    shown = {}
+    for image_id, boxes in _found_by_image(rows, labels, set(image_ids)).items():
+        assert boxes.scores is not None
+        keep = np.argsort(-boxes.scores, kind="stable")[: int((boxes.scores >= score).sum())][:_MAX_DRAWN]
+        kept = Boxes(boxes.boxes[keep], boxes.labels[keep], boxes.scores[keep])
+        if image_id in truths:
+            shown[image_id] = replace(kept, matched=match_boxes(truths[image_id], kept)[1])
+    return shown
 
 
 def match_boxes(truth: Boxes, found: Boxes) -> tuple[np.ndarray, np.ndarray]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import functools
 import logging
 import shlex
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,11 @@ from typing import Any
 import jinja2
 import yaml
 from markupsafe import Markup
+from refinedet.pipeline.inference.pictures import Boxes
 from refinedet.pipeline.report.data_statistics import statistics_rows
 from refinedet.pipeline.report.diagnosis import diagnosis_view
 from refinedet.pipeline.report.findings import FindingGroup, LoadImages, finding_groups
-from refinedet.pipeline.report.gallery import Gallery, build_gallery
+from refinedet.pipeline.report.gallery import Gallery, build_gallery, find_from
 from refinedet.pipeline.report.results import (
     METRIC_MEANINGS,
     MODE_TITLES,
@@ -56,6 +59,8 @@ def build_report(run_dir: str, *, status: str | None = None, load_images: LoadIm
     run = read_run(run_dir)
     if status:
         run.tracking["status"] = status
+        if run.spans and run.spans[-1].end is None:  # the stage that builds this report
+            run.spans[-1] = dataclasses.replace(run.spans[-1], end=time.time(), status="done")
     page = template_environment().get_template("report.html.j2").render(**_content(run, load_images))
     path = storage.join(run_dir, REPORT_FILE)
     storage.write_bytes(path, page.encode())
@@ -210,16 +215,33 @@ def _pictures(
     if not truth:
         return None, []
     detections = {mode: read_detections(run.path, mode) for mode in MODES}
-    diagnosis = next((one.diagnosis for one in run.evaluations.values() if one.diagnosis), {})
+    mode, diagnosis = next(((mode, one.diagnosis) for mode, one in run.evaluations.items() if one.diagnosis), ("", {}))
     names = {image["id"]: str(image.get("file_name") or image["id"]) for image in truth["images"]}
     count = int(get(run.spec, "tracking.report_images", 12))
     try:
         load = load_images or ShardImages(run.shards, [image["id"] for image in truth["images"]])
         gallery = build_gallery(truth, detections, load, count=count, titles=MODE_TITLES)
-        return gallery, finding_groups(diagnosis, names, load)
+        return gallery, finding_groups(
+            diagnosis,
+            names,
+            load,
+            drawn=_worst_boxes(truth, detections.get(mode, []), diagnosis),
+            class_names=[one["name"] for one in sorted(truth["categories"], key=lambda category: category["id"])],
+        )
     except Exception as error:  # pictures are worth less than the page
         logger.warning("The report has no pictures: %s", error)
         return None, []
+
+
+def _worst_boxes(
+    truth: Mapping[str, Any], rows: list[dict[str, Any]], diagnosis: Mapping[str, Any]
+) -> dict[int, Boxes]:
+    """Detections on the worst images that are as confident as those of the confusion matrix."""
+    try:
+        ids = [row["image_id"] for row in diagnosis["worst_images"]]
+        return find_from(truth, rows, ids, float(diagnosis["confusion"]["score"]))
+    except (KeyError, TypeError, ValueError):  # no diagnosis, or one of another layout
+        return {}
 
 
 # --- the end of the page

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from refinedet.pipeline.report import charts
@@ -28,6 +28,7 @@ METRIC_MEANINGS = {
     "ARm": "medium",
     "ARl": "large",
     "mAP": "mean over classes",
+    "mMR": "log-average miss rate, lower is better",
 }
 _RULE_COLUMNS = ("AP", "AP50", "AP75", "APs", "AR100", "mAP")  # as many as fit; metrics.json has all
 
@@ -35,10 +36,16 @@ _RULE_COLUMNS = ("AP", "AP50", "AP75", "APs", "AR100", "mAP")  # as many as fit;
 def metric_rows(run: RunFolder) -> list[dict[str, Any]]:
     names = dict.fromkeys(name for result in run.evaluations.values() for name in result.values)
     rows = []
-    for name in (name for name in METRIC_MEANINGS if name in names):
+    for name in sorted_metrics(names):
         values = [result.values.get(name) for result in run.evaluations.values()]
         rows.append({"name": name, "values": values, "gain": _gain(values)})
     return rows
+
+
+def sorted_metrics(names: Iterable[str]) -> list[str]:
+    """The usual metrics in their usual order, then those of own IoUs, areas and limits."""
+    usual = list(METRIC_MEANINGS)
+    return sorted(names, key=lambda name: (usual.index(name) if name in usual else len(usual), name))
 
 
 def class_rows(run: RunFolder, truth: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -17,20 +17,20 @@ from typing import Any
 import yaml
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.redaction import redact
+from refinedet.pipeline.runs.results import metric_values
 from refinedet.pipeline.runs.timeline import Span, read_timeline
 
 logger = logging.getLogger(__name__)
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MODES = ("single", "multiscale")
-_RULES = ("coco", "voc2007", "voc2012", "lvis")
 
 
 @dataclass(frozen=True)
 class Evaluation:
     """One evaluation. Values are 0..1, or None where there is no truth to measure by.
 
-    values     name -> value: the twelve of COCO, or mAP for VOC
+    values     name -> value, of the metric that the evaluation was made by
     per_class  class name -> name -> value
     curves     IoU ("0.50") -> mean precision over classes at evenly spaced recalls from 0 to 1
     """
@@ -154,7 +154,6 @@ def _read_records(path: str, missing: list[str]) -> tuple[list[dict[str, float]]
             continue  # a line that a crash cut short
         if isinstance(record.get("validation"), Mapping):
             values = record["validation"]
-            values = values.get("coco", values)
             validations[step] = _numbers({"step": step, "epoch": record.get("epoch"), **values})
         else:
             steps[step] = _numbers(_flat_record(record))
@@ -180,7 +179,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _evaluation(content: Mapping[str, Any]) -> Evaluation:
-    values = next((content[rule] for rule in _RULES if isinstance(content.get(rule), Mapping)), content)
+    values = metric_values(content)
     rows = content.get("per_class") or {}
     if isinstance(rows, list):  # [{"name": ..., "AP": ...}, ...]
         rows = {str(row.get("name")): row for row in rows if isinstance(row, Mapping)}

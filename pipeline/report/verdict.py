@@ -76,7 +76,7 @@ def _losses(run: RunFolder) -> list[str]:
             worst = max(lost, key=lambda name: lost[name])
             text = f"The detector finds {counts['found']} of {total} objects"
             sentences.append(
-                f"{text}; most others are {stage_words(worst)} ({lost[worst]})." if lost[worst] else f"{text}."
+                f"{text}; most of the others: {stage_words(worst)} ({lost[worst]})." if lost[worst] else f"{text}."
             )
     except (KeyError, TypeError, ValueError, AttributeError):  # no diagnosis, or one of another layout
         pass

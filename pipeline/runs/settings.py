@@ -25,6 +25,9 @@ class Variable:
 
 _ALL = (
     Variable("REFINEDET_PYTHON", "ours", "text", None, "Python that a job was submitted from; `submit` sets it"),
+    Variable(
+        "REFINEDET_SUBMITTED_AT", "ours", "number", None, "when a job was submitted, s since 1970; `submit` sets it"
+    ),
     Variable("REFINEDET_FAULT", "ours", "text", None, "drills: MODULE:FUNCTION ARGUMENTS that breaks the loss"),
     Variable("RAY_ADDRESS", "cluster", "text", None, "cluster that `launch` joins, where --address is absent"),
     Variable(

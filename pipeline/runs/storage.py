@@ -125,9 +125,10 @@ def _may_pass(error: BaseException) -> bool:
     return isinstance(error, Exception) and not isinstance(error, _FINAL) and not full
 
 
-def read_bytes(path: str) -> bytes:
+def read_bytes(path: str, start: int | None = None, stop: int | None = None) -> bytes:
+    """A file, or its bytes [start, stop)."""
     fs, name = filesystem(path)
-    return bytes(fs.cat_file(name))  # type: ignore[arg-type] - fsspec types it as text or bytes
+    return bytes(fs.cat_file(name, start, stop))  # type: ignore[arg-type] - fsspec types it as text or bytes
 
 
 def write_bytes(path: str, content: bytes) -> None:

@@ -47,6 +47,17 @@ class Timeline:
         self._append({"time": time.time() if time_s is None else time_s, "edge": "mark", "name": name, "status": ""})
 
     @contextlib.contextmanager
+    def launched(self, submitted_at: str | None = None) -> Iterator[None]:
+        """Record the block as one start of the job. `submitted_at`: seconds since 1970, of a job that was submitted."""
+        if submitted_at:
+            self.mark("submitted", float(submitted_at))
+        self.mark("launched")
+        try:
+            yield
+        finally:
+            self.mark("ended")
+
+    @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
         """Record the block as the stage `name`, with how it ended."""
         self._append({"time": time.time(), "edge": "begin", "name": name, "status": ""})

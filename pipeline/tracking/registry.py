@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from refinedet.pipeline.tracking import stores
 
@@ -35,6 +35,11 @@ class PackagedModel:
     metrics: dict[str, float]
     data_digest: str
     """of the data that the metrics were measured on"""
+    times_s: dict[str, float] = field(default_factory=dict)
+    """mode -> when its metrics were logged to the run; a point of the same time is not logged twice"""
+
+    def time_ms(self, metric: str) -> int:
+        return int(1000 * self.times_s.get(metric.partition("/")[0], time.time()))
 
     @property
     def score(self) -> tuple[str, float] | None:
@@ -56,12 +61,11 @@ def _logged(client: MlflowClient, experiment_id: str, run_id: str, model: Packag
         experiment_id, name=_entity_name(model.name), source_run_id=run_id, tags={WEIGHTS_TAG: model.digest}
     )
     client.log_model_artifacts(created.model_id, model.path)
-    now_ms = int(time.time() * 1000)
     if model.metrics:
         client.log_batch(
             run_id,
             metrics=[
-                Metric(name, value, now_ms, model.step, model_id=created.model_id)
+                Metric(name, value, model.time_ms(name), model.step, model_id=created.model_id)
                 for name, value in model.metrics.items()
             ],
         )

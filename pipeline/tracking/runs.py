@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 TRACKING_FILE = "tracking.json"
 _PARENT_TAG = "mlflow.parentRunId"
 _SYSTEM_INTERVAL_S = 15.0
+_CHILDREN = {"single": "evaluate", "multiscale": "multiscale"}
+"""mode of an evaluation -> name of its child run"""
 
 
 class RunTracker(RunWriter):
@@ -79,6 +81,7 @@ class RunTracker(RunWriter):
         self._write_identity("RUNNING")
         self._guardian = Guardian(uri=self.uri, run_id=self.run_id, owner=self._owner)
         self._children: list[RunWriter] = []
+        self._result_times: dict[str, float] = {}
         self.child(f"attempt {self._num_attempts}").set_tags({"refinedet.attempt": str(self._num_attempts)})
         self._sampler = NodeSampler(self.log_metrics, interval_s=_SYSTEM_INTERVAL_S)
 
@@ -96,12 +99,7 @@ class RunTracker(RunWriter):
         content    of the mode in `metrics.json`
         artifacts  local files, such as detections
         """
-        self.log_evaluation(step, mode, content)
-        child = self.child("evaluate" if mode == "single" else mode)
-        child.log_evaluation(step, mode, content)
-        for path in artifacts:
-            child.log_artifact(path)
-        child.end("FINISHED")
+        self._result_times[mode] = _log_result(self, self.child(_CHILDREN[mode]), mode, step, content, artifacts)
 
     def log_model(
         self,
@@ -121,10 +119,22 @@ class RunTracker(RunWriter):
         data_digest  of the validation shards that they were measured on: the version becomes `champion` where its
                      score beats the champion's on the same data
         """
-        model = registry.PackagedModel(path, name, digest, step, dict(metrics or {}), data_digest)
+        model = registry.PackagedModel(
+            path, name, digest, step, dict(metrics or {}), data_digest, dict(self._result_times)
+        )
         self._outbox.put_call(
             "the model", lambda: registry.log_and_register(self.client, self.experiment_id, self.run_id, model)
         )
+
+    def discard(self, reason: str) -> None:
+        """Delete the run and its children: a user's mistake, met before anything was trained, is no failed run."""
+        self.finish("FAILED", reason)
+        try:
+            for run_id in (*(child.run_id for child in self._children), self.run_id):
+                self.client.delete_run(run_id)
+            storage.remove(storage.join(self.run_dir, TRACKING_FILE))
+        except (MlflowException, OSError) as error:
+            logger.warning("The MLflow run of a job that did not begin could not be deleted: %s", error)
 
     def finish(self, status: Status, reason: str = "", *, timeout_s: float = 60.0) -> bool:
         """Set the final status of the run and of its attempt; True once the store has everything."""
@@ -186,24 +196,47 @@ class RunTracker(RunWriter):
         )
 
 
-def evaluation_run(tracking: Tracking, *, run_dir: str, runs: str, name: str) -> RunWriter | None:
-    """The child run for an evaluation of a job that has ended; None, with a warning, where the job has no MLflow run.
+def log_later_result(
+    tracking: Tracking, *, run_dir: str, runs: str, mode: str, step: int, content: Mapping[str, Any]
+) -> bool:
+    """Log an evaluation of a job that has ended to its MLflow run, as `RunTracker.log_result` does.
 
-    name  of the child, such as "evaluate" or "multiscale"; the same name is the same child
+    Returns whether the store took it. False, with a warning, where the job has no MLflow run.
     """
     known = read_identity(run_dir)
     if not known.get("run_id"):
         logger.warning("%s has no MLflow run; the results are written to its directory alone.", run_dir)
-        return None
-    uri = stores.tracking_uri(tracking, runs)
+        return False
+    client, run_id = MlflowClient(stores.tracking_uri(tracking, runs)), str(known["run_id"])
     stores.quiet_mlflow()
-    return child_run(
-        MlflowClient(uri),
+    run = RunWriter(client, lambda: run_id)
+    child = child_run(
+        client,
         str(known["experiment_id"]),
-        parent=str(known["run_id"]),
-        identity=str(known.get("identity") or known["run_id"]),
-        name=name,
+        parent=run_id,
+        identity=str(known.get("identity") or run_id),
+        name=_CHILDREN[mode],
     )
+    _log_result(run, child, mode, step, content)
+    return run.close() and child.close()
+
+
+def _log_result(
+    run: RunWriter,
+    child: RunWriter,
+    mode: str,
+    step: int,
+    content: Mapping[str, Any],
+    artifacts: Sequence[str] = (),
+) -> float:
+    """Log to both; returns the time of the points, seconds since 1970."""
+    time_s = time.time()
+    run.log_evaluation(step, mode, content, time_s=time_s)
+    child.log_evaluation(step, mode, content, time_s=time_s)
+    for path in artifacts:
+        child.log_artifact(path)
+    child.end("FINISHED")
+    return time_s
 
 
 def child_run(client: MlflowClient, experiment_id: str, *, parent: str, identity: str, name: str) -> RunWriter:

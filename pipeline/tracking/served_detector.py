@@ -11,7 +11,6 @@ import importlib
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -50,41 +49,28 @@ class ServedDetector(PythonModel):
         # The package's name carries a digest of its sources: two models of different code share no module.
         package = importlib.import_module(description["package"])
         self._categories = description["categories"]
-        self._config = package.RefineDetConfig(**_with_tuples(description["config"]))
-        self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self._detector = package.RefineDet(self._config).eval()
+        self._detector = package.RefineDet(package.RefineDetConfig(**_with_tuples(description["config"]))).eval()
         self._detector.load_state_dict(load_file(context.artifacts["weights"]))
-        self._detector.to(self._device)
+        self._detector.to("cuda" if torch.cuda.is_available() else "cpu")
 
     # No type hint on the input: MLflow would take the signature from it, and none of its types means "image".
     def predict(self, context, model_input, params: dict[str, Any] | None = None):
         threshold, batch_size = _checked_params(params or {})
         images = _images_of(model_input)
-        side = self._config.input_size
-        results: list[dict[str, Any]] = []
-        for batch in _batched((_resized(image, index, side) for index, image in enumerate(images)), batch_size):
-            results += self._detect(batch, threshold)
-        return results
+        views = (_view(image, f"image {index}") for index, image in enumerate(images))
+        # One whole image is in memory at a time: the detector warps each as it comes.
+        batches = (islice(views, batch_size) for _ in range(0, len(images), batch_size))
+        return [self._answer(found, threshold) for batch in batches for found in self._detector.predict(batch)]
 
-    def _detect(self, images: list[tuple[np.ndarray, tuple[int, int]]], threshold: float) -> list[dict[str, Any]]:
-        """images  (uint8 [side, side, 3], (height, width) of the original)"""
-        side = self._config.input_size
-        batch = torch.from_numpy(np.stack([image for image, _ in images])).permute(0, 3, 1, 2).to(self._device)
-        results = []
-        for (_, (height, width)), found in zip(images, self._detector.detect(batch), strict=True):
-            keep = found.scores >= threshold
-            limit = found.boxes.new_tensor([width, height, width, height])
-            boxes = torch.minimum((found.boxes[keep] * (limit / side)).clamp(min=0), limit)
-            labels = found.labels[keep].tolist()
-            results.append(
-                {
-                    "boxes": boxes.tolist(),
-                    "scores": found.scores[keep].tolist(),
-                    "labels": [self._categories[label - 1]["id"] for label in labels],
-                    "names": [self._categories[label - 1]["name"] for label in labels],
-                }
-            )
-        return results
+    def _answer(self, found: Any, threshold: float) -> dict[str, Any]:
+        keep = found.scores >= threshold
+        categories = [self._categories[label - 1] for label in found.labels[keep].tolist()]
+        return {
+            "boxes": found.boxes[keep].tolist(),
+            "scores": found.scores[keep].tolist(),
+            "labels": [category["id"] for category in categories],
+            "names": [category["name"] for category in categories],
+        }
 
 
 def _checked_params(params: dict[str, Any]) -> tuple[float, int]:
@@ -122,10 +108,9 @@ def _flat(images: Any) -> list[Any]:
     return flat
 
 
-def _resized(image: Any, index: int, side: int) -> tuple[np.ndarray, tuple[int, int]]:
-    """The image at the network's size, and its own (height, width). One whole image is in memory at a time."""
-    pixels = _decode(image, f"image {index}")
-    return cv2.resize(pixels, (side, side), interpolation=cv2.INTER_LINEAR), (pixels.shape[0], pixels.shape[1])
+def _view(image: Any, name: str) -> torch.Tensor:
+    """uint8 [3, H, W] RGB."""
+    return torch.from_numpy(np.ascontiguousarray(_decode(image, name))).permute(2, 0, 1)
 
 
 def _decode(image: Any, name: str) -> np.ndarray:
@@ -173,12 +158,6 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 def _refusal(sentence: str) -> MlflowException:
     return MlflowException.invalid_parameter_value(sentence)
-
-
-def _batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    iterator = iter(items)
-    while batch := list(islice(iterator, size)):
-        yield batch
 
 
 def _with_tuples(config: dict[str, Any]) -> dict[str, Any]:

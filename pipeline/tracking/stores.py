@@ -11,7 +11,6 @@ import sqlite3
 import urllib.error
 import urllib.request
 
-import sqlalchemy
 from refinedet.pipeline.config.spec import Tracking
 from refinedet.pipeline.runs import settings, storage
 from refinedet.pipeline.runs.errors import UserError
@@ -95,6 +94,8 @@ def check_store(tracking: Tracking, runs: str) -> None:
         elif scheme == "sqlite":
             prepare_store(uri)
         elif scheme not in ("", "file", "databricks", "uc"):
+            import sqlalchemy  # not before: the default store needs none of it, and it takes half a second
+
             engine = sqlalchemy.create_engine(uri)
             with engine.connect():
                 pass

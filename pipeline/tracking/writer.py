@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 from refinedet.pipeline.runs.redaction import parameters, redact_text
+from refinedet.pipeline.runs.results import metric_values
 from refinedet.pipeline.tracking import stores
 from refinedet.pipeline.tracking.identity import REASON_TAG
 from refinedet.pipeline.tracking.outbox import Outbox, Point
@@ -29,7 +30,6 @@ from mlflow.exceptions import MlflowException  # noqa: E402
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 EVALUATIONS = ("validation", "single", "multiscale")
 """first parts of the names of metrics that lie in [0, 1]; COCO writes -1 where there is nothing to measure by"""
-MODE_METRICS = ("coco", "voc2007", "voc2012", "lvis")
 
 _MAX_PARAM_BYTES = 6000  # MLflow's own limits
 _MAX_TAG_BYTES = 8000
@@ -114,13 +114,13 @@ class RunWriter:
             [Point(name, float(value), step, time_ms) for name, value in metrics.items() if _is_defined(name, value)]
         )
 
-    def log_evaluation(self, step: int, mode: str, content: Mapping[str, Any]) -> None:
+    def log_evaluation(self, step: int, mode: str, content: Mapping[str, Any], *, time_s: float | None = None) -> None:
         """Log the metrics of an evaluation at the step of its weights.
 
-        content  of one mode in `metrics.json`: the metrics by rule, and `per_class`
+        content  of one mode in `metrics.json`
         Undefined values (None, or COCO's -1 where there is nothing to measure by) are left out.
         """
-        self.log_metrics(step, evaluation_metrics(mode, content))
+        self.log_metrics(step, evaluation_metrics(mode, content), time_s=time_s)
 
     def log_artifact(self, path: str, directory: str | None = None) -> None:
         """Copy a local file into the run's artifacts, under `directory`; read when its turn comes, so leave it."""
@@ -128,9 +128,10 @@ class RunWriter:
 
     def log_picture(self, key: str, step: int, image: np.ndarray) -> None:
         """Log uint8 [H, W, 3] RGB; pictures of one key are shown along the steps."""
+        name = "/".join(metric_name(part) for part in key.split("/"))
         self._outbox.put_call(
             f"a picture of {key}",
-            lambda: self.client.log_image(self.run_id, image, key=metric_name(key), step=step, synchronous=True),
+            lambda: self.client.log_image(self.run_id, image, key=name, step=step, synchronous=True),
         )
 
     def flush(self, timeout_s: float = 60.0) -> bool:
@@ -152,6 +153,10 @@ class RunWriter:
     def finish(self, status: Status, reason: str = "", *, timeout_s: float = 60.0) -> bool:
         """Set the final status and wait for all deliveries; True once the store has everything."""
         self.end(status, reason)
+        return self.close(timeout_s)
+
+    def close(self, timeout_s: float = 60.0) -> bool:
+        """Wait for all deliveries, and leave the status as it is; True once the store has everything."""
         if self._closed:
             return True
         self._closed = True
@@ -177,8 +182,7 @@ class RunWriter:
 
 def evaluation_metrics(mode: str, content: Mapping[str, Any]) -> dict[str, float]:
     """One mode of `metrics.json` as MLflow metrics: "single/AP", and "single/class AP/NAME" for every class."""
-    rule = next((content[rule] for rule in MODE_METRICS if isinstance(content.get(rule), Mapping)), {})
-    found = {f"{mode}/{metric_name(name)}": value for name, value in rule.items()}
+    found = {f"{mode}/{metric_name(name)}": value for name, value in metric_values(content).items()}
     per_class = content.get("per_class")
     for name, row in per_class.items() if isinstance(per_class, Mapping) else ():
         key = f"{mode}/class AP/{metric_name(str(name))}"

@@ -108,11 +108,14 @@ class Upkeep:
             return
         with self.clock.measure("validation"), state.average.applied() as averaged:
             self._watchdog.pause()
-            measured = dict(validate(averaged, state.step // state.schedule.steps_per_epoch))
+            epochs_done = state.step // state.schedule.steps_per_epoch
+            measured = dict(validate(averaged, epochs_done))
             state.metrics = self.world.broadcast_object(measured)
             state.validated_step = state.step
             self._watchdog.finished(state.step)
-        event = Event("validated", state.step, f"validated after step {state.step}", dict(state.metrics))
+        event = Event(
+            "validated", state.step, f"validated after step {state.step}", {**state.metrics, "epoch": epochs_done}
+        )
         self.callbacks.on_event(event)
 
     def save_if_due(self, agreed: Agreed) -> None:

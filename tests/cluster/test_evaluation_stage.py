@@ -32,8 +32,10 @@ from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.drills.bench import SPEC
 from refinedet.pipeline.evaluation.detection_job import DetectionJob, make_detection_job, write_results
+from refinedet.pipeline.evaluation.diagnose import diagnose
 from refinedet.pipeline.evaluation.metrics import evaluate
 from refinedet.pipeline.evaluation.server_files import ROW_SCHEMA
+from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.inference.predict import predict_images
 from refinedet.pipeline.inference.predictor import Predictor
@@ -137,6 +139,10 @@ def test_a_killed_worker_and_a_cut_file_cost_a_piece_each_and_no_digit(
     assert undisturbed.metrics is not None
     assert undisturbed.metrics.values == evaluate("coco", truth, rows).values
     assert undisturbed.metrics.values["AR100"] > 0
+    diagnosis = json.loads(numbers)["single"]["diagnosis"]
+    expected = diagnose(GroundTruth.of(truth), DetectionTable.of(rows)).to_json()
+    expected |= {"levels": diagnosis["levels"], "num_traced": expected["num_objects"]}
+    assert diagnosis == json.loads(json.dumps(expected)), "each chunk is examined once, each image traced once"
     shapes_run.commit_stage("evaluate", inputs, list(undisturbed.files))
     assert shapes_run.stage_is_done("evaluate", inputs)
 
@@ -211,6 +217,9 @@ def test_a_voc_job_is_measured_by_its_years_rule_and_by_every_merge_rule(connect
     assert sum(one["difficult"] for one in truth["annotations"]) == 1
     expected = evaluate("voc2007", truth, rows)
     metrics = json.loads(Path(run.file("metrics.json")).read_text())
+    diagnosis = metrics["multiscale"].pop("diagnosis")
+    assert diagnosis["num_images"] == 6
+    assert not diagnosis["levels"], "the views of a multi-scale test are not traced"
     assert metrics["multiscale"] == {**expected.to_json(), "unreadable": {"count": 0, "images": []}}
     assert metrics["multiscale"]["voc2007"]["mAP"] > 0
     assert expected.values["mAP"] != evaluate("voc2012", truth, rows).values["mAP"]

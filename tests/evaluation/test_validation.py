@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import tarfile
 import threading
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from refinedet.model import RefineDet, RefineDetConfig
 from refinedet.pipeline.config.recipes import MERGE_RULES, resolve_merge
 from refinedet.pipeline.config.spec import Data, Evaluation, Multiscale, Pass, Split
+from refinedet.pipeline.data import shard_file
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.reading import EvaluationSamples, write_coco_annotations
 from refinedet.pipeline.data.shapes import write_shapes
@@ -143,30 +144,29 @@ def test_a_rank_that_fails_fails_all_and_is_named(model, shards, truth):
         assert "1 of 2 ranks: rank 1: AttributeError" in str(outcome)
 
 
+def _decode_leniently(content: bytes) -> tuple[np.ndarray | None, str | None]:
+    """What OpenCV makes of an image: the missing rest of a JPEG is grey."""
+    return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR), None
+
+
 @pytest.fixture(scope="module")
 def damaged(tmp_path_factory) -> tuple[ShardSet, str]:
-    """12 images of which 11 were damaged after they became shards: the decoder does not finish them."""
+    """12 images, 11 of them cut short, in shards of a writer that did not notice: every checksum is right."""
     folder = tmp_path_factory.mktemp("damaged")
     write_shapes(str(folder), 12, seed=1, image_size=64)
+    for path in sorted((folder / "train").iterdir())[1:]:
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2] + b"\xff\xd9")
     split = Split(images="train", annotations="annotations/instances_train.json")
     data = Data(format="coco", root=str(folder), train=(split,))
-    shards = prepare_shards(data, "train", str(folder / "shards"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shard_file, "decode_image", _decode_leniently)
+        shards = prepare_shards(data, "train", str(folder / "shards"))
+    assert shards.num_samples == 12
     write_coco_annotations(shards, str(folder / "truth.json"))
-    for path in (folder / "shards").rglob("*.tar"):
-        content = bytearray(path.read_bytes())
-        with tarfile.open(path) as archive:
-            photos = [member for member in archive if member.name.endswith((".jpg", ".jpeg"))]
-        for photo in photos[1:]:
-            middle = photo.offset_data + photo.size // 2
-            content[middle : photo.offset_data + photo.size] = b"\xff\xd9" + bytes(photo.size - photo.size // 2 - 2)
-        path.write_bytes(content)
     return shards, str(folder / "truth.json")
 
 
-@pytest.mark.xfail(
-    reason="damage made after sharding fails the checksum, before it is refused",
-    strict=False,
-)
 def test_the_jobs_own_limit_of_bad_samples_counts(model, damaged):
     damaged, truth_file = damaged
     positions, multiscale = range(damaged.num_samples), Multiscale(passes=(Pass(size=64, flip=False),))

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 
 import numpy as np
 import pytest
-import refinedet.pipeline.inference.detect as detect_module
 import torch
-from refinedet.model import Detections, RefineDetConfig
+from refinedet.model import DetectionBatch, RefineDetConfig, inference
 from refinedet.pipeline.config.recipes import RECIPES, describe_cost, estimate_cost, resolve_merge, resolve_passes
 from refinedet.pipeline.config.spec import Evaluation, MergeRule, Multiscale, Pass
 from refinedet.pipeline.data.samples import Category, Sample
@@ -36,22 +35,21 @@ class SeesRectangles(nn.Module):
         return images
 
 
-def find_rectangles(images: Tensor, config: RefineDetConfig) -> list[Detections]:
-    found = []
+def find_rectangles(images: Tensor, config: RefineDetConfig) -> DetectionBatch:
+    boxes, counts, labels = [], [], []
     for image in images[:, 0].float():
         ys, xs = (image > 40).nonzero().unbind(1)
-        if not len(ys):
-            found.append(Detections(torch.zeros(0, 4), torch.zeros(0), torch.zeros(0, dtype=torch.int64)))
-            continue
-        box = torch.stack([xs.min(), ys.min(), xs.max() + 1, ys.max() + 1]).float()[None]
-        label = 1 if image.max() > 200 else 2
-        found.append(Detections(box, torch.tensor([0.75]), torch.tensor([label])))
-    return found
+        counts.append(min(len(ys), 1))
+        corners = [xs.min(), ys.min(), xs.max() + 1, ys.max() + 1] if len(ys) else [0, 0, 0, 0]
+        boxes.append(torch.tensor(corners).float()[None])
+        labels.append([1 if image.max() > 200 else 2])
+    scores = torch.full((len(boxes), 1), 0.75)
+    return DetectionBatch(torch.stack(boxes), scores, torch.tensor(labels), torch.tensor(counts))
 
 
 @pytest.fixture
 def model(monkeypatch) -> SeesRectangles:
-    monkeypatch.setattr(detect_module, "select_detections", find_rectangles)
+    monkeypatch.setattr(inference, "select_batch", find_rectangles)
     return SeesRectangles()
 
 

@@ -111,6 +111,7 @@ def _write_metrics(
                 "precision50": {name: (curve**0.15).tolist() for name in classes},
                 "precision75": {name: (curve**0.6).tolist() for name in classes},
             },
+            "protocol": {"metric": "coco"},
         }
     metrics["single"]["diagnosis"] = diagnosis
     metrics["single"]["unreadable"] = {

@@ -150,7 +150,10 @@ def test_a_report_goes_to_any_storage():
     import fsspec
 
     memory = fsspec.filesystem("memory")
-    memory.pipe("/bucket/run/metrics.json", json.dumps({"single": {"coco": {"AP": 0.25}}}).encode())
+    memory.pipe(
+        "/bucket/run/metrics.json",
+        json.dumps({"single": {"coco": {"AP": 0.25}, "protocol": {"metric": "coco"}}}).encode(),
+    )
     assert build_report("memory://bucket/run") == "memory://bucket/run/report.html"
     assert b">0.250<" in memory.cat("/bucket/run/report.html")
 
@@ -175,6 +178,7 @@ def test_vocs_mean_average_precision_is_shown(run):
     metrics = {
         mode: {
             "voc2007": {"mAP": value},
+            "protocol": {"metric": "voc2007"},
             "per_class": {"lens": {"AP": value}},
             "curves": {"recall": [0, 0.5, 1], "precision50": {"lens": curve}},
         }

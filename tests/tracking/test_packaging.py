@@ -19,6 +19,7 @@ from mlflow.exceptions import MlflowException
 from refinedet.model import RefineDet, RefineDetConfig
 from refinedet.model.ops import library
 from refinedet.pipeline.config.spec import Tracking
+from refinedet.pipeline.inference.predictor import Predictor
 from refinedet.pipeline.tracking.packaging import package_model
 from refinedet.pipeline.tracking.runs import RunTracker
 from safetensors.torch import save_file
@@ -28,11 +29,12 @@ CATEGORIES = [{"id": 1, "name": "disc"}, {"id": 18, "name": "ring"}, {"id": 90, 
 
 HALVED = """
 
-_select = select_detections
+_select = select_batch
 
 
-def select_detections(predictions, config):
-    return [Detections(found.boxes, found.scores / 2, found.labels) for found in _select(predictions, config)]
+def select_batch(predictions, config):
+    found = _select(predictions, config)
+    return DetectionBatch(found.boxes, found.scores / 2, found.labels, found.counts)
 """
 CONFIG = RefineDetConfig(
     num_classes=3, input_size=64, backbone="resnet18", tcb_channels=16, score_threshold=0.0, adm_iou=(0.4, 0.5)
@@ -80,12 +82,10 @@ def test_it_holds_no_pickle_and_no_compiled_library(packaged):
     assert not [name for name in names if name.endswith((".pkl", ".pickle", ".pt", ".so", ".pyc"))]
 
 
-def test_it_finds_what_the_detector_finds_in_pixels_of_the_image(packaged, loaded, image):
+def test_it_finds_what_predict_finds_in_pixels_of_the_image(packaged, loaded, image):
     (row,) = loaded.predict([{"image": image}], params={"score_threshold": 0.0})
-    resized = torch.from_numpy(cv2.resize(image, (64, 64))).permute(2, 0, 1)[None]
-    (found,) = packaged[1].detect(resized)
-    expected = (found.boxes * torch.tensor([96, 48, 96, 48]) / 64).clamp(min=0).minimum(torch.tensor([96, 48, 96, 48]))
-    torch.testing.assert_close(torch.tensor(row["boxes"]), expected)
+    (found,) = Predictor(packaged[1], ("disc", "ring", "bar")).predict([image])
+    torch.testing.assert_close(torch.tensor(row["boxes"]), found.boxes)
     torch.testing.assert_close(torch.tensor(row["scores"]), found.scores)
     assert row["labels"] == [CATEGORIES[label - 1]["id"] for label in found.labels.tolist()]
     assert set(row["names"]) <= {"disc", "ring", "bar"}

@@ -11,7 +11,7 @@ from refinedet.pipeline.config.spec import Tracking
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.tracking import stores
 from refinedet.pipeline.tracking.node_metrics import NodeSampler
-from refinedet.pipeline.tracking.runs import MlflowClient, RunTracker, evaluation_run
+from refinedet.pipeline.tracking.runs import MlflowClient, RunTracker, log_later_result
 from refinedet.pipeline.tracking.writer import evaluation_metrics
 
 
@@ -142,6 +142,7 @@ def test_a_store_that_is_no_database_is_a_user_error(runs):
 
 
 METRICS = {
+    "protocol": {"metric": "coco"},
     "coco": {"AP": 0.5, "AP50": 0.7, "APl": -1.0, "APs": None},
     "per_class": {"hot dog": {"AP": 0.25}, "../etc": {"AP": 0.5}, "..\\etc": {"AP": 0.75}, "none": {"AP": -1}},
 }
@@ -160,6 +161,10 @@ def test_undefined_numbers_are_left_out_and_any_class_name_becomes_a_metric():
 def test_results_are_logged_at_their_step_in_the_run_and_in_a_child(runs):
     with _open(runs) as tracker:
         tracker.log_result("single", 372, METRICS)
+        (runs / "model").mkdir()
+        (runs / "model" / "MLmodel").write_text("flavors: {}\n")
+        metrics = evaluation_metrics("single", METRICS)
+        tracker.log_model(str(runs / "model"), name="model", digest="a", step=372, metrics=metrics)
         tracker.log_metrics(10, {"validation/APl": -1.0, "validation/AP": 0.1, "loss/total": float("inf")})
     assert _history(tracker, "single/AP") == [(372, 0.5)]
     assert _history(tracker, "validation/AP") == [(10, 0.1)]
@@ -187,16 +192,27 @@ def test_every_start_is_an_attempt_with_its_own_end(runs):
 def test_an_evaluation_of_an_old_run_is_logged_to_it_once(runs):
     with _open(runs) as tracker:
         pass
-    for value in (0.4, 0.5):
-        run = evaluation_run(Tracking(), run_dir=str(runs / "job"), runs=str(runs), name="evaluate")
-        run.log_metrics(7, {"single/AP": value}, time_s=1000.0)
-        assert run.finish("FINISHED")
+    ended = tracker.client.get_run(tracker.run_id).info.end_time
+    for name in ("job", "job", "other"):
+        (runs / name).mkdir(exist_ok=True)
+        logged = log_later_result(
+            Tracking(), run_dir=str(runs / name), runs=str(runs), mode="single", step=7, content=METRICS
+        )
+        assert logged == (name == "job")
     children = _children(tracker)
     assert set(children) == {"attempt 1", "evaluate"}
-    assert children["evaluate"].data.metrics["single/AP"] == 0.5
-    assert tracker.client.get_run(tracker.run_id).info.status == "FINISHED"
-    (runs / "other").mkdir()
-    assert evaluation_run(Tracking(), run_dir=str(runs / "other"), runs=str(runs), name="evaluate") is None
+    run = tracker.client.get_run(tracker.run_id)
+    assert run.data.metrics["single/AP"] == children["evaluate"].data.metrics["single/AP"] == 0.5
+    assert (run.info.status, run.info.end_time) == ("FINISHED", ended)
+    assert children["evaluate"].info.status == "FINISHED"
+
+
+def test_a_mistake_leaves_no_run(runs):
+    tracker = _open(runs)
+    tracker.discard("a mistake")
+    assert not tracker.client.search_runs([tracker.experiment_id])
+    with _open(runs) as again:
+        assert not again.resumed
 
 
 def test_the_page_of_a_run_says_who_started_it_from_what_and_how(runs):
