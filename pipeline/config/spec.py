@@ -60,7 +60,7 @@ class Split(Section):
     root: str | None = None
     """default: data.root"""
     weight: PositiveFloat = 1.0
-    """how often each image is drawn in an epoch, on average; 1: once"""
+    """data.train: how often each image is drawn in an epoch, on average; 1: once"""
 
 
 class Augmentation(Section):
@@ -71,6 +71,17 @@ class Augmentation(Section):
     crop: bool = True
     mirror: bool = True
     random_interpolation: bool = True
+
+
+class Sampling(Section):
+    """How often each image is drawn in an epoch; multiplied by the weight of its split."""
+
+    method: Literal["uniform", "repeat_factor", "class_balanced"] = "uniform"
+    """repeat_factor: LVIS's, more often by the rarest class shown; class_balanced: all classes equally often"""
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.001
+    """repeat_factor: images of classes that fewer than this share of the images show are repeated"""
+    max_repeats: PositiveFloat = 16.0
+    """limit of the factor that the method gives one image"""
 
 
 class Data(Section):
@@ -99,6 +110,7 @@ class Data(Section):
     include_difficult: bool = True
     """voc: train on `difficult` objects too, as the Caffe release does"""
     augmentation: Augmentation = Augmentation()
+    sampling: Sampling = Sampling()
     loader_workers: NonNegativeInt = 1
     """decoding processes a training worker starts; 0: decode in the training process"""
     shuffle_window: PositiveInt = 65536
@@ -121,6 +133,8 @@ class Data(Section):
                     raise ValueError(f"a {chosen} split in data.{name} needs {needed}")
                 if chosen != "shapes" and not (split.root or self.root):
                     raise ValueError(f"data.root is missing: say where the {chosen} data set is (data.root=FOLDER)")
+        if any(split.weight != 1 for split in self.val):
+            raise ValueError("`weight` applies to data.train: every image of data.val is evaluated once; remove it")
         if self.classes is not None and len({" ".join(name.split()) for name in self.classes} - {""}) != len(
             self.classes
         ):

@@ -5,9 +5,14 @@ each part samples are shuffled within blocks, and the sequence takes one sample 
 of the sequence, window / streams of each part, are therefore shuffled among one another. A window that covers the
 data set shuffles it whole.
 
-Global batch b is the sequence's [b * size, (b + 1) * size). Its samples are dealt to the ranks as evenly as they go, in
-the order of their part, so that ranks of one node keep to the same parts: where the number of nodes divides `streams`,
-a node reads 1 / nodes of the bytes of an epoch (and a shard at each cut twice).
+An epoch is cut into ceil(samples / size) global batches, which differ by at most one sample: every sample of every
+epoch is trained on once, every epoch has the same number of steps, and no batch is a small rest. What a batch lacks to
+`size` is filled up with blanks, fewer than `size` of them in an epoch. A blank is a grey image without objects and adds
+nothing to the loss: the shares of ranks, micro-batches and tensor shapes stay what they are.
+
+A global batch's samples are dealt to the ranks as evenly as they go, in the order of their part, so that ranks of one
+node keep to the same parts: where the number of nodes divides `streams`, a node reads 1 / nodes of the bytes of an
+epoch (and a shard at each cut twice).
 """
 
 from __future__ import annotations
@@ -71,6 +76,16 @@ class EpochOrder:
         return stream * base + min(stream, extra) + first + int(order[within])
 
 
+def count_batches(num_samples: int, size: int) -> int:
+    """Global batches of at most `size` samples in an epoch."""
+    return -(-num_samples // size)
+
+
+def batch_bounds(index: int, num_samples: int, num_batches: int) -> tuple[int, int]:
+    """[start, stop) in the sequence of an epoch of one of its global batches."""
+    return index * num_samples // num_batches, (index + 1) * num_samples // num_batches
+
+
 def share_of_rank(start: int, stop: int, streams: int, rank: int, world_size: int) -> np.ndarray:
     """Places of a global batch [start, stop), from its start, that are a rank's, in the order of their stream.
 
@@ -84,6 +99,11 @@ def share_of_rank(start: int, stop: int, streams: int, rank: int, world_size: in
 def micro_batch_of_share(share: np.ndarray, part: int, accumulation: int) -> np.ndarray:
     """One of the `accumulation` micro-batches of a rank's share; they differ by at most one image."""
     return _cut_evenly(share, part, accumulation)
+
+
+def size_of_micro_batch(size: int, rank: int, world_size: int, part: int, accumulation: int) -> int:
+    """Images, blanks included, of a micro-batch of a global batch of `size`."""
+    return len(_cut_evenly(_cut_evenly(np.arange(size), rank, world_size), part, accumulation))
 
 
 def _cut_evenly(values: np.ndarray, number: int, pieces: int) -> np.ndarray:

@@ -131,11 +131,16 @@ def decode_sample(members: dict[str, Any], shards: ShardSet, shard: str) -> Samp
     )
 
 
-def _broken(entry: SampleEntry, shard: str, reason: str) -> Sample:
+def grey_sample(key: str = "", fault: BadSample | None = None) -> Sample:
+    """A plain image without objects, which adds nothing to the loss."""
     none = np.zeros(0, bool)
     image = np.full((64, 64, 3), MEAN_RGB, np.uint8)
     boxes, labels = np.zeros((0, 4), np.float32), np.zeros(0, np.int64)
-    return Sample(entry.key, image, boxes, labels, none, none, -1, fault=BadSample(shard, entry.key, reason))
+    return Sample(key, image, boxes, labels, none, none, -1, fault=fault)
+
+
+def _broken(entry: SampleEntry, shard: str, reason: str) -> Sample:
+    return grey_sample(entry.key, BadSample(shard, entry.key, reason))
 
 
 class EvaluationSamples:

@@ -83,6 +83,7 @@ class Batch:
 
     images   uint8 [B, 3, S, S]  RGB, channels-last, pinned where CUDA is there
     targets  B of them; crowds are left out
+    keys     of the samples; "" for a blank, which fills up a batch
     index    of the global batch within the epoch
     part     of this rank's share of that global batch, 0 .. accumulation - 1
     faults   samples of this micro-batch that could not be decoded: grey images without objects in their place

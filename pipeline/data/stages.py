@@ -20,9 +20,16 @@ from refinedet.pipeline.data.augmentation import augment
 from refinedet.pipeline.data.cache import ShardCache, prefetch
 from refinedet.pipeline.data.images import resize_image, stack_images
 from refinedet.pipeline.data.index import ShardSet
-from refinedet.pipeline.data.order import EpochOrder, micro_batch_of_share, share_of_rank
-from refinedet.pipeline.data.reading import SampleReader
+from refinedet.pipeline.data.order import (
+    batch_bounds,
+    count_batches,
+    micro_batch_of_share,
+    share_of_rank,
+    size_of_micro_batch,
+)
+from refinedet.pipeline.data.reading import SampleReader, grey_sample
 from refinedet.pipeline.data.samples import BadSample, Batch, Cursor, Sample
+from refinedet.pipeline.data.sampling import EpochDraws, Repeats
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 
@@ -38,20 +45,31 @@ class Plan:
     epochs: int | None
     window: int
     streams: int
+    repeats: Repeats | None = None
+
+    @property
+    def draws_per_epoch(self) -> int:
+        return self.repeats.num_draws if self.repeats else self.shards.num_samples
 
     @property
     def batches_per_epoch(self) -> int:
-        return self.shards.num_samples // self.batch.global_batch
+        return count_batches(self.draws_per_epoch, self.batch.global_batch)
 
 
 class Turn(NamedTuple):
-    """One sample's place in the schedule; `last` closes its micro-batch."""
+    """One image's place in the schedule."""
 
     position: int
+    """of the sample in the data set"""
     epoch: int
     index: int
     part: int
     last: bool
+    """closes its micro-batch"""
+    occurrence: int = 0
+    """how often the sample has occurred in this epoch before"""
+    blank: bool = False
+    """no sample: a grey image fills the batch"""
 
 
 class View(NamedTuple):
@@ -77,15 +95,20 @@ class Schedule(IterableDataset):
         worker = get_worker_info()
         number, workers = (worker.id, worker.num_workers) if worker else (0, 1)
         plan = self.plan
-        order: EpochOrder | None = None
+        draws: EpochDraws | None = None
         for turn, (epoch, index, part) in enumerate(self._micro_batches()):
             if turn % workers != number:
                 continue
-            if order is None or order.epoch != epoch:
-                order = EpochOrder(
-                    plan.shards.sizes, seed=plan.seed, epoch=epoch, window=plan.window, streams=plan.streams
+            if draws is None or draws.epoch != epoch:
+                draws = EpochDraws(
+                    plan.shards.sizes,
+                    plan.repeats,
+                    seed=plan.seed,
+                    epoch=epoch,
+                    window=plan.window,
+                    streams=plan.streams,
                 )
-            yield from self._turns(order, index, part)
+            yield from self._turns(draws, index, part)
 
     def _micro_batches(self) -> Iterator[tuple[int, int, int]]:
         """(epoch, index, part) of this rank's micro-batches."""
@@ -97,14 +120,18 @@ class Schedule(IterableDataset):
                     yield epoch, index, part
             epoch, first = epoch + 1, 0
 
-    def _turns(self, order: EpochOrder, index: int, part: int) -> Iterator[Turn]:
-        plan = self.plan
-        begin = index * plan.batch.global_batch
-        end = begin + plan.batch.global_batch
-        share = share_of_rank(begin, end, order.streams, plan.rank, plan.batch.world_size)
-        chosen = micro_batch_of_share(share, part, plan.batch.accumulation)
-        for left, position in zip(range(len(chosen) - 1, -1, -1), order.positions(begin, end)[chosen], strict=True):
-            yield Turn(int(position), order.epoch, index, part, left == 0)
+    def _turns(self, draws: EpochDraws, index: int, part: int) -> Iterator[Turn]:
+        plan, batch = self.plan, self.plan.batch
+        begin, end = batch_bounds(index, draws.num_draws, plan.batches_per_epoch)
+        share = share_of_rank(begin, end, draws.streams, plan.rank, batch.world_size)
+        chosen = micro_batch_of_share(share, part, batch.accumulation)
+        positions, occurrences = draws.stretch(begin, end)
+        size = size_of_micro_batch(batch.global_batch, plan.rank, batch.world_size, part, batch.accumulation)
+        for at, place in enumerate(chosen.tolist(), start=1):
+            position, occurrence = int(positions[place]), int(occurrences[place])
+            yield Turn(position, draws.epoch, index, part, at == size, occurrence)
+        for at in range(len(chosen) + 1, size + 1):
+            yield Turn(int(positions[0]), draws.epoch, index, part, at == size, blank=True)
 
 
 def copy_ahead(turns: Iterable[Turn], cache: ShardCache, ahead: int) -> Iterator[Turn]:
@@ -119,12 +146,15 @@ def read_samples(turns: Iterable[Turn], shards: ShardSet, cache: ShardCache | No
         cv2.setNumThreads(0)
     reader = SampleReader(shards, cache)
     for turn in turns:
-        yield turn, reader.read(turn.position)
+        yield turn, grey_sample() if turn.blank else reader.read(turn.position)
 
 
 @dataclass(frozen=True)
 class Augmenter:
-    """Makes the view of a sample: a function of (seed, epoch, sample key). Without settings, a plain resize."""
+    """Makes the view of a sample: a function of (seed, epoch, sample key). Without settings, a plain resize.
+
+    Where a sample occurs again in an epoch, the number of the occurrence is part of the key.
+    """
 
     size: int
     seed: int
@@ -140,7 +170,7 @@ class Augmenter:
             image = resize_image(sample.image, self.size)
             boxes = boxes * np.array([self.size / width, self.size / height] * 2, np.float32)
         else:
-            key = (self.seed, turn.epoch, sample.key)
+            key = (self.seed, turn.epoch, sample.key, *((turn.occurrence,) if turn.occurrence else ()))
             image, boxes, labels = augment(sample.image, boxes, labels, size=self.size, key=key, settings=self.settings)
         return View(turn, image, boxes, labels, sample.key, sample.image_id, sample.fault)
 

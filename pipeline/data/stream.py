@@ -16,6 +16,7 @@ from refinedet.pipeline.data.cache import node_cache
 from refinedet.pipeline.data.faults import FaultLog
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.samples import BadSample, Batch, Cursor
+from refinedet.pipeline.data.sampling import Repeats
 from refinedet.pipeline.data.stages import Augmenter, Packed, Plan, Schedule, collate, copy_ahead, read_samples, unpack
 from refinedet.pipeline.runs.errors import UserError
 from webdataset.compat import WebLoader
@@ -30,8 +31,8 @@ class TrainingStream:
 
     Iterating yields `Batch`es ordered by (epoch, index, part); iterating again, or in another process with
     `start=stream.cursor`, goes on with exactly what has not been delivered, at any world size and number of workers.
-    The last, partial global batch of an epoch is dropped: the order of every epoch differs, so other samples are left
-    out in the next, and all ranks make the same number of steps.
+    Every sample occurs once in every epoch, or as often as `repeats` says. Where the global batch does not divide the
+    epoch, some batches have one sample less and a blank in its place (`refinedet.pipeline.data.order`).
 
     Samples that cannot be decoded become grey images without objects, which add nothing to the loss, and are named;
     more than `max_bad_samples` of them on this rank raise `UserError`.
@@ -64,14 +65,15 @@ class TrainingStream:
         cache_bytes: int = 32 * 2**30,
         max_bad_samples: int = 10,
         include_difficult: bool = True,
+        repeats: Repeats | None = None,
     ) -> None:
         batch = divide_batch(global_batch, micro_batch, world_size)
-        if shards.num_samples < global_batch:
+        self._plan = Plan(shards, seed, batch, rank, epochs, shuffle_window, canonical_streams, repeats)
+        if self._plan.draws_per_epoch < global_batch:
             raise UserError(
-                f"{shards.url} has {shards.num_samples} images, fewer than one global batch of {global_batch}: "
-                "lower training.global_batch"
+                f"an epoch of {shards.url} has {self._plan.draws_per_epoch} images, fewer than one global batch of "
+                f"{global_batch}: lower training.global_batch"
             )
-        self._plan = Plan(shards, seed, batch, rank, epochs, shuffle_window, canonical_streams)
         self._augment = Augmenter(input_size, seed, augmentation, include_difficult)
         self._workers = workers
         self._cache = node_cache(shards, cache_dir, cache_bytes)

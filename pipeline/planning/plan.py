@@ -196,13 +196,13 @@ def _saving_interval(spec: JobSpec) -> str:
 
 
 def _print_schedule(console: Console, spec: JobSpec, step_s: float) -> None:
-    images = sum(split.count or 0 for split in spec.data.train)
+    images = round(sum((split.count or 0) * split.weight for split in spec.data.train))
     training = spec.training
     if not images:
         console.print(f"Schedule     {training.epochs} epochs (no `count` in data.train, so no number of steps)")
         console.print(f"Step         {_seconds(step_s)}, {training.global_batch / step_s:.1f} images/s")
         return
-    schedule = make_schedule(training, images // training.global_batch)
+    schedule = make_schedule(training, math.ceil(images / training.global_batch))
     console.print(
         f"Schedule     {training.epochs} epochs x {schedule.steps_per_epoch:,} steps = {schedule.total_steps:,} steps, "
         f"learning rate {schedule.learning_rate(0):.3g} to {training.learning_rate:g} in {training.warmup_epochs:g} "

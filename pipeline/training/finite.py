@@ -33,7 +33,7 @@ def explain_non_finite(engine: Engine, world: World, step: int, micro_batches: S
     """Name rank, loss parts and samples, or parameters, that are not finite. Collective."""
     mine = [
         f"rank {world.rank}: {', '.join(f'{name} {value}' for name, value in batch.losses(engine.names).items())}; "
-        f"samples {', '.join(batch.keys)}"
+        f"samples {', '.join(filter(None, batch.keys))}"
         for batch in micro_batches
         if not batch.values.isfinite().all()
     ]
@@ -48,4 +48,4 @@ def explain_non_finite(engine: Engine, world: World, step: int, micro_batches: S
 
 
 def _all_keys(world: World, micro_batches: Sequence[MicroBatch]) -> list[list[str]]:
-    return world.all_gather_object([key for batch in micro_batches for key in batch.keys])
+    return world.all_gather_object([key for batch in micro_batches for key in batch.keys if key])

@@ -13,6 +13,7 @@ from refinedet.pipeline.config.batches import BatchPlan
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.samples import Cursor
+from refinedet.pipeline.data.sampling import expected_repeats
 from refinedet.pipeline.data.stream import TrainingStream
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -145,6 +146,7 @@ def _open_stream(run: Run, shards: ShardSet, world: World, start: Cursor, plan: 
         cache_bytes=data.cache_bytes,
         max_bad_samples=data.max_bad_samples,
         include_difficult=data.include_difficult,
+        repeats=expected_repeats(shards, data.train, data.sampling),
     )
 
 

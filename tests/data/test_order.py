@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import numpy as np
@@ -13,6 +14,7 @@ from refinedet.pipeline.config.spec import Data, Split
 from refinedet.pipeline.data import stages
 from refinedet.pipeline.data.order import EpochOrder, micro_batch_of_share, share_of_rank
 from refinedet.pipeline.data.samples import Cursor
+from refinedet.pipeline.data.sampling import Repeats, fix_repeats
 from refinedet.pipeline.data.stages import Plan, Schedule, Turn
 
 from tests.data.conftest import make_index
@@ -54,22 +56,39 @@ def turns_of_rank(plan: Plan, start: Cursor, workers: int, monkeypatch: pytest.M
             yield micro_batch
 
 
+Draw = tuple[int, int]
+"""(position in the data set, occurrence in the epoch)"""
+
+
 def global_batches(
-    sizes: list[int], seed: int, start: Cursor, world_size: int, workers: int, micro_batch: int, window: int
-) -> list[tuple[Cursor, tuple[int, ...]]]:
-    """(cursor, sorted positions) of every global batch of two epochs, gathered from all ranks."""
+    sizes: list[int],
+    seed: int,
+    start: Cursor,
+    how: tuple[int, int, int],
+    window: int,
+    repeats: Repeats | None = None,
+) -> list[tuple[Cursor, tuple[Draw, ...]]]:
+    """(cursor, sorted draws) of every global batch of two epochs, gathered from all ranks.
+
+    how  (world size, workers, micro-batch)
+    """
     index = make_index(sizes)
-    gathered: dict[Cursor, list[int]] = {}
+    world_size, workers, micro_batch = how
+    gathered: dict[Cursor, list[Draw]] = {}
+    images: Counter[Cursor] = Counter()
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(world_size):
-            plan = Plan(index, seed, divide_batch(BATCH, micro_batch, world_size), rank, 2, window, 16)
+            plan = Plan(index, seed, divide_batch(BATCH, micro_batch, world_size), rank, 2, window, 16, repeats)
             last = Cursor(*start)
             for micro in turns_of_rank(plan, start, workers, patch):
                 cursor = Cursor(micro[0].epoch, micro[0].index)
                 assert cursor >= last
                 last = cursor
-                gathered.setdefault(cursor, []).extend(turn.position for turn in micro)
-    return [(cursor, tuple(sorted(positions))) for cursor, positions in sorted(gathered.items())]
+                images[cursor] += len(micro)
+                drawn = [(turn.position, turn.occurrence) for turn in micro if not turn.blank]
+                gathered.setdefault(cursor, []).extend(drawn)
+    assert set(images.values()) <= {BATCH}
+    return [(cursor, tuple(sorted(draws))) for cursor, draws in sorted(gathered.items())]
 
 
 @settings(max_examples=40, deadline=None)
@@ -99,31 +118,43 @@ def test_order_is_the_same_for_ever() -> None:
     assert (windowed.tolist(), whole.tolist()) == ([5, 12, 17, 0, 6, 11, 18, 23], [3, 7, 5, 6, 4, 11, 10, 9])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     sizes=st.lists(st.integers(1, 40), min_size=3, max_size=12).filter(lambda sizes: sum(sizes) >= BATCH),
     seed=st.integers(0, 2**31),
     window=st.integers(1, 200),
+    weighted=st.booleans(),
     data=st.data(),
 )
 def test_stopped_and_resumed_anywhere_gives_exactly_the_rest(
-    sizes: list[int], seed: int, window: int, data: st.DataObject
+    sizes: list[int], seed: int, window: int, weighted: bool, data: st.DataObject
 ) -> None:
     def draw_how() -> tuple[int, int, int]:
         world_size = data.draw(st.sampled_from(WORLD_SIZES))
         workers = data.draw(st.sampled_from((0, 2, 5)))
         return world_size, workers, data.draw(st.integers(1, BATCH))
 
-    world_size, workers, micro_batch = draw_how()
-    whole = global_batches(sizes, seed, Cursor(0, 0), world_size, workers, micro_batch, window)
-    assert len(whole) == 2 * (sum(sizes) // BATCH)
+    expected, repeats = np.ones(sum(sizes)), None
+    if weighted:
+        values = st.one_of(st.floats(0.1, 5), st.sampled_from((1.0, 2.0)))
+        expected = np.array(data.draw(st.lists(values, min_size=sum(sizes), max_size=sum(sizes))))
+        if expected.sum() < BATCH:
+            expected[0] += BATCH
+        repeats = fix_repeats(expected)
+    total = round(float(np.cumsum(expected)[-1]))
+    whole = global_batches(sizes, seed, Cursor(0, 0), draw_how(), window, repeats)
+    assert len(whole) == 2 * -(-total // BATCH)
     for epoch in (0, 1):
-        seen = [position for cursor, positions in whole if cursor.epoch == epoch for position in positions]
-        assert len(set(seen)) == len(seen) == sum(sizes) // BATCH * BATCH
+        batches = [draws for cursor, draws in whole if cursor.epoch == epoch]
+        seen = sorted(draw for draws in batches for draw in draws)
+        counts = np.bincount([position for position, _ in seen], minlength=sum(sizes))
+        assert seen == [(position, number) for position, count in enumerate(counts) for number in range(count)]
+        assert len(seen) == total
+        assert np.abs(counts - expected * total / expected.sum()).max() < 1 + 1e-5
+        assert max(map(len, batches)) - min(map(len, batches)) <= 1
 
     stopped = data.draw(st.integers(0, len(whole) - 1))
-    world_size, workers, micro_batch = draw_how()
-    rest = global_batches(sizes, seed, whole[stopped][0], world_size, workers, micro_batch, window)
+    rest = global_batches(sizes, seed, whole[stopped][0], draw_how(), window, repeats)
     assert rest == whole[stopped:]
 
 

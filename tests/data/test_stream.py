@@ -20,7 +20,7 @@ from refinedet.pipeline.runs.errors import UserError
 from tests.data.conftest import NUM_SHAPES
 
 BATCH = 24
-PER_EPOCH = NUM_SHAPES // BATCH
+PER_EPOCH = -(-NUM_SHAPES // BATCH)
 
 
 def make_stream(shards: ShardSet, **changes: Any) -> TrainingStream:
@@ -34,6 +34,9 @@ def contents(batches: Iterator[Batch]) -> dict[Cursor, dict[str, str]]:
     for batch in batches:
         views = found.setdefault(Cursor(batch.epoch, batch.index), {})
         for key, image, targets in zip(batch.keys, batch.images, batch.targets, strict=True):
+            if not key:  # a blank
+                assert len(targets.boxes) == 0
+                continue
             parts = (image, targets.boxes, targets.labels)
             assert key not in views
             views[key] = hashlib.sha256(b"".join(part.contiguous().numpy().tobytes() for part in parts)).hexdigest()
@@ -54,7 +57,10 @@ def merged(shards: ShardSet, world_size: int, **changes: Any) -> dict[Cursor, di
 def expected(shapes_shards: ShardSet) -> dict[Cursor, dict[str, str]]:
     whole = contents(iter(make_stream(shapes_shards)))
     assert [*whole] == [(epoch, index) for epoch in range(2) for index in range(PER_EPOCH)]
-    assert {len(views) for views in whole.values()} == {BATCH}
+    assert {len(views) for views in whole.values()} == {BATCH - 1, BATCH - 2}
+    for epoch in range(2):
+        keys = [key for cursor, views in whole.items() if cursor.epoch == epoch for key in views]
+        assert len(set(keys)) == len(keys) == NUM_SHAPES
     return whole
 
 

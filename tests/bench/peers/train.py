@@ -29,6 +29,7 @@ from pycocotools.cocoeval import COCOeval
 from refinedet.model import RefineDetConfig
 from refinedet.pipeline.config.spec import Augmentation
 from refinedet.pipeline.data.index import open_shards
+from refinedet.pipeline.data.order import count_batches
 from refinedet.pipeline.data.samples import Cursor
 from refinedet.pipeline.data.stream import TrainingStream
 
@@ -58,7 +59,7 @@ def main() -> None:
         optimizer.load_state_dict(saved["optimizer"])
         step, seconds = saved["step"], saved["seconds"]
     shards = open_shards(str(args.shards))
-    per_epoch = shards.num_samples // BATCH
+    per_epoch = count_batches(shards.num_samples, BATCH)
     stream = TrainingStream(
         shards, input_size=args.size, augmentation=Augmentation(expand=args.expand), seed=0, global_batch=BATCH,
         start=Cursor(*divmod(step, per_epoch)), epochs=args.epochs,
