@@ -67,7 +67,7 @@ def test_a_killed_worker_and_a_resume_give_bitwise_the_uninterrupted_run(
     assert goodput.restart_s > 0
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_the_number_of_workers_may_change(tmp_path: Path, stage: int) -> None:
     spec = ELASTIC.model_copy(update={"zero_stage": stage})
     whole = run_workers(tmp_path / "whole", 2, spec)
