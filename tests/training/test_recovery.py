@@ -147,7 +147,7 @@ def test_a_slow_rank_is_named_with_the_part_that_is_slow(tmp_path: Path) -> None
 
 @pytest.mark.parametrize("kind", ["sleep", "freeze"])
 def test_a_rank_that_makes_no_progress_is_named_with_its_stack(tmp_path: Path, kind: str) -> None:
-    spec = ZERO_1.model_copy(update={"stall_timeout_s": 2.0})
+    spec = ZERO_1.model_copy(update={"stall_timeout_s": 6.0})
     outcomes = run_workers(tmp_path / "run", 2, spec, Fault(rank=1, step=6, kind=kind))
     assert outcomes[0].exit_code in (EXIT_STALLED, 1), "its own watchdog ends it, or the loss of the other rank"
     (attempt,) = (tmp_path / "run" / "stalls").iterdir()

@@ -206,7 +206,7 @@ class HurtStream(TinyStream):
         for batch in super().__iter__():
             step = batch.epoch * self.batches_per_epoch + batch.index + 1
             if self.fault and self.fault.kind == "slow":
-                time.sleep(0.05)
+                time.sleep(0.2)
             elif self.fault and batch.part == 0 and step == self.fault.step + 1:
                 if self.fault.kind == "kill":
                     os.kill(os.getpid(), signal.SIGKILL)
