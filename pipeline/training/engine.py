@@ -25,6 +25,7 @@ import torch
 from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from refinedet.model.norms import SyncBatchNorm
 from refinedet.pipeline.config.batches import BatchPlan
 from refinedet.pipeline.config.spec import Training
 from refinedet.pipeline.training.buffers import Buffers
@@ -83,9 +84,15 @@ class Objective(nn.Module):
         self.world = world
         self.fp16 = fp16
         self.waiting: Callable[[], AbstractContextManager[Any]] = nullcontext
-        """entered while other ranks are waited for"""
         self.names: tuple[str, ...] = ()
         """of the loss parts, in the order of the second output; known after the first forward"""
+
+    def measure_waits(self, waiting: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Enter `waiting()` while other ranks are waited for; on a GPU only at the first norm, which aligns them."""
+        self.waiting = waiting
+        norms = [module for module in self.detector.modules() if isinstance(module, SyncBatchNorm)]
+        for norm in norms[:1] if self.world.device.type == "cuda" else norms:
+            norm.waiting = waiting
 
     def forward(self, images: Tensor | None, targets: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """One micro-batch of this rank -> its share of equation 1 over the micro-batches of all ranks.

@@ -36,7 +36,7 @@ class Upkeep:
         self.state, self.world, self.task, self.callbacks = state, world, task, callbacks
         self.spec = state.engine.spec
         self.clock = StepClock(world.device)
-        state.engine.objective.waiting = lambda: self.clock.measure("reduce")
+        state.engine.objective.measure_waits(lambda: self.clock.measure("reduce"))
         self._stack = ExitStack()
         self._writer = CheckpointWriter(task.run_dir, world, self.spec)
         self._stack.callback(self._writer.close)
