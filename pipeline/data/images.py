@@ -148,6 +148,11 @@ def resize_image(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
 
 
+def image_tensor(image: np.ndarray) -> Tensor:
+    """A uint8 image [H, W, 3] as [3, H, W], without a copy where the array is contiguous and writable."""
+    return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
+
+
 def stack_images(images: Sequence[np.ndarray]) -> Tensor:
     """uint8 images [H, W, 3] of one size to one uint8 tensor [B, 3, H, W], channels-last in memory."""
     # In a worker of a loader this writes to shared memory at once, where the batch would be copied to otherwise.

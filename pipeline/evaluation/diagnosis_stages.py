@@ -14,6 +14,7 @@ from refinedet.model.anchors import count_anchors
 from refinedet.model.boxes import decode_boxes
 from refinedet.model.filtering import select_survivors
 from refinedet.model.structures import Detections, Predictions
+from refinedet.pipeline.data.images import image_tensor
 from refinedet.pipeline.data.samples import Sample
 from refinedet.pipeline.evaluation.diagnosis import STAGES, LevelStages
 from refinedet.pipeline.evaluation.diagnosis_examination import IOU
@@ -30,9 +31,7 @@ def trace_samples(model: RefineDet, samples: Sequence[Sample], autocast: torch.d
         return counts
     side = config.input_size
     device = next(model.parameters()).device
-    images = resize_images(
-        [torch.from_numpy(sample.image).to(device).permute(2, 0, 1) for sample in samples], (side, side)
-    )
+    images = resize_images((image_tensor(sample.image).to(device) for sample in samples), (side, side))
     with evaluating(model), torch.autocast(device.type, autocast, enabled=autocast is not None):
         predictions = model(images)
     found = select_detections(predictions, config)

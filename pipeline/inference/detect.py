@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from refinedet.model import RefineDet, RefineDetConfig, detect_images
 from refinedet.pipeline.config.spec import Evaluation
+from refinedet.pipeline.data.images import image_tensor
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.reading import EvaluationSamples
 from refinedet.pipeline.data.samples import Category, Sample
@@ -116,7 +117,7 @@ def detect_view(
     returns  what was found in each, mirrored boxes turned back
     """
     device = next(model.parameters()).device
-    views = [torch.from_numpy(image).to(device, non_blocking=True).permute(2, 0, 1) for image in images]
+    views = [image_tensor(image).to(device, non_blocking=True) for image in images]
     if flip:
         views += [view.flip(2) for view in views]
     with torch.autocast(device.type, autocast, enabled=autocast is not None):

@@ -110,7 +110,7 @@ def _flat(images: Any) -> list[Any]:
 
 def _view(image: Any, name: str) -> torch.Tensor:
     """uint8 [3, H, W] RGB."""
-    return torch.from_numpy(np.ascontiguousarray(_decode(image, name))).permute(2, 0, 1)
+    return torch.from_numpy(np.require(_decode(image, name), requirements=["C", "W"])).permute(2, 0, 1)
 
 
 def _decode(image: Any, name: str) -> np.ndarray:

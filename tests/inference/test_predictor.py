@@ -120,3 +120,13 @@ def test_the_command_draws_the_images_of_a_directory_and_refuses_half_a_model(ru
     assert done.returncode == 2
     assert 'Missing key(s) in state_dict: "backbone.' in done.stderr
     assert not (tmp_path / "unseen").exists()
+
+
+@pytest.mark.filterwarnings("error")
+def test_views_of_arrays_are_images_too(run: Path) -> None:
+    predictor = Predictor.load(str(run), device="cpu", precision="fp32")
+    image = photos()[0]
+    turned = image[::-1, :, ::-1]
+    turned.flags.writeable = False
+    whole, view = predictor.predict([turned.copy(), turned])
+    assert torch.equal(whole.boxes, view.boxes)
