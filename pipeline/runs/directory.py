@@ -1,7 +1,7 @@
 """A run's directory, local or behind a URI: its files, and the manifests of its stages.
 
 runs/<name>/  spec.yaml  lease/  stages/<stage>.json  shards/  checkpoints/  weights.safetensors
-              detections/  metrics.jsonl  metrics.json  report.html  logs/
+              detections/  validations/  metrics.jsonl  metrics.json  timeline.jsonl  report.html  logs/
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import pytest
 import torch
 from jsonschema import validate
 from refinedet.model import RefineDet
+from refinedet.model.hub import detector_metadata
 from refinedet.pipeline.cli.main import app
 from refinedet.pipeline.cluster.detection_stage import DetectionPool, run_detection
 from refinedet.pipeline.cluster.evaluate import evaluate_run
@@ -66,7 +67,8 @@ def make_run(folder: Path, **changes: Any) -> Run:
     shards = prepare_shards(run.spec.data, "val", f"{run.shards}/val")
     write_coco_annotations(shards, run.ground_truth("val"))
     torch.manual_seed(0)
-    save_file(RefineDet(run.spec.model).state_dict(), run.weights)
+    detector = RefineDet(run.spec.model, [category.name for category in shards.categories])
+    save_file(detector.state_dict(), run.weights, detector_metadata(detector))
     Path(run.file("spec.yaml")).write_text(dump_spec(run.spec))
     return run
 
