@@ -164,7 +164,12 @@ def write_large_index(folder: Path, cursors: list[Cursor], seed: int, batch: int
     """An index of ten million samples, and the contents of the shards that the cursors' batches lie in."""
     numbers = np.arange(PER_SHARD, dtype=np.int64)
     same = np.ones_like(numbers)
-    columns = {"keys": numbers, "offsets": numbers * 160_000, "sizes": same * 160_000, "objects_offsets": same * 158_000}
+    columns = {
+        "keys": numbers,
+        "offsets": numbers * 160_000,
+        "sizes": same * 160_000,
+        "objects_offsets": same * 158_000,
+    }
     file = io.BytesIO()
     np.savez_compressed(file, crc32=np.zeros(PER_SHARD, np.uint32), **columns)  # type: ignore[arg-type]
     contents = file.getvalue()
