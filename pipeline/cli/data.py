@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -9,6 +10,7 @@ from refinedet.pipeline.cli.arguments import Job, Overrides
 from refinedet.pipeline.config.files import load_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 
 # OpenCV and webdataset are loaded inside the commands: the help text need not wait for them.
 
@@ -36,6 +38,26 @@ def shard(job: Job, overrides: Overrides = None) -> None:
                 on_progress=lambda done, total: display.update(done, total, unit="images"),
             )
             display.done(f"{shards.num_samples} images in {len(shards)} shards at {shards.url}")
+
+
+@app.command()
+def init(
+    directory: Annotated[str, typer.Argument(metavar="DATA", help="directory of images and annotations")],
+    output: Annotated[Path | None, typer.Option(help="the job spec to write; default: NAME.yaml here")] = None,
+    name: Annotated[str | None, typer.Option(help="of the job; default: the directory's")] = None,
+) -> None:
+    """Recognise a data set and write a job spec that trains on it here."""
+    import os
+
+    import torch
+    from refinedet.pipeline.planning.initial_job import Hardware, propose_job
+
+    hardware = Hardware(torch.cuda.device_count(), os.cpu_count() or 1)
+    job = propose_job(directory, hardware, name, str(output) if output else None)
+    if Path(job.file).exists():
+        raise UserError(f"{job.file} exists: remove it, or choose another file with --output")
+    Path(job.file).write_text(job.text)
+    typer.echo(f"{job.summary}\n{job.file} is written; next: refinedet launch {job.file}")
 
 
 @data_app.command("show")
