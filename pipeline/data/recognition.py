@@ -82,7 +82,12 @@ def _voc(root: str) -> Recognised | None:
             stem = os.path.splitext(os.path.basename(path))[0]
             if "_" not in stem:  # aeroplane_train is VOC's list of one class
                 found[f"{year}/{stem}".lstrip("/")] = Split(set=f"{year}/{stem}".lstrip("/"))
-    return Recognised("voc", root, *_choose(found)) if found else None
+    if not found:
+        return None
+    # VOC2012/val names its year, and with it the metric: the root is the directory that holds the years.
+    above = os.path.commonpath([os.path.dirname(os.path.dirname(name)) or "." for name in found])
+    splits = {name: Split(set=os.path.relpath(name, above)) for name in found}
+    return Recognised("voc", os.path.normpath(os.path.join(root, above)), *_choose(splits))
 
 
 def _coco(root: str) -> Recognised | None:

@@ -64,7 +64,9 @@ def test_lists_of_voc_years_are_told_apart(tmp_path: Path, images: dict[str, byt
         for name in ("train", "val", "trainval", "fox_train"):
             shutil.copy(lists / "all.txt", lists / f"{name}.txt")
         (lists / "all.txt").unlink()
-    found = recognise(str(tmp_path / "VOCdevkit"))
+    for root in (tmp_path, tmp_path / "VOCdevkit"):
+        assert recognise(str(root)).root == str(tmp_path / "VOCdevkit")
+    found = recognise(str(tmp_path))
     assert [split.set for split in found.train] == ["VOC2007/train", "VOC2012/train"]
     assert [split.set for split in found.val] == ["VOC2007/val", "VOC2012/val"]
 
