@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 from refinedet.pipeline.cli.arguments import Job, Overrides
 from refinedet.pipeline.config.files import load_spec
 from refinedet.pipeline.config.run import Run
-from refinedet.pipeline.config.spec import Augmentation
 from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 
 # OpenCV and webdataset are loaded inside the commands: the help text need not wait for them.
 
@@ -39,19 +40,75 @@ def shard(job: Job, overrides: Overrides = None) -> None:
             display.done(f"{shards.num_samples} images in {len(shards)} shards at {shards.url}")
 
 
+@app.command()
+def init(
+    directory: Annotated[str, typer.Argument(metavar="DATA", help="directory of images and annotations")],
+    output: Annotated[Path | None, typer.Option(help="the job spec to write; default: NAME.yaml here")] = None,
+    name: Annotated[str | None, typer.Option(help="of the job; default: the directory's")] = None,
+) -> None:
+    """Recognise a data set and write a job spec that trains on it here."""
+    import os
+
+    import torch
+    from refinedet.pipeline.planning.initial_job import Hardware, propose_job
+
+    hardware = Hardware(torch.cuda.device_count(), os.cpu_count() or 1)
+    job = propose_job(directory, hardware, name, str(output) if output else None)
+    if Path(job.file).exists():
+        raise UserError(f"{job.file} exists: remove it, or choose another file with --output")
+    Path(job.file).write_text(job.text)
+    typer.echo(f"{job.summary}\n{job.file} is written; next: refinedet launch {job.file}")
+
+
 @data_app.command("show")
 def data_show(
-    shards: Annotated[str, typer.Argument(help="directory or URI of shards, as in runs/quickstart/shards/train")],
+    job: Job,
+    overrides: Overrides = None,
     output: Annotated[str, typer.Option(help="the picture to write")] = "samples.png",
-    seed: Annotated[int, typer.Option(min=0)] = 0,
-    plain: Annotated[bool, typer.Option("--plain", help="the images as they are, without augmentation")] = False,
+    part: Annotated[Literal["train", "val"], typer.Option(help="which shards of the job")] = "train",
+    count: Annotated[int, typer.Option(min=1, help="samples on the sheet")] = 20,
+    plain: Annotated[bool, typer.Option("--plain", help="without augmentation")] = False,
+    classes: Annotated[
+        str | None, typer.Option(metavar="DIRECTORY", help="also write a contact sheet of objects per class there")
+    ] = None,
 ) -> None:
-    """Draw samples on one sheet with their boxes, augmented as training sees them."""
+    """Draw a job's first samples with their boxes on one sheet, as it trains on them."""
     from refinedet.pipeline.data.index import open_shards
-    from refinedet.pipeline.data.inspection import show_samples
+    from refinedet.pipeline.data.sheets import show_classes, show_samples
 
-    show_samples(open_shards(shards), output, seed=seed, augmentation=None if plain else Augmentation())
+    run = Run(load_spec(job, overrides or ()))
+    spec, shards = run.spec, open_shards(storage.join(run.shards, part))
+    plain = plain or part == "val"
+    show_samples(shards, output, spec.data, input_size=spec.model.input_size, seed=spec.seed, plain=plain, count=count)
     typer.echo(output)
+    for path in show_classes(shards, classes, seed=spec.seed) if classes else ():
+        typer.echo(path)
+
+
+@data_app.command("stats")
+def data_stats(
+    job: Job,
+    overrides: Overrides = None,
+    json_path: Annotated[str | None, typer.Option("--json", help="write all of them, by class, here too")] = None,
+) -> None:
+    """Classes, box and image sizes of a job's shards, beside its anchors; duplicates, and images in train and val."""
+    from refinedet.pipeline.data.index import open_shards
+    from refinedet.pipeline.data.job_statistics import find_parts, job_statistics, statistics_rows
+    from rich.console import Console
+    from rich.table import Table
+
+    run = Run(load_spec(job, overrides or ()))
+    parts = find_parts(run.shards) or {"train": open_shards(storage.join(run.shards, "train"))}
+    statistics = job_statistics(parts, run.spec.model)
+    table = Table("", *parts, box=None, pad_edge=False, padding=(0, 3, 0, 0))
+    for name, values in statistics_rows(statistics):
+        table.add_row(name, *values)
+    console = Console(soft_wrap=True)
+    console.print(table)
+    for finding in statistics["findings"]:
+        console.print(f"! {finding}", markup=False, highlight=False)
+    if json_path:
+        storage.write_json(json_path, statistics)
 
 
 @data_app.command("check")

@@ -12,7 +12,7 @@ from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.data.images import resize_image
 from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.reading import EvaluationSamples
-from refinedet.pipeline.data.statistics import count_objects
+from refinedet.pipeline.data.statistics import read_statistics
 from refinedet.pipeline.inference.weights import weights_step
 from refinedet.pipeline.report.summary import describe_run
 from refinedet.pipeline.runs import storage
@@ -47,7 +47,7 @@ def begin_tracking(run: Run) -> RunTracker:
                 context=context,
                 source=shards.url,
                 num_samples=shards.num_samples,
-                statistics=count_objects(shards),
+                statistics=read_statistics(shards),
             )
     return tracker
 

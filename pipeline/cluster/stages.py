@@ -15,6 +15,7 @@ from refinedet.pipeline.cluster.recorder import TrainingRecorder
 from refinedet.pipeline.cluster.training_stage import run_training
 from refinedet.pipeline.config.identity import lasting_part
 from refinedet.pipeline.data.index import check_same_categories, open_shards
+from refinedet.pipeline.data.job_statistics import JOB_STATISTICS, find_parts, job_statistics
 from refinedet.pipeline.evaluation.detection_job import DetectionJob, make_detection_job
 from refinedet.pipeline.report.report import build_report
 from refinedet.pipeline.runs import storage
@@ -40,6 +41,10 @@ def _prepare(job: Job) -> Outcome:
         on_progress=lambda done, total: job.display.update(done, total, unit="images"),
         stop_requested=job.stop.is_set,
     )
+    statistics = job_statistics(find_parts(job.run.shards), job.spec.model)
+    storage.write_json(job.run.file(JOB_STATISTICS), statistics)
+    for finding in statistics["findings"]:
+        job.display.warn(finding)
     return Outcome(", ".join(f"{facts['num_samples']} {part} images" for part, facts in found.items()))
 
 

@@ -1,4 +1,4 @@
-"""Looking at shards: a sheet of augmented samples with their boxes, and a check of every digest and box."""
+"""A check of every digest and box of a set of shards."""
 
 from __future__ import annotations
 
@@ -9,21 +9,13 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
-import cv2
-import numpy as np
-from refinedet.pipeline.config.spec import Augmentation
-from refinedet.pipeline.data.augmentation import augment
-from refinedet.pipeline.data.images import EXTENSIONS, decode_image, resize_image
+from refinedet.pipeline.data.images import EXTENSIONS, decode_image
 from refinedet.pipeline.data.index import ShardSet, contents_name, format_key, open_shards
-from refinedet.pipeline.data.order import EpochOrder
-from refinedet.pipeline.data.reading import SampleReader
 from refinedet.pipeline.data.records import fault_of_box
 from refinedet.pipeline.data.remote import read_file
-from refinedet.pipeline.data.samples import BadSample, Sample
+from refinedet.pipeline.data.samples import BadSample
 from refinedet.pipeline.data.shards import OURS
 from refinedet.pipeline.runs import storage
-
-_CAPTION = 18  # pixels
 
 
 @dataclass(frozen=True)
@@ -153,68 +145,3 @@ def _check_sample(
             fault(
                 key, f"{facts['file_name']}: {image.shape[1]} x {image.shape[0]} pixels, recorded {size[0]} x {size[1]}"
             )
-
-
-def show_samples(
-    shards: ShardSet,
-    output: str,
-    *,
-    count: int = 20,
-    columns: int = 5,
-    input_size: int = 256,
-    seed: int = 0,
-    epoch: int = 0,
-    augmentation: Augmentation | None = None,
-) -> None:
-    """Write a sheet (PNG) of samples as training would see them, with boxes, class names and keys.
-
-    The samples are the first of `epoch`; without `augmentation` they are the plain resized images.
-    """
-    count = min(count, shards.num_samples)
-    order = EpochOrder(shards.sizes, seed=seed, epoch=epoch, window=4096, streams=16)
-    reader = SampleReader(shards)
-    tiles = []
-    for position in order.positions(0, count):
-        sample = reader.read(int(position))
-        tiles.append(_draw(sample, shards, input_size, augmentation, seed, epoch))
-    blank = np.full_like(tiles[0], 255)
-    columns = min(columns, count)
-    rows = [tiles[at : at + columns] for at in range(0, count, columns)]
-    rows[-1] += [blank] * (columns - len(rows[-1]))
-    sheet = np.vstack([np.hstack(row) for row in rows])
-    storage.write_bytes(output, cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1].tobytes())
-
-
-def _draw(
-    sample: Sample, shards: ShardSet, size: int, augmentation: Augmentation | None, seed: int, epoch: int
-) -> np.ndarray:
-    sample = sample.keep(~sample.crowd)
-    if augmentation is None:
-        height, width, _ = sample.image.shape
-        image, labels = resize_image(sample.image, size), sample.labels
-        boxes = sample.boxes * np.array([size / width, size / height] * 2)
-    else:
-        key = (seed, epoch, sample.key)
-        image, boxes, labels = augment(
-            sample.image, sample.boxes, sample.labels, size=size, key=key, settings=augmentation
-        )
-    image = image.copy()
-    for box, label in zip(boxes, labels, strict=True):
-        colour = colour_of_label(int(label))
-        x1, y1, x2, y2 = (round(float(value)) for value in box)
-        cv2.rectangle(image, (x1, y1), (x2 - 1, y2 - 1), colour, 2)
-        name = shards.categories[int(label) - 1].name
-        cv2.putText(image, name, (x1 + 3, y1 + 13), cv2.FONT_HERSHEY_SIMPLEX, 0.42, (0, 0, 0), 3, cv2.LINE_AA)
-        cv2.putText(image, name, (x1 + 3, y1 + 13), cv2.FONT_HERSHEY_SIMPLEX, 0.42, colour, 1, cv2.LINE_AA)
-    tile = np.full((size + _CAPTION + 4, size + 4, 3), 255, np.uint8)
-    tile[2 : size + 2, 2 : size + 2] = image
-    caption = f"{sample.key}  {sample.file_name}"
-    cv2.putText(tile, caption, (4, size + 15), cv2.FONT_HERSHEY_SIMPLEX, 0.38, (60, 60, 60), 1, cv2.LINE_AA)
-    return tile
-
-
-def colour_of_label(label: int) -> tuple[int, int, int]:
-    """A bright RGB colour for each label, neighbours far apart."""
-    hue = np.array([[[label * 67 % 180, 190, 255]]], np.uint8)
-    red, green, blue = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0].tolist()
-    return red, green, blue

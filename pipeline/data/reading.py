@@ -193,8 +193,14 @@ class EvaluationSamples:
         return sample
 
 
-def read_facts(shards: ShardSet, *, threads: int = 4) -> Iterator[dict[str, Any]]:
-    """What the shards say of each image, in order: image_id, file_name, width, height, objects."""
+def read_facts(
+    shards: ShardSet, positions: Sequence[int] | None = None, *, threads: int = 4
+) -> Iterator[dict[str, Any]]:
+    """What the shards say of each image, in order: image_id, file_name, width, height, objects.
+
+    positions  of the images; None: all of them
+    """
+    wanted = range(shards.num_samples) if positions is None else positions
     reader = SampleReader(shards)
 
     def facts(position: int) -> dict[str, Any]:
@@ -208,8 +214,8 @@ def read_facts(shards: ShardSet, *, threads: int = 4) -> Iterator[dict[str, Any]
             ) from error
 
     with ThreadPoolExecutor(max_workers=threads) as pool:
-        for start in range(0, shards.num_samples, 1024):
-            yield from pool.map(facts, range(start, min(start + 1024, shards.num_samples)))
+        for start in range(0, len(wanted), 1024):
+            yield from pool.map(facts, wanted[start : start + 1024])
 
 
 def write_coco_annotations(shards: ShardSet, path: str) -> None:

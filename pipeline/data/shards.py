@@ -24,13 +24,14 @@ from refinedet.pipeline.data.lock import LOCK, WriterLock, writer_lock
 from refinedet.pipeline.data.readers import Part, format_of, list_files, read_part
 from refinedet.pipeline.data.records import Record
 from refinedet.pipeline.data.shard_file import write_shard
+from refinedet.pipeline.data.statistics import STATISTICS, part_statistics
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
 logger = logging.getLogger(__name__)
 
 REQUEST = "request.json"
-OURS = frozenset({INDEX, REQUEST, LOCK})
+OURS = frozenset({INDEX, REQUEST, LOCK, STATISTICS})
 """files of a directory of shards beside the shards"""
 _OVERHEAD = 2048  # bytes of a sample beside its image: tar headers and objects, about
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
@@ -235,4 +236,6 @@ def _write_index(
         "faults": [asdict(fault) for fault in faults.faults],
         "shards": table,
     }
+    statistics = part_statistics(ShardSet(destination, whole))
+    storage.write_json(storage.join(destination, STATISTICS), statistics)
     storage.write_json(storage.join(destination, INDEX), whole)

@@ -13,11 +13,15 @@ from refinedet.model.config import RefineDetConfig
 from refinedet.model.cost import ModelCost, count_cost
 from refinedet.pipeline.config.batches import BatchPlan, plan_batches
 from refinedet.pipeline.config.checks import check_spec
+from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.schedule import make_schedule
 from refinedet.pipeline.config.spec import JobSpec, Training
+from refinedet.pipeline.data.job_statistics import find_parts, job_statistics
+from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.durations import describe_duration
 from refinedet.pipeline.runs.errors import UserError
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 
@@ -174,6 +178,7 @@ def print_plan(
     an_image = _BYTES_AN_IMAGE.get(spec.data.format, 150e3)
     if images:
         console.print(f"Shards       {images:,} images, about {_bytes(images * an_image)}")
+    _print_data(console, spec)
     console.print(
         f"Traffic      {_bytes(batch.global_batch / found.step_s * an_image)}/s of shards to all workers, in the first "
         f"epoch from storage, then from the nodes' caches ({_bytes(spec.data.cache_bytes)} each); gradients "
@@ -187,6 +192,15 @@ def print_plan(
         f"at {known.network_gb_s:g} GB/s a worker behind the backward pass{between}; data waits for nothing; every "
         "anchor computed, though the negative filter leaves far fewer.[/]"
     )
+
+
+def _print_data(console: Console, spec: JobSpec) -> None:
+    """What is striking in the shards, where they exist; else whether the data set does."""
+    parts = find_parts(Run(spec).shards)
+    for finding in job_statistics(parts, spec.model)["findings"]:
+        console.print(f"[yellow]Data         {escape(finding)}[/]")
+    if "train" not in parts and spec.data.root and not storage.exists(spec.data.root):
+        console.print(f"[yellow]Data         data.root {spec.data.root} does not exist here: nothing of it was read[/]")
 
 
 def _saving_interval(spec: JobSpec) -> str:

@@ -1,4 +1,4 @@
-"""Statistics of the run's data, from its COCO ground truth: images, objects, sizes, crowds, classes."""
+"""Statistics of the run's data: from its COCO ground truth, and what its shards say of anchors, copies and EXIF."""
 
 from __future__ import annotations
 
@@ -7,13 +7,20 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from refinedet.pipeline.data.job_statistics import reach_and_copies
 
 _SMALL, _LARGE = 32**2, 96**2
 
 
-def statistics_rows(parts: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, list[str]]]:
-    """Rows (name, a value for each part) of parts such as {"train": truth, "val": truth}; empty without truth."""
-    columns = [_statistics(truth) for truth in parts.values() if truth]
+def statistics_rows(parts: Mapping[str, Mapping[str, Any]], shards: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Rows (name, a value for each part) of parts such as {"train": truth, "val": truth}; empty without truth.
+
+    shards  the run's `job_statistics`; empty: its rows are left out
+    """
+    found = shards.get("parts", {})
+    shown = [part for part, truth in parts.items() if truth]
+    known = all(part in found for part in shown)
+    columns = [_statistics(parts[part]) | (reach_and_copies(found[part]) if known else {}) for part in shown]
     if not columns:
         return []
     return [(name, [column[name] for column in columns]) for name in columns[0]]

@@ -47,6 +47,7 @@ from refinedet.pipeline.runs.redaction import flatten
 logger = logging.getLogger(__name__)
 
 REPORT_FILE = "report.html"
+_PART_TITLES = {"train": "Training", "val": "Validation"}
 _ROUTINE_EVENTS = ("preflight", "started", "saved", "validated")
 
 
@@ -106,8 +107,9 @@ def _content(run: RunFolder, load_images: LoadImages | None) -> dict[str, Any]:
         "diagnosed_mode": MODE_TITLES[diagnosed[0]].lower() if diagnosed else "",
         "unreadable": max((one.unreadable for one in run.evaluations.values()), key=len, default=[]),
         "curves": [Markup(chart) for chart in curves(run) if chart],
-        "data_parts": [title for title, part in _truths(run, truth).items() if part],
-        "data_rows": statistics_rows(_truths(run, truth)),
+        "data_parts": [_PART_TITLES[part] for part, found in _truths(run, truth).items() if found],
+        "data_rows": statistics_rows(_truths(run, truth), run.data),
+        "data_findings": run.data.get("findings", []),
         "step_bar": Markup(step_bar(run)),
         "training_bar": training_bar(run),
         "timeline": timeline_view(run),
@@ -128,7 +130,7 @@ def built_at() -> str:
 
 
 def _truths(run: RunFolder, truth: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
-    return {"Training": read_ground_truth(run.path, "train"), "Validation": truth}
+    return {"train": read_ground_truth(run.path, "train"), "val": truth}
 
 
 # --- the head of the page

@@ -2,7 +2,7 @@
 
 Files: `spec.yaml`, `tracking.json`, `metrics.jsonl` (a line a step, and a line a validation), `metrics.json`
 ({"single": ..., "multiscale": ..., "merge_rules": [...]}), `detections/single.json` and `detections/multiscale.json`,
-`ground_truth.json`, `ledger.json`, `environment.json`, `timeline.jsonl`, `goodput/attempt-*.json`.
+`ground_truth.json`, `data.json`, `ledger.json`, `environment.json`, `timeline.jsonl`, `goodput/attempt-*.json`.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
+from refinedet.pipeline.data.job_statistics import JOB_STATISTICS
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.redaction import redact
 from refinedet.pipeline.runs.results import metric_values
@@ -60,6 +61,8 @@ class RunFolder:
     merge_rules: list[dict[str, Any]]
     ledger: dict[str, Any]
     environment: dict[str, Any]
+    data: dict[str, Any]
+    """statistics of the data; empty for runs of earlier releases"""
     missing: list[str]
     """files that do not exist or cannot be read"""
     shards: str
@@ -99,6 +102,7 @@ def read_run(path: str) -> RunFolder:
         ],
         ledger=_read(path, "ledger.json", missing, dict),
         environment=redact(_read(path, "environment.json", missing, dict)),
+        data=_read(path, JOB_STATISTICS, [], dict),
         missing=missing,
         shards=storage.join(storage.absolute(str(shards)) if shards else storage.join(path, "shards"), "val"),
         attempts=_attempts(path),

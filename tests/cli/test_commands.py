@@ -85,7 +85,8 @@ def test_what_needs_no_cluster_runs_without_ray(arguments: list[str], tmp_path: 
     assert done.returncode == 0, done.stderr
     if arguments[0] == "shard":
         shards = str(tmp_path / "runs" / "quickstart" / "shards" / "train")
-        for each in (["data", "check", shards], ["data", "show", shards, "--output", str(tmp_path / "seen.png")]):
+        seen = ["data", "show", "quickstart", "--output", str(tmp_path / "seen.png")]
+        for each in (["data", "check", shards], seen, ["data", "stats", "quickstart"]):
             done = run(*each, cwd=tmp_path, without_ray=True)
             assert done.returncode == 0, done.stderr
         assert (tmp_path / "seen.png").stat().st_size

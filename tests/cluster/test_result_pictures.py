@@ -13,7 +13,7 @@ from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.data.shards import prepare_shards
-from refinedet.pipeline.data.statistics import count_objects
+from refinedet.pipeline.data.statistics import read_statistics
 from refinedet.pipeline.evaluation.shown_images import keep_shown, read_shown, shown_ids
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.inference.weights import weights_step
@@ -76,11 +76,11 @@ def test_statistics_of_a_data_set_count_its_annotations(run: Run) -> None:
     from refinedet.pipeline.data.index import open_shards
 
     truth = storage.read_json(run.ground_truth("val"))
-    counted = count_objects(open_shards(f"{run.shards}/val"))
+    counted = read_statistics(open_shards(f"{run.shards}/val"))
     objects = [one for one in truth["annotations"] if not one["iscrowd"]]
-    assert counted["num_objects"] == len(objects) == sum(counted["objects_by_class"].values())
-    assert counted["crowds_and_bad_boxes"] == len(truth["annotations"]) - len(objects)
-    assert sum(counted[f"{size}_objects"] for size in ("small", "medium", "large")) == len(objects)
+    assert counted["objects"] == len(objects) == sum(entry["objects"] for entry in counted["classes"].values())
+    assert counted["objects_not_learnt"] == len(truth["annotations"]) - len(objects)
+    assert sum(counted[size] for size in ("small", "medium", "large")) == len(objects)
 
 
 def test_the_step_of_weights_is_in_their_file(tmp_path: Path) -> None:

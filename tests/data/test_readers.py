@@ -9,15 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 from pycocotools.coco import COCO
-from refinedet.pipeline.cli.main import app
-from refinedet.pipeline.config.spec import Augmentation, Data, Split
+from refinedet.pipeline.config.spec import Data, Split
 from refinedet.pipeline.data.images import decode_image
-from refinedet.pipeline.data.inspection import check_shards, show_samples
+from refinedet.pipeline.data.inspection import check_shards
 from refinedet.pipeline.data.reading import EvaluationSamples, write_coco_annotations
 from refinedet.pipeline.data.shapes import SHAPES, draw_shapes, write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.runs.errors import UserError
-from typer.testing import CliRunner
 
 OBJECT = (
     "<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>"
@@ -171,23 +169,3 @@ def test_voc_photos_are_read(shared_dir: Path, tmp_path: Path) -> None:
     assert report.faults == ()
     assert report.num_samples == 50
     assert any(sample.difficult.any() for sample in EvaluationSamples(shards))
-
-
-def test_a_sheet_of_samples_is_drawn(tmp_path: Path) -> None:
-    data = Data(format="shapes", image_size=64, train=(Split(count=7),))
-    shards = prepare_shards(data, "train", str(tmp_path / "shards"))
-    sheets = []
-    for augmentation, option in ((None, ["--plain"]), (Augmentation(), [])):
-        output = tmp_path / "sheet.png"
-        show_samples(shards, str(output), augmentation=augmentation)
-        sheets.append(output.read_bytes())
-        shown = tmp_path / "shown.png"
-        command = ["data", "show", shards.url, "--output", str(shown), *option]
-        assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
-        assert shown.read_bytes() == sheets[-1]
-        show_samples(shards, str(output), count=7, columns=3, input_size=128, augmentation=augmentation)
-        sheet, reason = decode_image(output.read_bytes())
-        assert reason is None
-        assert sheet is not None
-        assert sheet.shape == (3 * (128 + 22), 3 * 132, 3)
-    assert sheets[0] != sheets[1]

@@ -1,0 +1,129 @@
+"""The statistics of a job's training and validation data, beside one another and beside its model; what is striking.
+
+`data.json` in the run directory holds them: {"parts": {"train": ..., "val": ...}, "shared": ..., "findings": [...]}.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from refinedet.model.config import RefineDetConfig
+from refinedet.pipeline.data.index import INDEX, ShardSet, open_shards
+from refinedet.pipeline.data.reading import read_facts
+from refinedet.pipeline.data.statistics import ELONGATED, anchor_reach, image_hashes, read_statistics
+from refinedet.pipeline.runs import storage
+
+JOB_STATISTICS = "data.json"
+_EXAMPLES = 3
+_MANY_UNREACHED = 0.05
+"""share of a part's objects from which the anchors are worth a sentence"""
+
+
+def find_parts(shards: str) -> dict[str, ShardSet]:
+    """The parts "train" and "val" whose shards exist below a job's directory or URI of shards."""
+    urls = {part: storage.join(shards, part) for part in ("train", "val")}
+    return {part: open_shards(url) for part, url in urls.items() if storage.exists(storage.join(url, INDEX))}
+
+
+def job_statistics(parts: Mapping[str, ShardSet], model: RefineDetConfig) -> dict[str, Any]:
+    """Statistics of the parts ("train", "val"), what they share, and one sentence for each striking fact."""
+    found = {
+        part: {**read_statistics(shards), "anchors": anchor_reach(shards, model)} for part, shards in parts.items()
+    }
+    shared = _shared_images(parts["train"], parts["val"]) if {"train", "val"} <= parts.keys() else {}
+    findings = [*_shared_finding(shared), *(text for part in found for text in _part_findings(part, found[part]))]
+    return {"parts": found, "shared": shared, "findings": findings}
+
+
+def statistics_rows(statistics: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    """Rows (name, a value for each part) of `job_statistics`."""
+    columns = [_column(part) for part in statistics["parts"].values()]
+    return [(name, [column[name] for column in columns]) for name in columns[0]] if columns else []
+
+
+def _column(part: Mapping[str, Any]) -> dict[str, str]:
+    counts = {name: entry["objects"] for name, entry in part["classes"].items()}
+    most = max(counts, key=lambda name: counts[name])
+    least = min(counts, key=lambda name: counts[name])
+    width, height = part["image_width"], part["image_height"]
+    return {
+        "images": f"{part['images']:,}",
+        "without objects": f"{part['images_without_objects']:,}",
+        "image sizes": f"{width['50%']:g} x {height['50%']:g} ({width['min']:g} x {height['min']:g} to "
+        f"{width['max']:g} x {height['max']:g})",
+        "objects": f"{part['objects']:,}",
+        "not learnt from (crowds, bad boxes)": f"{part['objects_not_learnt']:,}",
+        "classes": f"{len(counts)}, {sum(1 for count in counts.values() if not count)} without objects",
+        "most frequent class": f"{most} ({counts[most]:,})",
+        "rarest class": f"{least} ({counts[least]:,})",
+        "box sides, pixels": _span(part["box_side"]),
+        "box width / height": _span(part["box_aspect"]),
+        "small, medium, large": ", ".join(_share(part[name], part["objects"]) for name in ("small", "medium", "large")),
+        **reach_and_copies(part),
+    }
+
+
+def reach_and_copies(part: Mapping[str, Any]) -> dict[str, str]:
+    """The rows that need more than annotations: anchors, equal image files, EXIF."""
+    anchors = part["anchors"]
+    return {
+        f"no anchor overlaps by {anchors['iou']:g} at {anchors['input_size']} px": (
+            f"{anchors['unreached']:,} ({_share(anchors['unreached'], anchors['objects'])})"
+        ),
+        "images equal to another": f"{part['duplicates']['images']:,}",
+        "images with an EXIF rotation": f"{part['exif_turned']:,}",
+    }
+
+
+def _span(quantiles: Mapping[str, float]) -> str:
+    if not quantiles:
+        return "–"
+    return f"{quantiles['50%']:.3g} (90 % in {quantiles['5%']:.3g} to {quantiles['95%']:.3g})"
+
+
+def _share(count: int, total: int) -> str:
+    return f"{100 * count / max(total, 1):.0f} %"
+
+
+def _shared_images(train: ShardSet, val: ShardSet) -> dict[str, Any]:
+    """Validation images that are training images too, by the content of their files."""
+    positions = np.flatnonzero(np.isin(image_hashes(val), image_hashes(train)))
+    names = [facts["file_name"] for facts in read_facts(val, positions[:_EXAMPLES].tolist())]
+    return {"images": len(positions), "of": val.num_samples, "examples": names}
+
+
+def _shared_finding(shared: Mapping[str, Any]) -> list[str]:
+    if not shared.get("images"):
+        return []
+    if shared["images"] == shared["of"]:
+        return [
+            f"all {shared['of']:,} images of data.val are in data.train too: scores show what was learnt by heart, and "
+            "nothing of new images"
+        ]
+    return [
+        f"{shared['images']:,} of the {shared['of']:,} images of data.val are in data.train too, for example "
+        f"{', '.join(shared['examples'])}: scores are too good; remove them from one of the two"
+    ]
+
+
+def _part_findings(part: str, found: Mapping[str, Any]) -> list[str]:
+    findings = []
+    missing = [name for name, entry in found["classes"].items() if not entry["objects"]]
+    if part == "train" and missing:
+        findings.append(f"data.train has no object of {len(missing)} classes: {', '.join(missing[:10])}")
+    if copies := found["duplicates"]["images"]:
+        groups = "; ".join(" = ".join(group) for group in found["duplicates"]["examples"][:_EXAMPLES])
+        findings.append(f"data.{part} has {copies:,} images whose file equals another's (samples {groups})")
+    anchors = found["anchors"]
+    if part == "train" and anchors["unreached"] > _MANY_UNREACHED * anchors["objects"]:
+        because = anchors["unreached_because"]
+        worst = sorted(anchors["unreached_by_class"].items(), key=lambda entry: -entry[1])[:_EXAMPLES]
+        findings.append(
+            f"{_share(anchors['unreached'], anchors['objects'])} of the objects of data.train overlap no anchor by "
+            f"{anchors['iou']:g} at input size {anchors['input_size']}: {because['small']:,} are too small (a larger "
+            f"model.input_size reaches more), {because['elongated']:,} longer than {ELONGATED:g} times their width; "
+            f"most are {', '.join(f'{name} ({count:,})' for name, count in worst)}"
+        )
+    return findings
