@@ -31,7 +31,8 @@ def connect(address: str) -> JobSubmissionClient:
 
     Requests go through the proxies of HTTPS_PROXY, HTTP_PROXY and NO_PROXY. Use the client within `clear_errors`.
     """
-    logging.getLogger("ray").setLevel(logging.WARNING)  # uploads and sockets are not for the terminal
+    for handler in logging.getLogger("ray").handlers:  # uploads and sockets are not for the terminal
+        handler.setLevel(logging.WARNING)
     with clear_errors(address):
         return JobSubmissionClient(address, headers=_headers())
 

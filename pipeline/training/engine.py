@@ -84,6 +84,9 @@ class Objective(nn.Module):
         self.world = world
         self.fp16 = fp16
         self.waiting: Callable[[], AbstractContextManager[Any]] = nullcontext
+        self.positives: Tensor | None = None
+        """of the whole global batch, where a step has several micro-batches; None: the micro-batch's own"""
+        self.accumulation = 1
         self.names: tuple[str, ...] = ()
         """of the loss parts, in the order of the second output; known after the first forward"""
 
@@ -95,27 +98,36 @@ class Objective(nn.Module):
             norm.waiting = waiting
 
     def forward(self, images: Tensor | None, targets: Sequence[Any]) -> tuple[Tensor, Tensor]:
-        """One micro-batch of this rank -> its share of equation 1 over the micro-batches of all ranks.
+        """One micro-batch of this rank -> its share of equation 1 over the global batch.
 
         images   None: no images, and a total of zero that every parameter is part of
-        returns  total with gradient; total and parts [P], detached, fp32. Shares add up over the ranks.
+        returns  total with gradient; total and parts [P], detached, fp32. Shares add up over the ranks, and their mean
+                 is taken over the micro-batches.
         """
         if images is None:
             zero = torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0
             return zero, zero.detach()
+        sums = self.sums(images, targets)
+        with torch.autocast(images.device.type, enabled=False):
+            if self.positives is None:
+                with self.waiting():
+                    losses = sums.divide(self.world.sum(sums.positives))
+            else:
+                losses = sums.divide(self.positives)
+            scale = 1 if self.positives is None else self.accumulation
+            total = losses.total.float() * scale
+        parts = {"total": total, **{name: part * scale for name, part in losses.parts().items()}}
+        self.names = tuple(parts)
+        values = torch.stack([part.detach().float().reshape(()) for part in parts.values()])
+        return total * torch.where(total.detach().isfinite(), 1.0, torch.nan), values
+
+    def sums(self, images: Tensor, targets: Sequence[Any]) -> Any:
+        """The loss's sums over one micro-batch, before division."""
         device = images.device.type
         with torch.autocast(device, torch.float16) if self.fp16 else nullcontext():
             predictions = self.detector(images, targets)
         with torch.autocast(device, enabled=False):
-            sums = self.loss(predictions, targets)
-            with self.waiting():
-                positives = self.world.sum(sums.positives)
-            losses = sums.divide(positives)
-            total = losses.total.float()
-        parts = {"total": total, **losses.parts()}
-        self.names = tuple(parts)
-        values = torch.stack([part.detach().float().reshape(()) for part in parts.values()])
-        return total * torch.where(total.detach().isfinite(), 1.0, torch.nan), values
+            return self.loss(predictions, targets)
 
 
 class LossScale:
@@ -170,6 +182,20 @@ class Engine:
         )
         self.deepspeed.train()
         self._create_momentum()
+
+    @torch.no_grad()
+    def count_positives(self, batches: Sequence[tuple[Tensor, Sequence[Any]]]) -> None:
+        """Divide the losses of a step's micro-batches by the positives of all of them. Collective.
+
+        Costs a forward pass each: which anchors are positive for the ADM depends on how the ARM refines them.
+        """
+        statistics = self.buffers.copy()
+        with torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.precision == "bf16"):
+            counts = [self.objective.sums(images, targets).positives for images, targets in batches]
+        self.buffers.restore(statistics)
+        with self.objective.waiting():
+            self.objective.positives = self.world.sum(torch.stack(counts).sum(0))
+        self.objective.accumulation = len(batches)
 
     def forward(self, images: Tensor, targets: Sequence[Any]) -> tuple[Tensor, Tensor]:
         """One micro-batch -> as `Objective.forward`."""

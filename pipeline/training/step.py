@@ -56,9 +56,13 @@ def train_step(state: TrainState, clock: StepClock) -> StepOutcome:
     statistics = engine.buffers.copy() if engine.spec.non_finite == "skip" else None
     micro_batches: list[MicroBatch] = []
     applied = False
-    for _ in range(engine.plan.accumulation):
-        with clock.measure("data"):
-            images, targets, keys = state.feed.next(*divmod(step, state.schedule.steps_per_epoch))
+    with clock.measure("data"):
+        place = divmod(step, state.schedule.steps_per_epoch)
+        batches = [state.feed.next(*place) for _ in range(engine.plan.accumulation)]
+    if len(batches) > 1:
+        with clock.measure("forward"):
+            engine.count_positives([(images, targets) for images, targets, _ in batches])
+    for images, targets, keys in batches:
         with clock.measure("forward"):
             total, losses = engine.forward(images, targets)
         with clock.measure("backward"):

@@ -14,8 +14,9 @@ from refinedet.pipeline.config.spec import Training
 from refinedet.pipeline.data.samples import Cursor
 from refinedet.pipeline.training.engine import Engine
 from refinedet.pipeline.training.world import World
+from torch import nn
 
-from tests.training.fakes import SMALL_REFINEDET, SquareStream
+from tests.training.fakes import SMALL_REFINEDET, SquareStream, TinyDetector, TinyStream, tiny_loss
 from tests.training.workers import run_together
 
 pytestmark = pytest.mark.dist
@@ -57,3 +58,36 @@ def test_one_to_four_workers_take_the_same_steps(tmp_path: Path, norm: str, tole
         assert (gradient - expected).norm() <= tolerance * expected.norm()
         for name, tensor in left[1][1].items():
             torch.testing.assert_close(left[size][1][name], tensor, atol=1e-4, rtol=0)
+
+
+def take_one_step(world: World, folder: str, micro_batch: int | None) -> list[float]:
+    """The loss's parts in one step of a detector without batch norm; its gradient goes to a file."""
+    plan = divide_batch(SPEC.global_batch, micro_batch, world.size)
+    detector = TinyDetector()
+    detector.body[1] = nn.Identity()
+    engine = Engine(detector, tiny_loss, SPEC, plan, world)
+    batches = iter(TinyStream(Cursor(), plan, world.rank))
+    parts = [next(batches) for _ in range(plan.accumulation)]
+    if len(parts) > 1:
+        engine.count_positives([(part.images, part.targets) for part in parts])
+    values = []
+    for part in parts:
+        total, losses = engine.forward(part.images, part.targets)
+        engine.backward(total)
+        engine.step(1e-4)
+        values.append(losses)
+    gradient = torch.cat([momentum.flatten() for _, momentum in engine.momentum()])
+    if world.is_main:
+        torch.save(gradient, Path(folder) / f"{world.size}-{micro_batch}.pt")
+    engine.close()
+    return world.sum(torch.stack(values).mean(0)).tolist()
+
+
+def test_micro_batches_share_the_positives_of_the_global_batch(tmp_path: Path) -> None:
+    """Micro-batches of 2, 3 and 3 images: each divided by its own count, they would weigh differently."""
+    whole = run_together(take_one_step, tmp_path, str(tmp_path), None, size=1)[0]
+    expected = torch.load(tmp_path / "1-None.pt")
+    for size, micro_batch in ((1, 3), (2, 2)):
+        assert run_together(take_one_step, tmp_path, str(tmp_path), micro_batch, size=size)[0] == pytest.approx(whole)
+        gradient = torch.load(tmp_path / f"{size}-{micro_batch}.pt")
+        assert (gradient - expected).norm() <= 1e-5 * expected.norm()  # fp32, added up in another order
