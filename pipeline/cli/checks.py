@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 from refinedet.pipeline.cli.arguments import Job, Overrides
-from refinedet.pipeline.config.files import load_spec
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.planning.doctor import examine
 
 app = typer.Typer()

@@ -27,7 +27,7 @@ def compare(
 
     Example: refinedet compare runs/full runs/no_tcb --page both.html
     """
-    from refinedet.pipeline.report.comparison import build_comparison, compare_runs  # matplotlib takes a second
+    from refinedet.pipeline.report.run_comparison import build_comparison, compare_runs  # matplotlib takes a second
 
     paths = [storage.absolute(run) for run in runs]
     found = compare_runs(paths)
@@ -52,7 +52,7 @@ def runs(
 
     Example: refinedet runs s3://bucket/runs --json
     """
-    from refinedet.pipeline.report.comparison import run_rows
+    from refinedet.pipeline.report.run_comparison import run_rows
 
     rows = run_rows(storage.absolute(directory))
     if as_json:

@@ -7,8 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 from refinedet.pipeline.cli.arguments import Job, Overrides
-from refinedet.pipeline.config.files import load_spec
 from refinedet.pipeline.config.run import Run
+from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from refinedet.pipeline.cli.arguments import Address, Dashboard, Job, Overrides, RunOrJob
-from refinedet.pipeline.config.files import load_spec
+from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.runs.durations import describe_duration
 from refinedet.pipeline.runs.errors import JobError, UserError
 

@@ -64,8 +64,8 @@ def report(
     output: Annotated[str, typer.Option(help="the page, where several runs are given")] = "comparison.html",
 ) -> None:
     """Build the report of a run again; of several runs, one page with them side by side."""
-    from refinedet.pipeline.report.comparison import build_comparison
     from refinedet.pipeline.report.report import build_report
+    from refinedet.pipeline.report.run_comparison import build_comparison
 
     for run in runs:
         if not storage.exists(storage.join(run, "spec.yaml")):
@@ -105,7 +105,7 @@ def evaluate(
             run, "single", overrides=changes, weights=weights, shards=shards, output=output, address=address
         )
     elif detections and annotations and not run:
-        from refinedet.pipeline.evaluation.files import evaluate_files
+        from refinedet.pipeline.evaluation.file_evaluation import evaluate_files
         from refinedet.pipeline.evaluation.metrics import make_protocol
 
         protocol = make_protocol(metric or "coco", ious=iou, max_detections=max_detections)

@@ -15,12 +15,12 @@ from refinedet.model import RefineDetConfig
 from refinedet.pipeline.cluster.dispatcher import Dispatcher
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.evaluation.chunks import Chunk, merge_chunks, read_chunk, split_into_chunks
-from refinedet.pipeline.evaluation.comparison import best_first
 from refinedet.pipeline.evaluation.detection_job import OWN_METHOD, DetectionJob, write_results
 from refinedet.pipeline.evaluation.detection_worker import ChunkAnswer, DetectionWorker
 from refinedet.pipeline.evaluation.diagnose import diagnose
 from refinedet.pipeline.evaluation.diagnosis import Diagnosis
 from refinedet.pipeline.evaluation.diagnosis_stages import summarize_levels
+from refinedet.pipeline.evaluation.merge_comparison import best_first
 from refinedet.pipeline.evaluation.metrics import accumulate_matches
 from refinedet.pipeline.evaluation.protocols import Metrics
 from refinedet.pipeline.evaluation.truth import GroundTruth

@@ -13,7 +13,7 @@ from refinedet.pipeline.data.images import resize_image
 from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.reading import EvaluationSamples
 from refinedet.pipeline.data.statistics import read_statistics
-from refinedet.pipeline.inference.weights import weights_step
+from refinedet.pipeline.inference.weight_files import weights_step
 from refinedet.pipeline.report.summary import describe_run
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.environment import describe_environment

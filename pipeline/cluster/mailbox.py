@@ -63,7 +63,7 @@ class Mailbox:
             return []
 
 
-class Link:
+class MailboxLink:
     """Worker's side. A mailbox that cannot be reached costs messages, never a step."""
 
     def __init__(self, actor: Any, rank: int) -> None:

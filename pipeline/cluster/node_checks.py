@@ -15,7 +15,7 @@ from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.environment import package_versions
 from refinedet.pipeline.runs.errors import UserError
-from refinedet.pipeline.training.preflight import judge_clocks, judge_versions
+from refinedet.pipeline.training.worker_checks import judge_clocks, judge_versions
 
 logger = logging.getLogger(__name__)
 

@@ -8,14 +8,14 @@ from refinedet.pipeline.cluster.launch import check_weights, stop_signals
 from refinedet.pipeline.cluster.mailbox import Mailbox
 from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.cluster.session import ray_session
-from refinedet.pipeline.cluster.training_stage import check_workers
+from refinedet.pipeline.cluster.training_stage import run_preflight
 from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
-from refinedet.pipeline.training.preflight import PreflightReport
 from refinedet.pipeline.training.records import Event, StepRecord
+from refinedet.pipeline.training.worker_checks import PreflightReport
 from rich.markup import escape
 
 
@@ -37,7 +37,7 @@ def preflight(spec: JobSpec, *, address: str | None, display: ProgressDisplay) -
     with stop_signals(display) as stop, ray_session(spec.cluster, address), Mailbox() as mailbox:
         restore_loggers()
         display.stage("preflight")
-        report = check_workers(run, mailbox, on_message, stop)
+        report = run_preflight(run, mailbox, on_message, stop)
     print_findings(report, display)
 
 

@@ -8,9 +8,9 @@ from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
-from refinedet.pipeline.cluster.mailbox import Link, Mailbox
-from refinedet.pipeline.config.files import parse_spec
+from refinedet.pipeline.cluster.mailbox import Mailbox, MailboxLink
 from refinedet.pipeline.config.run import Run
+from refinedet.pipeline.config.spec_files import parse_spec
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
 
@@ -76,7 +76,7 @@ def _result(task: ray.ObjectRef) -> dict[str, Any]:
 
 @ray.remote(num_cpus=CPUS, max_retries=2)
 def _prepare(spec: dict[str, Any], part: str, mailbox: Any) -> dict[str, Any]:
-    link = Link(mailbox, rank=0)
+    link = MailboxLink(mailbox, rank=0)
     link.push((part, (0, 0)))
     from refinedet.pipeline.data.reading import write_coco_annotations
     from refinedet.pipeline.data.shards import prepare_shards

@@ -23,8 +23,8 @@ from refinedet.pipeline.cluster.submission import (
     stop_environment,
 )
 from refinedet.pipeline.config.checks import check_spec
-from refinedet.pipeline.config.files import dump_spec
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_files import dump_spec
 from refinedet.pipeline.runs.errors import UserError
 
 SHARED = "/shared"

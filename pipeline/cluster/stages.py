@@ -19,7 +19,7 @@ from refinedet.pipeline.data.job_statistics import JOB_STATISTICS, find_parts, j
 from refinedet.pipeline.evaluation.detection_job import DetectionJob, make_detection_job
 from refinedet.pipeline.report.report import build_report
 from refinedet.pipeline.runs import storage
-from refinedet.pipeline.training.job import check_classes
+from refinedet.pipeline.training.training_job import check_classes
 
 Mode = Literal["single", "multiscale"]
 

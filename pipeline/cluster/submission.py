@@ -10,8 +10,8 @@ from typing import Any
 
 import yaml
 from refinedet.pipeline.cluster.entrypoint import PYTHON_VARIABLE
-from refinedet.pipeline.config.files import dump_spec, parse_spec
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_files import dump_spec, parse_spec
 from refinedet.pipeline.runs.errors import UserError
 
 SPEC_FILE = "job.yaml"

@@ -12,20 +12,20 @@ from typing import Any
 
 import ray.train
 from refinedet.model.cost import count_cost
-from refinedet.pipeline.cluster.mailbox import Link
+from refinedet.pipeline.cluster.mailbox import MailboxLink
 from refinedet.pipeline.cluster.worker_task import Fatal, WorkerTask
 from refinedet.pipeline.config.batches import plan_batches
-from refinedet.pipeline.config.files import parse_spec
 from refinedet.pipeline.config.run import Run
+from refinedet.pipeline.config.spec_files import parse_spec
 from refinedet.pipeline.evaluation.validation import prepare_validation
 from refinedet.pipeline.planning.plan import DEVICES, estimate
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
 from refinedet.pipeline.training.engine import resolve_precision
 from refinedet.pipeline.training.finite import NonFiniteError
-from refinedet.pipeline.training.job import Attempt, check_job, train_job
-from refinedet.pipeline.training.preflight import PreflightReport
 from refinedet.pipeline.training.records import Event, TrainResult
+from refinedet.pipeline.training.training_job import Attempt, check_job, train_job
+from refinedet.pipeline.training.worker_checks import PreflightReport
 from refinedet.pipeline.training.world import World, open_world
 
 _PREEMPTION_INTERVAL_S = 2.0
@@ -37,7 +37,7 @@ def run_worker(task: WorkerTask) -> TrainResult | PreflightReport:
     rank = ray.train.get_context().get_world_rank()
     restore_loggers()
     log_to_file(os.path.join(log_folder(run.path), f"train-rank{rank}.log"), who=f"rank {rank}")
-    link = Link(task.mailbox, rank)
+    link = MailboxLink(task.mailbox, rank)
     link.push(_started(rank))
     if not task.preflight_only:
         threading.Thread(target=_watch_preemption, args=(link, rank), name="preemption", daemon=True).start()
@@ -50,7 +50,7 @@ def run_worker(task: WorkerTask) -> TrainResult | PreflightReport:
         raise  # so that Ray Train ends the other ranks, which may be waiting for this one
 
 
-def _work(run: Run, world: World, link: Link, task: WorkerTask) -> TrainResult | PreflightReport:
+def _work(run: Run, world: World, link: MailboxLink, task: WorkerTask) -> TrainResult | PreflightReport:
     memory_bytes = None
     if task.estimate_memory:
         memory_bytes = world.broadcast_object(_memory_estimate(run, world) if world.is_main else None)
@@ -70,7 +70,7 @@ def _started(rank: int) -> Event:
     return Event("started", 0, f"rank {rank} runs on {host}, process {os.getpid()}", facts)
 
 
-def _watch_preemption(link: Link, rank: int) -> None:
+def _watch_preemption(link: MailboxLink, rank: int) -> None:
     """Stop the workers, which save, once Ray announces that one of their nodes will be preempted.
 
     `get_preemption_info` waits for all workers, so it has a thread of its own, which costs a step nothing.

@@ -18,15 +18,15 @@ from typing import Any
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from refinedet.pipeline.cluster.capacity import missing_capacity
-from refinedet.pipeline.cluster.mailbox import Link, Mailbox
+from refinedet.pipeline.cluster.mailbox import Mailbox, MailboxLink
 from refinedet.pipeline.cluster.session import session_nodes
 from refinedet.pipeline.cluster.worker_task import Fatal, WorkerTask
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import Cluster
 from refinedet.pipeline.runs import settings, storage
 from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
-from refinedet.pipeline.training.preflight import PreflightReport
 from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
+from refinedet.pipeline.training.worker_checks import PreflightReport
 
 FAULT_VARIABLE = "REFINEDET_FAULT"
 """environment, drills only: "MODULE:FUNCTION ARGUMENTS", see `WorkerTask.fault`"""
@@ -48,7 +48,7 @@ def run_training(run: Run, mailbox: Mailbox, on_message: OnMessage, stop: thread
     return _Training(run, mailbox, on_message, stop).run()
 
 
-def check_workers(run: Run, mailbox: Mailbox, on_message: OnMessage, stop: threading.Event) -> PreflightReport:
+def run_preflight(run: Run, mailbox: Mailbox, on_message: OnMessage, stop: threading.Event) -> PreflightReport:
     """Place the workers of a job, check them, and end. Raises as `run_training` does."""
     return _Training(run, mailbox, on_message, stop, preflight_only=True).run()
 
@@ -231,7 +231,7 @@ class _Restarts(UserCallback):
             self._failures += 1
             message = f"restart {self._failures} of {self._allowed} allowed, after: {reason}"
         if self._failures <= self._allowed:
-            Link(self._mailbox, -1).push(Event("restarted", 0, message))
+            MailboxLink(self._mailbox, -1).push(Event("restarted", 0, message))
 
 
 def explain(error: BaseException) -> str:

@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from refinedet.pipeline.config.spec import Split
-from refinedet.pipeline.data.faults import FaultLog
+from refinedet.pipeline.data.annotations import Annotation, Record, Source, as_number, fault_of_box, whole_number
+from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.json_arrays import iterate_members
-from refinedet.pipeline.data.records import Annotation, Record, Source, as_number, fault_of_box, whole_number
 from refinedet.pipeline.data.samples import BadSample, Category
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError

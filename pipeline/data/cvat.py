@@ -11,9 +11,9 @@ from functools import partial
 from xml.etree import ElementTree
 
 from refinedet.pipeline.config.spec import Split
-from refinedet.pipeline.data.faults import FaultLog
-from refinedet.pipeline.data.files import list_images
-from refinedet.pipeline.data.records import Record, Source, number_classes
+from refinedet.pipeline.data.annotations import Record, Source, number_classes
+from refinedet.pipeline.data.bad_samples import FaultLog
+from refinedet.pipeline.data.image_files import list_images
 from refinedet.pipeline.data.samples import BadSample
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError

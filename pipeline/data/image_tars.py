@@ -13,9 +13,9 @@ from functools import partial
 from typing import Any
 
 from refinedet.pipeline.config.spec import Split
-from refinedet.pipeline.data.faults import FaultLog
+from refinedet.pipeline.data.annotations import Record, Source, number_classes
+from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.images import SUFFIXES
-from refinedet.pipeline.data.records import Record, Source, number_classes
 from refinedet.pipeline.data.samples import BadSample
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
+from refinedet.pipeline.data.annotations import fault_of_box
 from refinedet.pipeline.data.images import EXTENSIONS, decode_image
 from refinedet.pipeline.data.index import ShardSet, contents_name, format_key, open_shards
-from refinedet.pipeline.data.records import fault_of_box
 from refinedet.pipeline.data.remote import read_file
 from refinedet.pipeline.data.samples import BadSample
 from refinedet.pipeline.data.shards import OURS

@@ -13,13 +13,13 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from refinedet.pipeline.config.spec import Data, DataFormat, Split
+from refinedet.pipeline.data.annotations import Annotation, Record, Source, fault_of_box
+from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.coco import coco_lists, read_coco
 from refinedet.pipeline.data.cvat import cvat_lists, read_cvat
-from refinedet.pipeline.data.faults import FaultLog
 from refinedet.pipeline.data.huggingface import huggingface_lists, read_huggingface
 from refinedet.pipeline.data.image_tars import image_tar_lists, read_image_tars
 from refinedet.pipeline.data.labelme import labelme_lists, read_labelme
-from refinedet.pipeline.data.records import Annotation, Record, Source, fault_of_box
 from refinedet.pipeline.data.samples import BadSample, Category
 from refinedet.pipeline.data.voc import read_voc, voc_lists
 from refinedet.pipeline.data.yolo import read_yolo, yolo_lists

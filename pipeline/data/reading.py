@@ -11,12 +11,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
+from refinedet.pipeline.data.annotations import fault_of_box, single_precision_corners
 from refinedet.pipeline.data.augmentation import MEAN_RGB
+from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.cache import ShardCache
-from refinedet.pipeline.data.faults import FaultLog
 from refinedet.pipeline.data.images import EXTENSIONS, decode_image
 from refinedet.pipeline.data.index import SampleEntry, ShardSet
-from refinedet.pipeline.data.records import fault_of_box, single_precision_corners
 from refinedet.pipeline.data.remote import read_range
 from refinedet.pipeline.data.samples import BadSample, Sample
 from refinedet.pipeline.runs import storage

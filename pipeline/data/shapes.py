@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from refinedet.pipeline.config.spec import Data, Split
+from refinedet.pipeline.data.annotations import Annotation, Record, Source
 from refinedet.pipeline.data.randomness import keyed_generator
-from refinedet.pipeline.data.records import Annotation, Record, Source
 from refinedet.pipeline.data.samples import Category
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import cv2
 import numpy as np
 from refinedet.pipeline.config.spec import Data
-from refinedet.pipeline.data.faults import FaultLog
+from refinedet.pipeline.data.annotations import Annotation, Record, fault_of_box
+from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.images import decode_image, encode_image, read_header, turn_upright
 from refinedet.pipeline.data.index import contents_name, format_key
-from refinedet.pipeline.data.records import Annotation, Record, fault_of_box
 from refinedet.pipeline.data.samples import BadSample
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError

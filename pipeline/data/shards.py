@@ -18,11 +18,11 @@ from dataclasses import asdict
 from typing import Any
 
 from refinedet.pipeline.config.spec import Data, Split
-from refinedet.pipeline.data.faults import FaultLog
+from refinedet.pipeline.data.annotations import Record
+from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.index import FORMAT_VERSION, INDEX, ShardSet, open_shards
 from refinedet.pipeline.data.lock import LOCK, WriterLock, writer_lock
 from refinedet.pipeline.data.readers import Part, format_of, list_files, read_part
-from refinedet.pipeline.data.records import Record
 from refinedet.pipeline.data.shard_file import write_shard
 from refinedet.pipeline.data.statistics import STATISTICS, part_statistics
 from refinedet.pipeline.runs import storage

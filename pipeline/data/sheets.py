@@ -13,7 +13,7 @@ from refinedet.pipeline.data.randomness import keyed_permutation
 from refinedet.pipeline.data.reading import SampleReader
 from refinedet.pipeline.data.samples import Sample
 from refinedet.pipeline.data.sampling import EpochDraws, expected_repeats
-from refinedet.pipeline.data.stages import Augmenter, Turn
+from refinedet.pipeline.data.stream_steps import Augmenter, Turn
 from refinedet.pipeline.runs import storage
 
 _CAPTION = 18  # pixels

@@ -12,12 +12,21 @@ from multiprocessing.context import BaseContext
 import torch
 from refinedet.pipeline.config.batches import divide_batch
 from refinedet.pipeline.config.spec import Augmentation
+from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.cache import node_cache
-from refinedet.pipeline.data.faults import FaultLog
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.samples import BadSample, Batch, Cursor
 from refinedet.pipeline.data.sampling import Repeats
-from refinedet.pipeline.data.stages import Augmenter, Packed, Plan, Schedule, collate, copy_ahead, read_samples, unpack
+from refinedet.pipeline.data.stream_steps import (
+    Augmenter,
+    Packed,
+    Plan,
+    TurnSchedule,
+    collate,
+    copy_ahead,
+    read_samples,
+    unpack,
+)
 from refinedet.pipeline.runs.errors import UserError
 from webdataset.compat import WebLoader
 from webdataset.filters import map as map_samples
@@ -132,7 +141,7 @@ class TrainingStream:
         plan = self._plan
         ahead = plan.window // (plan.batch.world_size * max(1, self._workers))
         pipeline = DataPipeline(
-            Schedule(plan, self._cursor),
+            TurnSchedule(plan, self._cursor),
             partial(copy_ahead, cache=self._cache, ahead=ahead) if self._cache else None,
             partial(read_samples, shards=plan.shards, cache=self._cache),
             map_samples(self._augment),
@@ -178,5 +187,5 @@ def _end_with_parent(worker: int) -> None:
 def _fork_server() -> BaseContext:
     """A fork server that has imported what the workers need, once for all of them."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["__main__", "refinedet.pipeline.data.stages"])
+    context.set_forkserver_preload(["__main__", "refinedet.pipeline.data.stream_steps"])
     return context

@@ -15,10 +15,10 @@ from typing import Any
 
 import yaml
 from refinedet.pipeline.config.spec import Split
-from refinedet.pipeline.data.faults import FaultLog
-from refinedet.pipeline.data.files import list_sizes
+from refinedet.pipeline.data.annotations import Record, Source, number_classes
+from refinedet.pipeline.data.bad_samples import FaultLog
+from refinedet.pipeline.data.image_files import list_sizes
 from refinedet.pipeline.data.images import SUFFIXES, read_header
-from refinedet.pipeline.data.records import Record, Source, number_classes
 from refinedet.pipeline.data.samples import BadSample
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError

@@ -19,7 +19,7 @@ from refinedet.pipeline.evaluation.protocols import Metrics, Protocol
 from refinedet.pipeline.evaluation.server_files import write_submission, write_voc_files
 from refinedet.pipeline.evaluation.unreadable import UnreadableImage, unreadable_to_json
 from refinedet.pipeline.inference.detections import DetectionTable
-from refinedet.pipeline.inference.weights import load_detector
+from refinedet.pipeline.inference.weight_files import load_whole_detector
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
@@ -97,7 +97,7 @@ def make_detection_job(
     if storage.exists(storage.join(trained_on, "index.json")):
         check_same_categories(open_shards(trained_on), found)
     if weights:
-        load_detector(spec.model, weights, "--weights")
+        load_whole_detector(spec.model, weights, "--weights")
     elif not storage.exists(run.weights):
         raise UserError(f"There are no weights at {run.weights}; run the stage train first, or name others.")
     weights = weights or run.weights

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import torch
 from refinedet.model import RefineDet
-from refinedet.pipeline.config.files import parse_spec
 from refinedet.pipeline.config.recipes import resolve_merge
 from refinedet.pipeline.config.run import Run
+from refinedet.pipeline.config.spec_files import parse_spec
 from refinedet.pipeline.data.index import open_shards
 from refinedet.pipeline.evaluation.chunk_work import detect_chunk, trace_chunk
 from refinedet.pipeline.evaluation.chunks import (
@@ -29,7 +29,7 @@ from refinedet.pipeline.evaluation.diagnosis_examination import Examination, can
 from refinedet.pipeline.evaluation.metrics import match_detections
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.evaluation.unreadable import UnreadableImage
-from refinedet.pipeline.inference.weights import load_detector
+from refinedet.pipeline.inference.weight_files import load_whole_detector
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
 
@@ -143,7 +143,7 @@ class DetectionWorker:
     def _loaded_model(self) -> RefineDet:
         if self._model is None or self._weights != self._job.weights:
             device = "cuda" if self._run.spec.cluster.gpus_per_worker and torch.cuda.is_available() else "cpu"
-            model = load_detector(self._run.spec.model, self._job.weights)
+            model = load_whole_detector(self._run.spec.model, self._job.weights)
             self._model = model.to(device).to(memory_format=torch.channels_last)
             self._weights = self._job.weights
         return self._model

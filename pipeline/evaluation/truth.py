@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
-from refinedet.pipeline.data.records import whole_number
+from refinedet.pipeline.data.annotations import whole_number
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from refinedet.pipeline.data.records import as_number, whole_number
+from refinedet.pipeline.data.annotations import as_number, whole_number
 from refinedet.pipeline.runs.errors import UserError
 
 

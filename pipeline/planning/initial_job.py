@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import yaml
-from refinedet.pipeline.config.files import parse_spec
 from refinedet.pipeline.config.spec import Data
-from refinedet.pipeline.data.faults import FaultLog
+from refinedet.pipeline.config.spec_files import parse_spec
+from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.images import read_header
 from refinedet.pipeline.data.readers import Part, read_part
 from refinedet.pipeline.data.recognition import Recognised, recognise

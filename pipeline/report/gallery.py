@@ -26,7 +26,7 @@ class Gallery:
     rows: list[list[Panel]]
     """one row for each image: the truth, then every mode"""
     thresholds: dict[str, float]
-    """mode -> score from which detections are drawn, as `best_threshold` finds it"""
+    """mode -> score from which detections are drawn, as `choose_threshold` finds it"""
     num_threshold_images: int
 
 
@@ -52,7 +52,7 @@ def build_gallery(
     sampled = _evenly(with_objects, _THRESHOLD_IMAGES)
     shown = _evenly(with_objects, count)
     found = {mode: _found_by_image(rows, labels, {*sampled, *shown}) for mode, rows in detections.items() if rows}
-    thresholds = {mode: best_threshold([(truths[i], boxes[i]) for i in sampled]) for mode, boxes in found.items()}
+    thresholds = {mode: choose_threshold([(truths[i], boxes[i]) for i in sampled]) for mode, boxes in found.items()}
     images = load_images(shown)
     rows = [
         _row(
@@ -99,7 +99,7 @@ def match_boxes(truth: Boxes, found: Boxes) -> tuple[np.ndarray, np.ndarray]:
     return hit | crowd, right
 
 
-def best_threshold(pairs: Sequence[tuple[Boxes, Boxes]]) -> float:
+def choose_threshold(pairs: Sequence[tuple[Boxes, Boxes]]) -> float:
     """Score, from 0.1 up, at which F1 over `pairs` of truth and detections is best; 0.5 without anything to go by."""
     scores, rights, num_objects = [], [], 0
     for truth, found in pairs:

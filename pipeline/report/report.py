@@ -17,10 +17,10 @@ import yaml
 from markupsafe import Markup
 from refinedet.pipeline.inference.pictures import Boxes
 from refinedet.pipeline.report.data_statistics import statistics_rows
-from refinedet.pipeline.report.diagnosis import diagnosis_view
+from refinedet.pipeline.report.diagnosis_section import diagnosis_view
 from refinedet.pipeline.report.findings import FindingGroup, LoadImages, finding_groups
 from refinedet.pipeline.report.gallery import Gallery, build_gallery, find_from
-from refinedet.pipeline.report.results import (
+from refinedet.pipeline.report.result_tables import (
     METRIC_MEANINGS,
     MODE_TITLES,
     class_rows,
@@ -30,7 +30,7 @@ from refinedet.pipeline.report.results import (
 )
 from refinedet.pipeline.report.run_data import MODES, RunFolder, read_detections, read_ground_truth, read_run
 from refinedet.pipeline.report.shard_images import ShardImages
-from refinedet.pipeline.report.timeline import timeline_view, training_bar
+from refinedet.pipeline.report.timeline_chart import timeline_view, training_bar
 from refinedet.pipeline.report.training_charts import (
     curves,
     duration,

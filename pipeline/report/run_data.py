@@ -17,8 +17,8 @@ from typing import Any
 import yaml
 from refinedet.pipeline.data.job_statistics import JOB_STATISTICS
 from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.metrics_file import metric_values
 from refinedet.pipeline.runs.redaction import redact
-from refinedet.pipeline.runs.results import metric_values
 from refinedet.pipeline.runs.timeline import Span, read_timeline
 
 logger = logging.getLogger(__name__)
@@ -28,7 +28,7 @@ MODES = ("single", "multiscale")
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class EvaluationResult:
     """One evaluation. Values are 0..1, or None where there is no truth to measure by.
 
     values     name -> value, of the metric that the evaluation was made by
@@ -56,7 +56,7 @@ class RunFolder:
     """ascending by step; a step that was taken twice counts as it was taken last"""
     validations: list[dict[str, float]]
     """ascending by step: {"step", "epoch", "AP", ...}"""
-    evaluations: dict[str, Evaluation]
+    evaluations: dict[str, EvaluationResult]
     """by mode, in the order of MODES"""
     merge_rules: list[dict[str, Any]]
     ledger: dict[str, Any]
@@ -182,7 +182,7 @@ def _numbers(record: Mapping[str, Any]) -> dict[str, float]:
     }
 
 
-def _evaluation(content: Mapping[str, Any]) -> Evaluation:
+def _evaluation(content: Mapping[str, Any]) -> EvaluationResult:
     values = metric_values(content)
     rows = content.get("per_class") or {}
     if isinstance(rows, list):  # [{"name": ..., "AP": ...}, ...]
@@ -190,7 +190,7 @@ def _evaluation(content: Mapping[str, Any]) -> Evaluation:
     per_class = {str(name): _measured(row if isinstance(row, Mapping) else {"AP": row}) for name, row in rows.items()}
     diagnosis, unreadable = content.get("diagnosis"), content.get("unreadable")
     images = unreadable.get("images") if isinstance(unreadable, Mapping) else None
-    return Evaluation(
+    return EvaluationResult(
         _measured(values),
         per_class,
         _mean_curves(content.get("curves")),

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from refinedet.pipeline.report.report import subtitle
-from refinedet.pipeline.report.results import MODE_TITLES
+from refinedet.pipeline.report.result_tables import MODE_TITLES
 from refinedet.pipeline.report.run_data import read_ground_truth, read_run
 from refinedet.pipeline.report.verdict import verdict
 

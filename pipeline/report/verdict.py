@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from refinedet.pipeline.report.diagnosis import error_rows, lost_stages, stage_words
+from refinedet.pipeline.report.diagnosis_section import error_rows, lost_stages, stage_words
 from refinedet.pipeline.report.run_data import RunFolder
-from refinedet.pipeline.report.timeline import num_restarts
+from refinedet.pipeline.report.timeline_chart import num_restarts
 from refinedet.pipeline.report.training_charts import duration, ledger_total
 
 

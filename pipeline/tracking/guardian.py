@@ -15,7 +15,7 @@ import subprocess
 import sys
 
 from refinedet.pipeline.runs import settings
-from refinedet.pipeline.tracking.identity import OWNER_TAG, REASON_TAG
+from refinedet.pipeline.tracking.run_tags import OWNER_TAG, REASON_TAG
 
 _POLL_S = 1.0
 

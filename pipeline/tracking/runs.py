@@ -23,8 +23,8 @@ from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.redaction import redact_text
 from refinedet.pipeline.tracking import registry, stores
 from refinedet.pipeline.tracking.guardian import Guardian
-from refinedet.pipeline.tracking.identity import OWNER_TAG, RUN_TAG
 from refinedet.pipeline.tracking.node_metrics import NodeSampler
+from refinedet.pipeline.tracking.run_tags import OWNER_TAG, RUN_TAG
 from refinedet.pipeline.tracking.writer import RunWriter, Status, is_away
 
 stores.configure_mlflow()

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Literal
 
 import numpy as np
+from refinedet.pipeline.runs.metrics_file import metric_values
 from refinedet.pipeline.runs.redaction import parameters, redact_text
-from refinedet.pipeline.runs.results import metric_values
 from refinedet.pipeline.tracking import stores
-from refinedet.pipeline.tracking.identity import REASON_TAG
 from refinedet.pipeline.tracking.outbox import Outbox, Point
+from refinedet.pipeline.tracking.run_tags import REASON_TAG
 
 stores.configure_mlflow()
 

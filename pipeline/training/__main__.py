@@ -17,9 +17,9 @@ from contextlib import ExitStack
 from dataclasses import asdict
 
 from refinedet.pipeline.config.checks import check_spec
-from refinedet.pipeline.config.files import load_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.evaluation.validation import prepare_validation
@@ -27,9 +27,9 @@ from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.lines import LinesLog
 from refinedet.pipeline.training.finite import NonFiniteError
-from refinedet.pipeline.training.job import Attempt, train_job
 from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
 from refinedet.pipeline.training.stop import StopSignals
+from refinedet.pipeline.training.training_job import Attempt, train_job
 from refinedet.pipeline.training.world import World, open_world
 
 logger = logging.getLogger("refinedet")

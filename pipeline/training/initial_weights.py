@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from refinedet.model import LoadReport, RefineDet, load_weights
-from refinedet.pipeline.inference.weights import read_weights
+from refinedet.pipeline.inference.weight_files import read_weights
 from refinedet.pipeline.runs.errors import UserError
 
 logger = logging.getLogger(__name__)

@@ -16,7 +16,7 @@ from refinedet.pipeline.training.engine import Engine
 from refinedet.pipeline.training.feed import Feed
 from refinedet.pipeline.training.records import TrainResult
 from refinedet.pipeline.training.resume import check_same_data
-from refinedet.pipeline.training.state import load_detector, seed_everything, select
+from refinedet.pipeline.training.state import restore_detector, seed_everything, select
 from refinedet.pipeline.training.step import TrainState, train_step
 from refinedet.pipeline.training.task import Callbacks, Task
 from refinedet.pipeline.training.upkeep import Upkeep
@@ -57,7 +57,7 @@ def start(
     seed_everything(task.seed, world.rank)
     checkpoint = load_checkpoint(task.run_dir, world, callbacks.on_event)
     if checkpoint:
-        load_detector(detector, checkpoint.tensors, checkpoint.path)
+        restore_detector(detector, checkpoint.tensors, checkpoint.path)
     else:
         task.load_initial()
         world.broadcast_([buffer for buffer in detector.buffers() if buffer.is_floating_point()], source=0)

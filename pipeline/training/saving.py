@@ -222,7 +222,9 @@ def _retried(write: Callable[[], T], path: str) -> T:
     return storage.retry(write, path, deadline_s=_OUTAGE_S)
 
 
-def export_weights(average: AveragedWeights, world: World, run_dir: str, step: int, facts: Mapping[str, Any]) -> str:
+def write_final_weights(
+    average: AveragedWeights, world: World, run_dir: str, step: int, facts: Mapping[str, Any]
+) -> str:
     """Write weights.safetensors, the average where one is kept; return its path. Collective.
 
     `RefineDet.from_pretrained` reads it: config, categories and preprocessing are in its metadata.

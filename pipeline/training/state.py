@@ -39,7 +39,7 @@ def capture_state(engine: Engine, average: AveragedWeights) -> dict[str, Tensor]
 
 
 @torch.no_grad()
-def load_detector(detector: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
+def restore_detector(detector: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
     """Set weights and buffers from a checkpoint's tensors; ValueError where they are of another model.
 
     where  the checkpoint's path, for the message

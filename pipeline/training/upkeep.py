@@ -15,7 +15,7 @@ from refinedet.pipeline.training.goodput import Ledger
 from refinedet.pipeline.training.profile import StepProfiler
 from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
 from refinedet.pipeline.training.resume import manifest_facts
-from refinedet.pipeline.training.saving import CheckpointWriter, export_weights
+from refinedet.pipeline.training.saving import CheckpointWriter, write_final_weights
 from refinedet.pipeline.training.state import capture_state
 from refinedet.pipeline.training.step import StepOutcome, TrainState
 from refinedet.pipeline.training.stragglers import StragglerWatch
@@ -179,7 +179,7 @@ class Upkeep:
         self._tell_news()
         weights = None
         if not stopped or writer.committed_step != state.step:
-            weights = export_weights(state.average, world, self.task.run_dir, state.step, self.task.facts)
+            weights = write_final_weights(state.average, world, self.task.run_dir, state.step, self.task.facts)
         if writer.committed_step != state.step:
             raise OSError(f"{writer.failure}; the weights of step {state.step} are in {weights}")
         status = "stopped" if stopped else "finished"
@@ -210,7 +210,7 @@ class Upkeep:
             self._writer.wait_until_saved(self._save, self.callbacks.on_event, self.callbacks.stop_requested)
         if self._writer.failure:
             step = self.state.step
-            weights = export_weights(self.state.average, self.world, self.task.run_dir, step, self.task.facts)
+            weights = write_final_weights(self.state.average, self.world, self.task.run_dir, step, self.task.facts)
             raise OSError(f"{self._writer.failure}; the weights of step {step} are in {weights}")
         self._watchdog.finished(self.state.step)
 

@@ -116,7 +116,7 @@ def run_bare(spec_file: str, shards_folder: str, output: str) -> None:
     import torch
     from refinedet.model import RefineDet, sum_losses
     from refinedet.pipeline.config.batches import BatchPlan
-    from refinedet.pipeline.config.files import load_spec
+    from refinedet.pipeline.config.spec_files import load_spec
     from refinedet.pipeline.data.index import open_shards
     from refinedet.pipeline.data.samples import Cursor
     from refinedet.pipeline.data.stream import TrainingStream

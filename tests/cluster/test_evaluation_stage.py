@@ -23,10 +23,10 @@ from refinedet.model.hub import detector_metadata
 from refinedet.pipeline.cli.main import app
 from refinedet.pipeline.cluster.detection_stage import DetectionPool, run_detection
 from refinedet.pipeline.cluster.evaluate import evaluate_run
-from refinedet.pipeline.config.files import dump_spec, load_spec, parse_spec
 from refinedet.pipeline.config.recipes import MERGE_RULES
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_files import dump_spec, load_spec, parse_spec
 from refinedet.pipeline.data.index import open_shards
 from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.data.shapes import write_shapes

@@ -15,8 +15,8 @@ from refinedet.pipeline.cluster import jobs
 from refinedet.pipeline.cluster.capacity import Node
 from refinedet.pipeline.cluster.jobs import JobsClient
 from refinedet.pipeline.cluster.submission import stage_code
-from refinedet.pipeline.config.files import parse_spec
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_files import parse_spec
 from refinedet.pipeline.runs.errors import UserError
 
 

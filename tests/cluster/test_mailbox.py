@@ -8,14 +8,14 @@ import time
 
 import pytest
 import ray
-from refinedet.pipeline.cluster.mailbox import Link, Mailbox
+from refinedet.pipeline.cluster.mailbox import Mailbox, MailboxLink
 
 pytestmark = [pytest.mark.dist, pytest.mark.usefixtures("connected")]
 
 
 def test_messages_arrive_in_order_and_the_request_to_stop_comes_back() -> None:
     with Mailbox() as mailbox:
-        link = Link(mailbox.actor, rank=3)
+        link = MailboxLink(mailbox.actor, rank=3)
         for step in range(20):
             link.push(step)
         link.push("last", wait=True)
@@ -29,7 +29,7 @@ def test_messages_arrive_in_order_and_the_request_to_stop_comes_back() -> None:
 
 def test_a_killed_actor_costs_messages_and_nothing_else() -> None:
     with Mailbox() as mailbox:
-        link = Link(mailbox.actor, rank=0)
+        link = MailboxLink(mailbox.actor, rank=0)
         link.push(1, wait=True)
         pid = ray.get(mailbox.actor.__ray_call__.remote(lambda _: os.getpid()))
         os.kill(pid, signal.SIGKILL)

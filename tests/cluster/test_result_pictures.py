@@ -16,7 +16,7 @@ from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.data.statistics import read_statistics
 from refinedet.pipeline.evaluation.shown_images import keep_shown, read_shown, shown_ids
 from refinedet.pipeline.inference.detections import DetectionTable
-from refinedet.pipeline.inference.weights import weights_step
+from refinedet.pipeline.inference.weight_files import weights_step
 from refinedet.pipeline.runs import storage
 from safetensors.torch import save_file
 

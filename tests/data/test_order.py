@@ -11,11 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refinedet.pipeline.config.batches import divide_batch
 from refinedet.pipeline.config.spec import Data, Split
-from refinedet.pipeline.data import stages
 from refinedet.pipeline.data.order import EpochOrder, micro_batch_of_share, share_of_rank
 from refinedet.pipeline.data.samples import Cursor
 from refinedet.pipeline.data.sampling import Repeats, fix_repeats
-from refinedet.pipeline.data.stages import Plan, Schedule, Turn
+from refinedet.pipeline.data.stream_steps import Plan, Turn, TurnSchedule
 
 from tests.data.conftest import make_index
 
@@ -33,9 +32,9 @@ def turns_of_rank(plan: Plan, start: Cursor, workers: int, monkeypatch: pytest.M
     """A rank's micro-batches as its loader delivers them: of each worker in turn."""
 
     def of_worker(number: int) -> Iterator[Turn]:
-        iterator = iter(Schedule(plan, start))
+        iterator = iter(TurnSchedule(plan, start))
         while True:
-            monkeypatch.setattr(stages, "get_worker_info", lambda: _Worker(number, workers) if workers else None)
+            monkeypatch.setattr(stream_steps, "get_worker_info", lambda: _Worker(number, workers) if workers else None)
             turn = next(iterator, None)
             if turn is None:
                 return

@@ -13,8 +13,8 @@ from refinedet.model.anchors import tile_anchors
 from refinedet.model.boxes import paired_overlaps
 from refinedet.model.config import RefineDetConfig
 from refinedet.pipeline.cli.main import app
-from refinedet.pipeline.config.files import dump_spec
 from refinedet.pipeline.config.spec import Augmentation, Data, JobSpec, Split
+from refinedet.pipeline.config.spec_files import dump_spec
 from refinedet.pipeline.data.images import decode_image
 from refinedet.pipeline.data.index import open_shards
 from refinedet.pipeline.data.job_statistics import job_statistics

@@ -19,7 +19,7 @@ from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.evaluation.chunk_work import detect_chunk
 from refinedet.pipeline.evaluation.chunks import merge_chunks, split_into_chunks
-from refinedet.pipeline.evaluation.comparison import best_first, format_comparison
+from refinedet.pipeline.evaluation.merge_comparison import best_first, format_comparison
 from refinedet.pipeline.evaluation.metrics import (
     accumulate_matches,
     evaluate,

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from ray._private.ray_constants import PROMETHEUS_SERVICE_DISCOVERY_FILE
-from refinedet.pipeline.config.files import load_spec
+from refinedet.pipeline.config.spec_files import load_spec
 
 INFRA = Path(__file__).resolve().parents[2] / "infra"
 VM_FILES = sorted(INFRA.glob("ray-up-*.yaml"))

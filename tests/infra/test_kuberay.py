@@ -10,8 +10,8 @@ import yaml
 from refinedet.pipeline.cli.jobs import render
 from refinedet.pipeline.cli.main import app
 from refinedet.pipeline.cluster.render import KubeRay, render_kuberay, resource_name, workers_per_pod
-from refinedet.pipeline.config.files import load_spec, parse_spec
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_files import load_spec, parse_spec
 from refinedet.pipeline.runs.errors import UserError
 from typer.testing import CliRunner
 

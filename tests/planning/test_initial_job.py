@@ -12,8 +12,8 @@ import pytest
 import yaml
 from refinedet.pipeline.cli.main import app
 from refinedet.pipeline.config.checks import check_spec
-from refinedet.pipeline.config.files import load_spec, parse_spec
 from refinedet.pipeline.config.spec import Split
+from refinedet.pipeline.config.spec_files import load_spec, parse_spec
 from refinedet.pipeline.data.recognition import recognise
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.planning.initial_job import Hardware, propose_job

@@ -12,8 +12,8 @@ from refinedet.model.config import RefineDetConfig
 from refinedet.model.cost import ModelCost
 from refinedet.pipeline.config.batches import plan_batches
 from refinedet.pipeline.config.checks import check_spec
-from refinedet.pipeline.config.files import load_spec
 from refinedet.pipeline.config.spec import Training
+from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.planning.plan import DEVICES, Device, estimate, print_plan
 from refinedet.pipeline.runs.errors import UserError
 from rich.console import Console

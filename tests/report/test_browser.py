@@ -10,8 +10,8 @@ from html import unescape
 
 import numpy as np
 import pytest
-from refinedet.pipeline.report.comparison import build_comparison
 from refinedet.pipeline.report.report import build_report
+from refinedet.pipeline.report.run_comparison import build_comparison
 
 from tests.report.synthetic import images, write_run
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from refinedet.pipeline.inference.pictures import Boxes, class_colour, draw_detections
-from refinedet.pipeline.report.gallery import best_threshold, match_boxes
+from refinedet.pipeline.report.gallery import choose_threshold, match_boxes
 
 
 def _boxes(rows, labels, scores=None, **more) -> Boxes:
@@ -33,9 +33,9 @@ def test_a_crowd_takes_any_number_and_is_never_missed():
 def test_the_threshold_is_where_f1_is_best():
     truth = _boxes([[0, 0, 10, 10], [20, 20, 30, 30]], [1, 1])
     found = _boxes([[0, 0, 10, 10], [20, 20, 30, 30], [50, 50, 60, 60]], [1, 1, 1], [0.9, 0.62, 0.3])
-    assert best_threshold([(truth, found)]) == 0.62
-    assert best_threshold([]) == 0.5
-    assert best_threshold([(truth, _boxes([], [], []))]) == 0.5
+    assert choose_threshold([(truth, found)]) == 0.62
+    assert choose_threshold([]) == 0.5
+    assert choose_threshold([(truth, _boxes([], [], []))]) == 0.5
 
 
 def test_a_small_image_is_enlarged_and_a_large_one_keeps_its_size():

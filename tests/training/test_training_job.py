@@ -10,8 +10,8 @@ from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
-from refinedet.pipeline.training.job import Attempt, check_job, train_job
 from refinedet.pipeline.training.records import Event, StepRecord
+from refinedet.pipeline.training.training_job import Attempt, check_job, train_job
 from refinedet.pipeline.training.world import World
 
 

@@ -59,7 +59,7 @@ class WorkerFacts:
 
 
 @dataclass(frozen=True)
-class Finding:
+class CheckOutcome:
     """One line of the verdict: what was checked, what was seen, and the faults, each with its remedy."""
 
     name: str
@@ -71,7 +71,7 @@ class Finding:
 class PreflightReport:
     """What the workers found, the same on all ranks."""
 
-    findings: tuple[Finding, ...]
+    findings: tuple[CheckOutcome, ...]
     hosts: tuple[str, ...]
     reduce_gb_s: float
     """bandwidth of the all-reduce, GB/s as an algorithm sees it; 0 for a worker alone"""
@@ -144,7 +144,7 @@ def check_workers(
 # --- what the workers' facts come to
 
 
-def judge_storage(everyone: Sequence[WorkerFacts], run_dir: str) -> Finding:
+def judge_storage(everyone: Sequence[WorkerFacts], run_dir: str) -> CheckOutcome:
     faults = [f"rank {facts.rank} on {facts.host}: {facts.storage_fault}" for facts in everyone if facts.storage_fault]
     least = min(everyone, key=lambda facts: facts.free_disk_bytes)
     if least.free_disk_bytes < _LEAST_FREE_DISK_BYTES:
@@ -153,13 +153,13 @@ def judge_storage(everyone: Sequence[WorkerFacts], run_dir: str) -> Finding:
             "MiB left; make room"
         )
     text = f"{run_dir}: written by every worker, seen by all, {least.free_disk_bytes / _GIB:.1f} GiB free"
-    return Finding("storage", text, tuple(faults))
+    return CheckOutcome("storage", text, tuple(faults))
 
 
-def judge_memory(everyone: Sequence[WorkerFacts], memory_bytes: float | None) -> Finding:
+def judge_memory(everyone: Sequence[WorkerFacts], memory_bytes: float | None) -> CheckOutcome:
     """A worker on CUDA has its device for itself; on a CPU, the workers of a machine share its memory."""
     if memory_bytes is None:
-        return Finding("memory", "not estimated")
+        return CheckOutcome("memory", "not estimated")
     together = Counter(facts.host for facts in everyone)
     faults: list[str] = []
     for facts in everyone:
@@ -182,10 +182,10 @@ def judge_memory(everyone: Sequence[WorkerFacts], memory_bytes: float | None) ->
         f"about {memory_bytes / _GIB:.1f} GiB a worker; the smallest {place} has "
         f"{tightest.total_bytes / _GIB:.1f} GiB, {tightest.free_bytes / _GIB:.1f} free"
     )
-    return Finding("memory", text, tuple(faults))
+    return CheckOutcome("memory", text, tuple(faults))
 
 
-def judge_versions(everywhere: Sequence[tuple[str, Mapping[str, str]]]) -> Finding:
+def judge_versions(everywhere: Sequence[tuple[str, Mapping[str, str]]]) -> CheckOutcome:
     """everywhere: host, and versions by package name"""
     first, expected = everywhere[0]
     faults = []
@@ -196,10 +196,10 @@ def judge_versions(everywhere: Sequence[tuple[str, Mapping[str, str]]]) -> Findi
             seen = ", ".join(f"{found} on {host}" for host, found in others[:3])
             faults.append(f"{name} is {wanted} on {first}, but {seen}; install the same everywhere")
     text = ", ".join(f"{name} {version}" for name, version in expected.items()) + " everywhere"
-    return Finding("versions", text, tuple(faults))
+    return CheckOutcome("versions", text, tuple(faults))
 
 
-def judge_clocks(clocks: Sequence[float]) -> Finding:
+def judge_clocks(clocks: Sequence[float]) -> CheckOutcome:
     """clocks: seconds, read at the same moment"""
     difference = max(clocks) - min(clocks)
     faults = (
@@ -207,29 +207,29 @@ def judge_clocks(clocks: Sequence[float]) -> Finding:
         if difference > _LARGEST_CLOCK_DIFFERENCE_S
         else ()
     )
-    return Finding("clocks", f"within {difference:.2f} s", faults)
+    return CheckOutcome("clocks", f"within {difference:.2f} s", faults)
 
 
-def _judge_workers(everyone: Sequence[WorkerFacts]) -> Finding:
+def _judge_workers(everyone: Sequence[WorkerFacts]) -> CheckOutcome:
     ranks: dict[str, list[str]] = {}
     for facts in everyone:
         ranks.setdefault(facts.host, []).append(str(facts.rank))
     placed = "; ".join(f"rank {', '.join(numbers)} on {host}" for host, numbers in ranks.items())
-    return Finding("workers", f"{len(everyone)} on {_counted(len(ranks), 'node')}: {placed}")
+    return CheckOutcome("workers", f"{len(everyone)} on {_counted(len(ranks), 'node')}: {placed}")
 
 
-def _judge_shards(everyone: Sequence[WorkerFacts], count: int | None) -> Finding:
+def _judge_shards(everyone: Sequence[WorkerFacts], count: int | None) -> CheckOutcome:
     if count is None:
-        return Finding("shards", "not written yet; the stage prepare writes them")
+        return CheckOutcome("shards", "not written yet; the stage prepare writes them")
     faults = [f"rank {facts.rank} on {facts.host}: {facts.shards_fault}" for facts in everyone if facts.shards_fault]
     sampled = len({shard for facts in everyone for shard in facts.sampled_shards})
-    return Finding("shards", f"{sampled} of {count} read whole, their digests hold", tuple(faults))
+    return CheckOutcome("shards", f"{sampled} of {count} read whole, their digests hold", tuple(faults))
 
 
-def _judge_reduce(workers: int, bandwidth: float) -> Finding:
+def _judge_reduce(workers: int, bandwidth: float) -> CheckOutcome:
     if workers == 1:
-        return Finding("all-reduce", "one worker, nothing to reduce")
-    return Finding("all-reduce", f"{bandwidth:.2f} GB/s: {_REDUCED_BYTES // 2**20} MiB across {workers} workers")
+        return CheckOutcome("all-reduce", "one worker, nothing to reduce")
+    return CheckOutcome("all-reduce", f"{bandwidth:.2f} GB/s: {_REDUCED_BYTES // 2**20} MiB across {workers} workers")
 
 
 def _counted(count: int, noun: str) -> str:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from refinedet.pipeline.data.faults import FaultLog
+from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.samples import BadSample, Category
 
 

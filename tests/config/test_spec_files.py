@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from refinedet.pipeline.config.files import dump_spec, load_spec, parse_spec
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_files import dump_spec, load_spec, parse_spec
 from refinedet.pipeline.runs.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]

@@ -20,10 +20,10 @@ from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.training.engine import LossFunction
 from refinedet.pipeline.training.initial_weights import load_initial_weights
 from refinedet.pipeline.training.loop import train
-from refinedet.pipeline.training.preflight import PreflightReport, check_workers
 from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
 from refinedet.pipeline.training.task import Callbacks, Task
 from refinedet.pipeline.training.watchdog import StallVerdict, exit_process
+from refinedet.pipeline.training.worker_checks import PreflightReport, check_workers
 from refinedet.pipeline.training.world import World
 from torch import nn
 

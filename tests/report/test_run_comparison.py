@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from refinedet.pipeline.report.comparison import build_comparison, compare_runs, run_rows
+from refinedet.pipeline.report.run_comparison import build_comparison, compare_runs, run_rows
 from refinedet.pipeline.runs.errors import UserError
 
 from tests.report.synthetic import write_run

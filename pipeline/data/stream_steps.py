@@ -84,7 +84,7 @@ class View(NamedTuple):
     fault: BadSample | None
 
 
-class Schedule(IterableDataset):
+class TurnSchedule(IterableDataset):
     """Yields this worker's share of this rank's turns, from `start` on, epoch after epoch."""
 
     def __init__(self, plan: Plan, start: Cursor) -> None:

@@ -12,7 +12,7 @@ import torch
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
-from refinedet.pipeline.training.preflight import (
+from refinedet.pipeline.training.worker_checks import (
     PreflightReport,
     WorkerFacts,
     check_workers,

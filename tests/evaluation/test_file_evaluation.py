@@ -9,7 +9,7 @@ import zipfile
 import pytest
 from jsonschema import validate
 from refinedet.pipeline.cli.main import app
-from refinedet.pipeline.evaluation.files import evaluate_files
+from refinedet.pipeline.evaluation.file_evaluation import evaluate_files
 from refinedet.pipeline.evaluation.metrics import evaluate
 from refinedet.pipeline.evaluation.server_files import ROW_SCHEMA, write_submission
 from refinedet.pipeline.inference.detections import DetectionTable

@@ -10,7 +10,7 @@ from markupsafe import Markup
 from refinedet.pipeline.report import charts
 from refinedet.pipeline.report.charts import Series
 from refinedet.pipeline.report.report import built_at, subtitle, template_environment
-from refinedet.pipeline.report.results import MODE_TITLES, sorted_metrics
+from refinedet.pipeline.report.result_tables import MODE_TITLES, sorted_metrics
 from refinedet.pipeline.report.run_data import RunFolder, read_run
 from refinedet.pipeline.report.training_charts import duration, epochs_of, get, ledger_total
 from refinedet.pipeline.report.verdict import headline, signed, verdict

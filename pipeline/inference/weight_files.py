@@ -20,7 +20,7 @@ from torch import Tensor
 _NESTED_UNDER = ("state_dict", "model", "model_state", "module")
 
 
-def load_detector(config: RefineDetConfig, uri: str, what: str = "weights") -> RefineDet:
+def load_whole_detector(config: RefineDetConfig, uri: str, what: str = "weights") -> RefineDet:
     """A detector in evaluation mode, every tensor of which is from the file.
 
     what  names the weights in messages
