@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from refinedet.pipeline.config.batches import divide_batch
 from refinedet.pipeline.config.spec import Data, Split
+from refinedet.pipeline.data import stream_steps
 from refinedet.pipeline.data.order import EpochOrder, micro_batch_of_share, share_of_rank
 from refinedet.pipeline.data.samples import Cursor
 from refinedet.pipeline.data.sampling import Repeats, fix_repeats
