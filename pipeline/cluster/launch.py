@@ -40,10 +40,10 @@ def launch(
     run = Run(spec)
     check_spec(spec)
     check_weights(spec)
-    check_store(spec.tracking, run.runs)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals(display))
         stack.enter_context(run.open(on_lost=lambda said: stop.set()))
+        check_store(spec.tracking, run.runs)
         stack.enter_context(Timeline(run.path).launched(settings.read("REFINEDET_SUBMITTED_AT")))
         log_to_file(os.path.join(log_folder(run.path), "launch.log"), who="driver")
         # Ray, torch and MLflow take seconds to load: after what a mistake needs, and torch and MLflow after Ray's own
