@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from refinedet.model.config import RefineDetConfig
 from refinedet.model.cost import ModelCost, count_cost
-from refinedet.pipeline.config.batches import BatchPlan, plan_batches
+from refinedet.pipeline.config.batches import BatchPlan, plan_batches, training_sizes
 from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.schedule import make_schedule
@@ -72,6 +72,11 @@ _BACKWARD = 2.0  # a backward pass costs two forward ones
 _BYTES_AN_IMAGE = {"coco": 163e3, "voc": 110e3, "shapes": 6e3}  # encoded, with objects
 _HALF_PRECISION_ACTIVATIONS = 0.55  # of fp32's: what batch normalisation keeps stays fp32
 _WORKSPACE_BYTES = 1.5 * _GIB  # CUDA context, cuDNN workspaces, fragments
+
+
+def largest_training_model(spec: JobSpec) -> RefineDetConfig:
+    """The job's detector at the largest size that it is trained at: what it needs is estimated there."""
+    return replace(spec.model, input_size=max(training_sizes(spec)), num_levels=spec.model.levels)
 
 
 @dataclass(frozen=True)
@@ -154,9 +159,10 @@ def print_plan(
     if not known.is_gpu:
         known = replace(known, tflops=known.tflops * spec.cluster.cpus_per_worker)
     batch = plan_batches(spec.training, workers)
-    cost = count_cost(spec.model)
+    model = largest_training_model(spec)
+    cost = count_cost(model)
     machines = nodes or math.ceil(workers * (spec.cluster.gpus_per_worker or 1) / known.per_node)
-    found = estimate(spec.model, cost, spec.training, batch, known, machines)
+    found = estimate(model, cost, spec.training, batch, known, machines)
 
     console.print(
         f"[bold]{spec.name}[/]  RefineDet{spec.model.input_size}++, {spec.model.backbone}, {spec.runs}/{spec.name}\n"
