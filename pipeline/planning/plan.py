@@ -17,6 +17,7 @@ from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.schedule import make_schedule
 from refinedet.pipeline.config.spec import JobSpec, Training
 from refinedet.pipeline.data.job_statistics import find_parts, job_statistics
+from refinedet.pipeline.data.sampling import expected_repeats
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.durations import describe_duration
 from refinedet.pipeline.runs.errors import UserError
@@ -215,9 +216,17 @@ def _saving_interval(spec: JobSpec) -> str:
     return f"{training.checkpoint_every_steps:,} steps" if training.checkpoint_every_steps else epochs
 
 
+def _epoch_length(spec: JobSpec) -> int:
+    """Images of an epoch: from the shards, where they exist, else by the splits' `count`; 0: not known."""
+    shards = find_parts(Run(spec).shards).get("train")
+    if shards is None:
+        return round(sum((split.count or 0) * split.weight for split in spec.data.train))
+    repeats = expected_repeats(shards, spec.data.train, spec.data.sampling)
+    return repeats.num_draws if repeats else shards.num_samples
+
+
 def _print_schedule(console: Console, spec: JobSpec, step_s: float) -> None:
-    images = round(sum((split.count or 0) * split.weight for split in spec.data.train))
-    training = spec.training
+    images, training = _epoch_length(spec), spec.training
     if not images:
         console.print(f"Schedule     {training.epochs} epochs (no `count` in data.train, so no number of steps)")
         console.print(f"Step         {_seconds(step_s)}, {training.global_batch / step_s:.1f} images/s")
