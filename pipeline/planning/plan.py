@@ -192,6 +192,10 @@ def print_plan(
         f"{_bytes(4.0 * cost.total_parameters)} a step and worker; checkpoints {_bytes(checkpoint)} every "
         f"{_saving_interval(spec)}"
     )
+    _print_assumptions(console, known, machines)
+
+
+def _print_assumptions(console: Console, known: Device, machines: int) -> None:
     between = f", {known.node_gb_s:g} GB/s between nodes (nothing beyond one node was measured)" if machines > 1 else ""
     console.print(
         f"\n[dim]Assumed: {known.name} at {known.tflops:g} TFLOP/s x {known.utilization:g} ({known.note})"
