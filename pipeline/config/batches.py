@@ -1,10 +1,10 @@
-"""Division of a global batch: over ranks, and into micro-batches within each rank."""
+"""Global batches: their division over ranks and into micro-batches, and the sizes of their images."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from refinedet.pipeline.config.spec import Training
+from refinedet.pipeline.config.spec import JobSpec, Training
 from refinedet.pipeline.runs.errors import UserError
 
 
@@ -45,3 +45,13 @@ def plan_batches(spec: Training, world_size: int) -> BatchPlan:
 def possible_world_sizes(spec: Training, least: int, most: int) -> list[int]:
     """Numbers of workers from `least` to `most`, largest first. Raises UserError where one cannot share the batch."""
     return [plan_batches(spec, size).world_size for size in range(most, least - 1, -1)]
+
+
+def training_sizes(spec: JobSpec) -> tuple[int, ...]:
+    """Sides of the square inputs of training, pixels. Raises UserError where one does not fit the model's strides."""
+    stride, sizes = spec.model.coarsest_stride, spec.training.input_sizes
+    if any(size % stride for size in sizes):
+        raise UserError(
+            f"training.input_sizes must be multiples of the model's coarsest stride {stride}, received {list(sizes)}"
+        )
+    return sizes or (spec.model.input_size,)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any, Literal
 
-from refinedet.pipeline.config.batches import possible_world_sizes
+from refinedet.pipeline.config.batches import possible_world_sizes, training_sizes
 from refinedet.pipeline.config.recipes import resolve_passes
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs.errors import UserError
@@ -24,6 +24,7 @@ def check_spec(spec: JobSpec, place: Literal["here", "cluster", "pods"] = "here"
     if not spec.data.train:
         raise UserError("data.train is empty: name at least one split to train on.")
     possible_world_sizes(spec.training, spec.cluster.min_workers, spec.cluster.max_workers)
+    training_sizes(spec)
     if spec.multiscale is not None:
         resolve_passes(spec.multiscale, spec.model)
     if place != "here":

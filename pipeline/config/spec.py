@@ -64,8 +64,10 @@ class Split(Section):
 
 
 class Augmentation(Section):
-    """SSD augmentation, section 4 of the RefineDet reference; each part can be turned off."""
+    """SSD augmentation, section 4 of the RefineDet reference, and others; each part has its switch."""
 
+    scale_jitter: bool = False
+    """large-scale jitter, 0.1 to 2 times the image's size; for long schedules, in place of `expand`"""
     distort: bool = True
     expand: bool = True
     crop: bool = True
@@ -135,10 +137,9 @@ class Data(Section):
                     raise ValueError(f"data.root is missing: say where the {chosen} data set is (data.root=FOLDER)")
         if any(split.weight != 1 for split in self.val):
             raise ValueError("`weight` applies to data.train: every image of data.val is evaluated once; remove it")
-        if self.classes is not None and len({" ".join(name.split()) for name in self.classes} - {""}) != len(
-            self.classes
-        ):
-            raise ValueError(f"data.classes must be different, non-empty names, received {list(self.classes)}")
+        names = self.classes or ()
+        if len({" ".join(name.split()) for name in names} - {""}) != len(names):
+            raise ValueError(f"data.classes must be different, non-empty names, received {list(names)}")
         return self
 
 
@@ -147,6 +148,8 @@ class Training(Section):
     micro_batch: PositiveInt | None = None
     """most images that a worker holds at once; default: its whole share of the global batch. `norm: batch` takes its
     statistics over them"""
+    input_sizes: tuple[PositiveInt, ...] = ()
+    """multi-scale training: each global batch has one of these sizes, pixels; default: model.input_size alone"""
     epochs: PositiveInt = 110
     learning_rate: PositiveFloat = 4e-3
     """at `reference_batch`; scaled linearly when global_batch differs"""

@@ -1,5 +1,7 @@
 """SSD's augmentation as the Caffe release does it: expand, crop, distort, resize, mirror (RefineDet section IV-B).
 
+Large-scale jitter (Ghiasi et al., Simple Copy-Paste, 2021) is off by default.
+
 A transform is one class and one entry in `TRANSFORMS`; the section `data.augmentation` of the spec switches it by the
 same name. Each draws from a generator of its own, a function of (seed, epoch, sample key) and its name, so that adding
 one shifts none of the others. A transform changes a `ViewPlan`; pixels are touched once, when the plan is rendered:
@@ -74,6 +76,14 @@ class ViewPlan:
         return pixels, boxes, labels
 
 
+class ScaleJitter:
+    """Show the image at 0.1 to 2 times its size: a part of it, or all of it on a larger canvas, at a random place."""
+
+    def __call__(self, plan: ViewPlan, rng: np.random.Generator) -> ViewPlan:
+        scale, x, y = rng.random(3)
+        return replace(plan, window=jitter_window(plan.window, 0.1 + 1.9 * scale, x, y))
+
+
 class Expand:
     """Half of the time, put the image at a random place on a canvas of 1 to 4 times its sides."""
 
@@ -113,6 +123,7 @@ class Mirror:
 
 
 TRANSFORMS: dict[str, Callable[[ViewPlan, np.random.Generator], ViewPlan]] = {
+    "scale_jitter": ScaleJitter(),
     "expand": Expand(),
     "crop": Crop(),
     "distort": Distort(),
@@ -145,6 +156,17 @@ def augment(
         if getattr(settings, name):
             plan = transform(plan, keyed_generator("augment", name, *key))
     return plan.render(size)
+
+
+def jitter_window(image: Window, scale: float, x: float, y: float) -> Window:
+    """The window, 1 / `scale` times the image, in which the image appears `scale` times as large; x, y in [0, 1)."""
+
+    def place(start: int, length: int, shown: int, at: float) -> int:
+        slack = length - shown
+        return start + int(at * (slack + 1)) if slack >= 0 else start - int(at * (1 - slack))
+
+    width, height = max(1, round(image.width / scale)), max(1, round(image.height / scale))
+    return Window(place(image.left, image.width, width, x), place(image.top, image.height, height, y), width, height)
 
 
 def expand_window(image: Window, ratio: float, x: float, y: float) -> Window:

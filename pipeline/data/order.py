@@ -7,8 +7,9 @@ data set shuffles it whole.
 
 An epoch is cut into ceil(samples / size) global batches, which differ by at most one sample: every sample of every
 epoch is trained on once, every epoch has the same number of steps, and no batch is a small rest. What a batch lacks to
-`size` is filled up with blanks, fewer than `size` of them in an epoch. A blank is a grey image without objects and adds
-nothing to the loss: the shares of ranks, micro-batches and tensor shapes stay what they are.
+`size` is filled up with blanks, fewer than `size` of them in an epoch. A blank is a grey image without objects. It adds
+nothing to the loss, as negatives are mined per positive of an image; only batch norm sees it. So the shares of ranks,
+micro-batches and tensor shapes stay what they are.
 
 A global batch's samples are dealt to the ranks as evenly as they go, in the order of their part, so that ranks of one
 node keep to the same parts: where the number of nodes divides `streams`, a node reads 1 / nodes of the bytes of an

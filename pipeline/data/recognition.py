@@ -24,6 +24,8 @@ _VALIDATION = ("val", "validation", "valid", "minival", "test", "testing")
 _TRAINING = ("trainval", "train", "training")
 _DEPTH = 4  # directories below the root that are looked into
 _HEAD = 4 * 2**20  # bytes of a JSON or XML file that tell what it is
+_STRING = r'("(?:[^"\\]|\\.)*")'
+_COCO_ARRAY = re.compile(r'"(images|annotations|categories)"\s*:\s*\[')
 _OTHER_COCO = ("captions", "keypoints", "panoptic", "stuff", "image_info", "densepose")
 
 
@@ -91,24 +93,25 @@ def _voc(root: str) -> Recognised | None:
 
 
 def _coco(root: str) -> Recognised | None:
-    images = ["."] + [name for name in _directories(root) if _holds(os.path.join(root, name), SUFFIXES)]
+    images = [".", *(name for name in _directories(root) if _holds(os.path.join(root, name), SUFFIXES))]
     found: dict[str, Split] = {}
+    lvis = False
     for path in _files(root, (".json",)):
-        if any(word in os.path.basename(path) for word in _OTHER_COCO):
-            continue
         head = _read_head(path)
-        name = re.search(r'"file_name"\s*:\s*("(?:[^"\\]|\\.)*")', head)
-        if not name or not re.search(r'"(images|annotations|categories)"\s*:\s*\[', head):
+        if any(word in os.path.basename(path) for word in _OTHER_COCO) or not _COCO_ARRAY.search(head):
             continue
-        file_name = json.loads(name[1])
-        beside = os.path.relpath(os.path.dirname(path), root)
-        directory = next(
-            (each for each in (beside, *images) if os.path.exists(os.path.join(root, each, file_name))), None
-        )
+        relative = os.path.relpath(path, root)
+        if name := re.search(rf'"file_name"\s*:\s*{_STRING}', head):
+            choices = (os.path.dirname(relative) or ".", *images)
+        elif name := re.search(rf'"coco_url"\s*:\s*{_STRING}', head):  # LVIS: its last two parts name the file
+            choices, lvis = (".", *_directories(root)), True
+        else:
+            continue
+        file_name = "/".join(json.loads(name[1]).split("/")[-2:]) if lvis else json.loads(name[1])
+        directory = next((each for each in choices if os.path.exists(os.path.join(root, each, file_name))), None)
         if directory:
-            relative = os.path.relpath(path, root)
             found[relative] = Split(images=directory, annotations=relative)
-    return Recognised("coco", root, *_choose(found)) if found else None
+    return Recognised("lvis" if lvis else "coco", root, *_choose(found)) if found else None
 
 
 def _cvat(root: str) -> Recognised | None:

@@ -44,7 +44,7 @@ def show_samples(
     draws = EpochDraws(
         shards.sizes, repeats, seed=seed, epoch=0, window=data.shuffle_window, streams=data.canonical_streams
     )
-    view = Augmenter(input_size, seed, None if plain else data.augmentation, data.include_difficult)
+    view = Augmenter((input_size,), seed, None if plain else data.augmentation, data.include_difficult)
     reader = SampleReader(shards)
     tiles = []
     for position, occurrence in zip(*draws.stretch(0, min(count, draws.num_draws)), strict=True):

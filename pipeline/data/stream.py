@@ -49,16 +49,18 @@ class TrainingStream:
     Local shards are read in place; remote ones through a cache of `cache_bytes` in `cache_dir`, which all processes of
     a node share (`refinedet.pipeline.data.cache`).
 
-    workers  decoding processes; 0 decodes in this process. They are started by a fork server, a clean process without
-             threads: Ray's actors and torch run threads whose locks a plain fork would copy in whatever state they
-             are, and spawning would import torch anew for each. They end with this process, however it ends.
+    input_size  of the views, pixels; several: each global batch has one of them, the same on all ranks
+    workers     decoding processes; 0 decodes in this process. They are started by a fork server, a clean process
+                without threads: Ray's actors and torch run threads whose locks a plain fork would copy in whatever
+                state they are, and spawning would import torch anew for each. They end with this process, however it
+                ends.
     """
 
     def __init__(
         self,
         shards: ShardSet,
         *,
-        input_size: int,
+        input_size: int | tuple[int, ...],
         augmentation: Augmentation | None,
         seed: int,
         global_batch: int,
@@ -83,7 +85,8 @@ class TrainingStream:
                 f"an epoch of {shards.url} has {self._plan.draws_per_epoch} images, fewer than one global batch of "
                 f"{global_batch}: lower training.global_batch"
             )
-        self._augment = Augmenter(input_size, seed, augmentation, include_difficult)
+        sizes = (input_size,) if isinstance(input_size, int) else input_size
+        self._augment = Augmenter(sizes, seed, augmentation, include_difficult)
         self._workers = workers
         self._cache = node_cache(shards, cache_dir, cache_bytes)
         self._faults = FaultLog(max_bad_samples, f"shards {shards.url}")

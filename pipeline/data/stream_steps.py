@@ -27,6 +27,7 @@ from refinedet.pipeline.data.order import (
     share_of_rank,
     size_of_micro_batch,
 )
+from refinedet.pipeline.data.randomness import keyed_integer
 from refinedet.pipeline.data.reading import SampleReader, grey_sample
 from refinedet.pipeline.data.samples import BadSample, Batch, Cursor, Sample
 from refinedet.pipeline.data.sampling import EpochDraws, Repeats
@@ -153,10 +154,11 @@ def read_samples(turns: Iterable[Turn], shards: ShardSet, cache: ShardCache | No
 class Augmenter:
     """Makes the view of a sample: a function of (seed, epoch, sample key). Without settings, a plain resize.
 
-    Where a sample occurs again in an epoch, the number of the occurrence is part of the key.
+    Where a sample occurs again in an epoch, the number of the occurrence is part of the key. Where there are several
+    `sizes`, each global batch has one of them, a function of (seed, epoch, index).
     """
 
-    size: int
+    sizes: tuple[int, ...]
     seed: int
     settings: Augmentation | None
     include_difficult: bool
@@ -165,13 +167,14 @@ class Augmenter:
         turn, sample = item
         kept = ~sample.crowd if self.include_difficult else ~(sample.crowd | sample.difficult)
         boxes, labels = sample.boxes[kept], sample.labels[kept]
+        size = self.sizes[keyed_integer(len(self.sizes), "size", self.seed, turn.epoch, turn.index)]
         if self.settings is None:
             height, width, _ = sample.image.shape
-            image = resize_image(sample.image, self.size)
-            boxes = boxes * np.array([self.size / width, self.size / height] * 2, np.float32)
+            image = resize_image(sample.image, size)
+            boxes = boxes * np.array([size / width, size / height] * 2, np.float32)
         else:
             key = (self.seed, turn.epoch, sample.key, *((turn.occurrence,) if turn.occurrence else ()))
-            image, boxes, labels = augment(sample.image, boxes, labels, size=self.size, key=key, settings=self.settings)
+            image, boxes, labels = augment(sample.image, boxes, labels, size=size, key=key, settings=self.settings)
         return View(turn, image, boxes, labels, sample.key, sample.image_id, sample.fault)
 
 

@@ -11,12 +11,13 @@ from dataclasses import dataclass, replace
 
 from refinedet.model.config import RefineDetConfig
 from refinedet.model.cost import ModelCost, count_cost
-from refinedet.pipeline.config.batches import BatchPlan, plan_batches
+from refinedet.pipeline.config.batches import BatchPlan, plan_batches, training_sizes
 from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.schedule import make_schedule
 from refinedet.pipeline.config.spec import JobSpec, Training
 from refinedet.pipeline.data.job_statistics import find_parts, job_statistics
+from refinedet.pipeline.data.sampling import expected_repeats
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.durations import describe_duration
 from refinedet.pipeline.runs.errors import UserError
@@ -72,6 +73,11 @@ _BACKWARD = 2.0  # a backward pass costs two forward ones
 _BYTES_AN_IMAGE = {"coco": 163e3, "voc": 110e3, "shapes": 6e3}  # encoded, with objects
 _HALF_PRECISION_ACTIVATIONS = 0.55  # of fp32's: what batch normalisation keeps stays fp32
 _WORKSPACE_BYTES = 1.5 * _GIB  # CUDA context, cuDNN workspaces, fragments
+
+
+def largest_training_model(spec: JobSpec) -> RefineDetConfig:
+    """The job's detector at the largest size that it is trained at: what it needs is estimated there."""
+    return replace(spec.model, input_size=max(training_sizes(spec)), num_levels=spec.model.levels)
 
 
 @dataclass(frozen=True)
@@ -154,9 +160,10 @@ def print_plan(
     if not known.is_gpu:
         known = replace(known, tflops=known.tflops * spec.cluster.cpus_per_worker)
     batch = plan_batches(spec.training, workers)
-    cost = count_cost(spec.model)
+    model = largest_training_model(spec)
+    cost = count_cost(model)
     machines = nodes or math.ceil(workers * (spec.cluster.gpus_per_worker or 1) / known.per_node)
-    found = estimate(spec.model, cost, spec.training, batch, known, machines)
+    found = estimate(model, cost, spec.training, batch, known, machines)
 
     console.print(
         f"[bold]{spec.name}[/]  RefineDet{spec.model.input_size}++, {spec.model.backbone}, {spec.runs}/{spec.name}\n"
@@ -185,6 +192,10 @@ def print_plan(
         f"{_bytes(4.0 * cost.total_parameters)} a step and worker; checkpoints {_bytes(checkpoint)} every "
         f"{_saving_interval(spec)}"
     )
+    _print_assumptions(console, known, machines)
+
+
+def _print_assumptions(console: Console, known: Device, machines: int) -> None:
     between = f", {known.node_gb_s:g} GB/s between nodes (nothing beyond one node was measured)" if machines > 1 else ""
     console.print(
         f"\n[dim]Assumed: {known.name} at {known.tflops:g} TFLOP/s x {known.utilization:g} ({known.note})"
@@ -209,9 +220,17 @@ def _saving_interval(spec: JobSpec) -> str:
     return f"{training.checkpoint_every_steps:,} steps" if training.checkpoint_every_steps else epochs
 
 
+def _epoch_length(spec: JobSpec) -> int:
+    """Images of an epoch: from the shards, where they exist, else by the splits' `count`; 0: not known."""
+    shards = find_parts(Run(spec).shards).get("train")
+    if shards is None:
+        return round(sum((split.count or 0) * split.weight for split in spec.data.train))
+    repeats = expected_repeats(shards, spec.data.train, spec.data.sampling)
+    return repeats.num_draws if repeats else shards.num_samples
+
+
 def _print_schedule(console: Console, spec: JobSpec, step_s: float) -> None:
-    images = round(sum((split.count or 0) * split.weight for split in spec.data.train))
-    training = spec.training
+    images, training = _epoch_length(spec), spec.training
     if not images:
         console.print(f"Schedule     {training.epochs} epochs (no `count` in data.train, so no number of steps)")
         console.print(f"Step         {_seconds(step_s)}, {training.global_batch / step_s:.1f} images/s")

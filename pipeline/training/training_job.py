@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 from refinedet.model import RefineDet, sum_losses
-from refinedet.pipeline.config.batches import BatchPlan
+from refinedet.pipeline.config.batches import BatchPlan, training_sizes
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.samples import Cursor
@@ -131,7 +131,7 @@ def _open_stream(run: Run, shards: ShardSet, world: World, start: Cursor, plan: 
     data = run.spec.data
     return TrainingStream(
         shards,
-        input_size=run.spec.model.input_size,
+        input_size=training_sizes(run.spec),
         augmentation=data.augmentation,
         seed=run.spec.seed,
         global_batch=plan.global_batch,

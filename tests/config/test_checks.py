@@ -30,6 +30,7 @@ REFUSED = {
         "tracking.uri holds what looks like a secret",
     ),
     "passes of another model's size": ({"multiscale": {"recipe": "coco512"}}, "models of input size 512, received"),
+    "a size between strides": ({"training": {"input_sizes": [320, 350]}}, "coarsest stride 64, received [320, 350]"),
     "no passes": ({"multiscale": {}}, "multiscale has neither `recipe` nor `passes`"),
 }
 

@@ -21,6 +21,7 @@ from refinedet.pipeline.data.augmentation import (
     crop_window,
     distort,
     expand_window,
+    jitter_window,
     mirror_boxes,
     project_boxes,
 )
@@ -81,10 +82,11 @@ def check_alignment(settings: Augmentation, seed: int) -> bool:
     return True
 
 
-@pytest.mark.parametrize("part", ["expand", "crop", "mirror", "random_interpolation"])
+@pytest.mark.parametrize("part", ["scale_jitter", "expand", "crop", "mirror", "random_interpolation"])
 def test_boxes_follow_pixels_through_each_transform(part: str) -> None:
     settings = PLAIN.model_copy(update={part: True})
-    assert sum(check_alignment(settings, seed) for seed in range(150)) > 75
+    least = 40 if part == "scale_jitter" else 75  # it makes many markers too small to look at
+    assert sum(check_alignment(settings, seed) for seed in range(150)) > least
 
 
 def test_boxes_follow_pixels_through_all_transforms() -> None:
@@ -270,6 +272,15 @@ def test_expansion_covers_one_to_four_times_with_the_image_anywhere_in_it() -> N
     assert expand_window(image, 1, 0.7, 0.7) == image
     assert expand_window(image, 4, 0, 0) == Window(0, 0, 256, 192)
     assert expand_window(image, 4, 0.9999, 0.9999) == Window(-192, -144, 256, 192)
+
+
+def test_scale_jitter_shows_a_tenth_to_twice_the_image() -> None:
+    image = Window(0, 0, 64, 48)
+    assert jitter_window(image, 1, 0.7, 0.7) == image
+    assert jitter_window(image, 2, 0, 0) == Window(0, 0, 32, 24)
+    assert jitter_window(image, 2, 0.9999, 0.9999) == Window(32, 24, 32, 24)
+    assert jitter_window(image, 0.25, 0, 0) == Window(0, 0, 256, 192)
+    assert jitter_window(image, 0.25, 0.9999, 0.9999) == Window(-192, -144, 256, 192)
 
 
 def test_distortion_does_what_its_numbers_say() -> None:

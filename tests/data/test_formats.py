@@ -137,6 +137,29 @@ def write_parquet(root: Path, images: dict[str, bytes]) -> tuple[str, Split]:
     return "huggingface", Split(set="train")
 
 
+def write_plain_parquet(root: Path, images: dict[str, bytes]) -> tuple[str, Split]:
+    """As the package `datasets` writes it, without the package."""
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import parquet
+
+    rows = [
+        {
+            "image": {"bytes": content, "path": name},
+            "objects": {
+                "bbox": [list(box) for _, box in TRUTH[name]],
+                "category": [["owl", "fox"].index(label) for label, _ in TRUTH[name]],
+            },
+        }
+        for name, content in images.items()
+    ]
+    names = {"_type": "List", "feature": {"_type": "ClassLabel", "names": ["owl", "fox"]}}
+    features = {"info": {"features": {"image": {"_type": "Image"}, "objects": {"category": names}}}}
+    table = pyarrow.Table.from_pylist(rows).replace_schema_metadata({"huggingface": json.dumps(features)})
+    (root / "data").mkdir(parents=True)
+    parquet.write_table(table, root / "data" / "train-00000-of-00001.parquet")
+    return "huggingface", Split(set="train")
+
+
 def write_disk(root: Path, images: dict[str, bytes]) -> tuple[str, Split]:
     datasets = pytest.importorskip("datasets", reason="the package `datasets` writes what is read here")
     datasets.DatasetDict({"train": _dataset(datasets, images)}).save_to_disk(str(root))
@@ -178,6 +201,7 @@ WRITERS = [
     write_labelme,
     write_cvat,
     write_parquet,
+    write_plain_parquet,
     write_disk,
     write_tars,
 ]

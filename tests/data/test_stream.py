@@ -120,6 +120,25 @@ def test_batches_are_what_the_model_takes(shapes_shards: ShardSet) -> None:
             assert ((targets.labels >= 1) & (targets.labels <= shapes_shards.num_classes)).all()
 
 
+def test_each_global_batch_has_one_of_the_sizes_on_all_ranks(shapes_shards: ShardSet) -> None:
+    sizes = (64, 128, 192)
+    found: dict[Cursor, set[int]] = {}
+    for world_size in (1, 3):
+        for rank in range(world_size):
+            stream = make_stream(
+                shapes_shards, input_size=sizes, rank=rank, world_size=world_size, micro_batch=6, epochs=3
+            )
+            for batch in stream:
+                height, width = batch.images.shape[2:]
+                assert height == width
+                assert all((targets.boxes <= height + 1e-4).all() for targets in batch.targets)
+                found.setdefault(Cursor(batch.epoch, batch.index), set()).add(height)
+    assert all(len(of_batch) == 1 for of_batch in found.values())
+    assert set().union(*found.values()) == set(sizes)
+    by_epoch = [[found[Cursor(epoch, index)] for index in range(PER_EPOCH)] for epoch in range(3)]
+    assert by_epoch[0] != by_epoch[1]
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_stream_draws_no_random_numbers_of_the_training(shapes_shards: ShardSet, workers: int) -> None:
     torch.manual_seed(5)

@@ -31,7 +31,7 @@ def images() -> dict[str, bytes]:
     return {name: cv2.imencode(f".{name.split('.')[1]}", picture)[1].tobytes() for name in formats.TRUTH}
 
 
-@pytest.mark.parametrize("write", [writer for writer in formats.WRITERS if writer is not formats.write_lvis])
+@pytest.mark.parametrize("write", formats.WRITERS)
 def test_the_job_of_every_format_reads_its_data(
     tmp_path: Path, images: dict[str, bytes], write: Callable[[Path, dict[str, bytes]], tuple[str, Split]]
 ) -> None:
