@@ -5,6 +5,7 @@ B images, F_l channels of level l, H_l W_l its cells: the input's sides over str
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -174,16 +175,25 @@ def build_backbone(config: RefineDetConfig) -> TimmBackbone | ReducedVgg16:
     return TimmBackbone(config.backbone, config.levels, config.map_norm or "batch", config.activation_checkpointing)
 
 
+def check_backbone(name: str) -> None:
+    """Raise ValueError for a name that neither this module nor timm knows, with the nearest that is known."""
+    own = (VGG16_REDUCED, *RESNETS)
+    if name in own or timm.is_model(name):
+        return
+    near = difflib.get_close_matches(name, [*own, *timm.list_models()], n=1)
+    raise ValueError(
+        f"backbone must be {', '.join(own)} or a model that timm has, received {name!r}"
+        f"{f'; did you mean {near[0]!r}?' if near else '.'}"
+    )
+
+
 def _create_body(name: str) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     if name in RESNETS:
         layers, cardinality, base_width = RESNETS[name]
         block: Any = TimmBottleneck
         net = ResNet(block, layers, num_classes=0, cardinality=cardinality, base_width=base_width)
         return FeatureListNet(net, out_indices=(0, 1, 2, 3, 4)), IMAGENET_MEAN, IMAGENET_STD
-    if not timm.is_model(name):
-        raise ValueError(
-            f"backbone must be {VGG16_REDUCED}, {', '.join(RESNETS)} or a model that timm has, received {name!r}."
-        )
+    check_backbone(name)
     try:
         body: Any = timm.create_model(name, pretrained=False, features_only=True)
     except (RuntimeError, AttributeError, ValueError) as error:

@@ -38,7 +38,7 @@ def launch(
 
             preflight(spec, address=address, display=display)
             return
-        chosen = {"stages": stages.split(",")} if stages else {}
+        chosen = {"stages": stages.split(",")} if stages is not None else {}
         launch(spec, address=address, display=display, **chosen)
 
 

@@ -36,7 +36,7 @@ def launch(
     """
     unknown = [stage for stage in stages if stage not in STAGE_NAMES]
     if unknown:
-        raise UserError(f"There is no stage {unknown[0]!r}; the stages are {', '.join(STAGE_NAMES)}.")
+        raise UserError(f"--stages must name some of {', '.join(STAGE_NAMES)}, received {unknown[0]!r}.")
     run = Run(spec)
     check_spec(spec)
     check_weights(spec)

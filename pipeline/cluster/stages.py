@@ -59,7 +59,7 @@ def _train_inputs(job: Job) -> Mapping[str, Any]:
         check_same_categories(shards, open_shards(validated))
     return {
         "shards": shards.digest,
-        "spec": storage.digest_json(lasting_part(job.spec.model_dump(mode="json"))),
+        "spec": storage.digest_json(lasting_part(job.spec.model_dump(mode="json", exclude_defaults=True))),
     }
 
 

@@ -45,12 +45,12 @@ def run_training(run: Run, mailbox: Mailbox, on_message: OnMessage, stop: thread
     Raises StoppedError after a stop, UserError for a mistake in the spec, JobError where `cluster.max_failures`
     restarts did not bring a new checkpoint or no workers started within `cluster.resource_timeout_s`.
     """
-    return _Training(run, mailbox, on_message, stop).run()
+    return _Training(run, mailbox, on_message, stop).train()
 
 
 def run_preflight(run: Run, mailbox: Mailbox, on_message: OnMessage, stop: threading.Event) -> PreflightReport:
     """Place the workers of a job, check them, and end. Raises as `run_training` does."""
-    return _Training(run, mailbox, on_message, stop, preflight_only=True).run()
+    return _Training(run, mailbox, on_message, stop, preflight_only=True).train()
 
 
 class _Training:
@@ -59,7 +59,7 @@ class _Training:
     def __init__(
         self, run: Run, mailbox: Mailbox, on_message: OnMessage, stop: threading.Event, preflight_only: bool = False
     ) -> None:
-        self.run_of, self.cluster, self.mailbox = run, run.spec.cluster, mailbox
+        self.run, self.cluster, self.mailbox = run, run.spec.cluster, mailbox
         self.on_message, self.stop, self.preflight_only = on_message, stop, preflight_only
         self.began_at = time.time()
         self.step = self.saved = 0
@@ -71,7 +71,8 @@ class _Training:
         self.warned_waiting = False
         self.stop_deadline: float | None = None
 
-    def run(self) -> Any:
+    def train(self) -> Any:
+        """Fit until training has finished; return what rank 0 returned."""
         while True:
             saved, outcome = self.saved, self._fit()
             if isinstance(outcome, TrainingFailedError):
@@ -84,10 +85,11 @@ class _Training:
                 return outcome
             elif self.stop.is_set():
                 raise StoppedError(f"saved at step {outcome.step}; run the same command again to resume")
+            # Saved because a node will be preempted: fit again, on the others.
 
     def _fit(self) -> Any:
         """Run one fit; returns the result of rank 0, or the error."""
-        self._wait_for_workers()
+        self._forget_workers()
         outcome: list[Any] = []
         trainer = self._trainer()
 
@@ -103,7 +105,8 @@ class _Training:
         while thread.is_alive():
             thread.join(_POLL_S)
             self._take_messages()
-            self._check_waits()
+            self._check_stop()
+            self._check_placement()
         self._take_messages()
         return outcome[0]
 
@@ -121,7 +124,7 @@ class _Training:
         """Update the state of the workers from an event; returns it with the current step."""
         if event.kind == "started":
             if rank in self.ranks:  # without a failure before: Ray Train changes the number of workers
-                self._wait_for_workers()
+                self._forget_workers()
                 self._report("resized", f"the number of workers changes, from the checkpoint of step {self.saved}")
             self.ranks.add(rank)
         elif event.kind == "saved":
@@ -129,29 +132,33 @@ class _Training:
         elif event.kind == "preempted":
             self.leaving |= set(event.facts["nodes"])
         elif event.kind == "restarted":
-            self._wait_for_workers()
+            self._forget_workers()
         if event.kind in ("preempted", "restarted"):
             return dataclasses.replace(event, step=self.step)
         return event
 
-    def _wait_for_workers(self) -> None:
+    def _forget_workers(self) -> None:
         self.ranks.clear()
         self.waiting_since, self.warned_waiting = time.monotonic(), False
 
-    def _check_waits(self) -> None:
-        """Raise where workers did not start, or did not save, within the limits of the spec."""
-        now, limit = time.monotonic(), self.cluster.resource_timeout_s
-        if self.stop.is_set():
-            self.stop_deadline = self.stop_deadline or now + self.cluster.stop_grace_s
-            if not self.ranks:
-                raise StoppedError("before the workers were placed; run the same command again to resume")
-            if now > self.stop_deadline:
-                raise StoppedError(
-                    f"the workers did not save within {self.cluster.stop_grace_s:g} s; the next start resumes from the "
-                    "checkpoint before"
-                )
+    def _check_stop(self) -> None:
+        """Raise StoppedError where a stop found no workers, or they did not save within `cluster.stop_grace_s`."""
+        if not self.stop.is_set():
+            return
+        self.stop_deadline = self.stop_deadline or time.monotonic() + self.cluster.stop_grace_s
+        if not self.ranks:
+            raise StoppedError("before the workers were placed; run the same command again to resume")
+        if time.monotonic() > self.stop_deadline:
+            raise StoppedError(
+                f"the workers did not save within {self.cluster.stop_grace_s:g} s; the next start resumes from the "
+                "checkpoint before"
+            )
+
+    def _check_placement(self) -> None:
+        """Raise JobError where no workers started within `cluster.resource_timeout_s`; report a long wait once."""
         if self.ranks:
             return
+        now, limit = time.monotonic(), self.cluster.resource_timeout_s
         missing = missing_capacity(self.cluster, session_nodes())
         if not self.warned_waiting and (missing or now - self.waiting_since > _PATIENCE_S):
             self.warned_waiting = True
@@ -167,9 +174,9 @@ class _Training:
         self.on_message(Event(kind, self.step, message))
 
     def _trainer(self) -> TorchTrainer:
-        cluster, local = self.cluster, storage.is_local(self.run_of.path)
+        cluster, local = self.cluster, storage.is_local(self.run.path)
         task = WorkerTask(
-            spec=self.run_of.spec_for_workers(),
+            spec=self.run.spec_for_workers(),
             mailbox=self.mailbox.actor,
             fault=settings.read(FAULT_VARIABLE) or "",
             preflight_only=self.preflight_only,
@@ -184,7 +191,7 @@ class _Training:
             scaling_config=scaling_config(cluster, self.leaving),
             run_config=RunConfig(
                 name="ray-train",
-                storage_path=self.run_of.file("logs") if local else None,
+                storage_path=self.run.file("logs") if local else None,
                 failure_config=FailureConfig(max_failures=cluster.max_failures, max_preemption_failures=-1),
                 callbacks=[_Restarts(self.mailbox.actor, cluster.max_failures)],
             ),

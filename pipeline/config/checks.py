@@ -11,6 +11,8 @@ from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.redaction import redact
 
+_USUAL_BACKBONES = {"vgg16_reduced", "resnet18", "resnet50", "resnet101", "resnet152", "resnext152_32x4d"}
+
 
 def check_spec(spec: JobSpec, place: Literal["here", "cluster", "pods"] = "here", volume: str | None = None) -> None:
     """Refuse a spec that cannot work; launch, submit, plan and render refuse the same.
@@ -23,12 +25,24 @@ def check_spec(spec: JobSpec, place: Literal["here", "cluster", "pods"] = "here"
     _refuse_secrets(spec)
     if not spec.data.train:
         raise UserError("data.train is empty: name at least one split to train on.")
+    _check_backbone(spec.model.backbone)
     possible_world_sizes(spec.training, spec.cluster.min_workers, spec.cluster.max_workers)
     training_sizes(spec)
     if spec.multiscale is not None:
         resolve_passes(spec.multiscale, spec.model)
     if place != "here":
         _check_paths(spec, place, volume)
+
+
+def _check_backbone(name: str) -> None:
+    if name in _USUAL_BACKBONES:
+        return
+    from refinedet.model.backbones import check_backbone  # timm: seconds, for unusual names only
+
+    try:
+        check_backbone(name)
+    except ValueError as error:
+        raise UserError(f"model.backbone: {error}") from None
 
 
 def _check_paths(spec: JobSpec, place: str, volume: str | None) -> None:

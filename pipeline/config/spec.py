@@ -1,7 +1,7 @@
 """The job spec: what a YAML file in `jobs/` may say, its types, defaults and checks.
 
 `JobSpec` is the whole; every component receives its own section, never the whole. A leaf: of this project it
-imports only the torch-free `model.config`. Reading files and overrides is in `files.py`.
+imports only the torch-free `model.config`. Reading files and overrides is in `spec_files.py`.
 """
 
 from __future__ import annotations
@@ -69,10 +69,15 @@ class Augmentation(Section):
     scale_jitter: bool = False
     """large-scale jitter, 0.1 to 2 times the image's size; for long schedules, in place of `expand`"""
     distort: bool = True
+    """brightness, contrast, saturation and hue"""
     expand: bool = True
+    """the image at a random place on a canvas of 1 to 4 times its sides"""
     crop: bool = True
+    """a random crop that overlaps an object by a random least IoU"""
     mirror: bool = True
+    """left to right, half of the time"""
     random_interpolation: bool = True
+    """one of five ways to resize"""
 
 
 class Sampling(Section):
@@ -229,14 +234,17 @@ class MergeRule(Section):
     max_detections: PositiveInt = 200
 
 
+MetricName = Literal["coco", "voc2007", "voc2012", "lvis", "openimages", "crowdhuman"]
+
+
 class Evaluation(Section):
     batch_size: PositiveInt = 8
     images_per_piece: PositiveInt = 256
     """a piece is the unit that is handed to a worker and committed"""
     merge: MergeRule | None = None
     """default: the model's own inference (section IV-H)"""
-    metric: str | None = None
-    """coco, voc2007, voc2012, lvis, openimages or crowdhuman; default: coco, and for voc the year's"""
+    metric: MetricName | None = None
+    """default: coco, and for voc the year's"""
     ious: tuple[Fraction, ...] | None = None
     """overlaps from which a detection finds an object, ascending; default: the metric's"""
     max_detections: tuple[PositiveInt, ...] | None = None
@@ -272,7 +280,7 @@ class Multiscale(Section):
     merge: MergeRule | None = None
     """default: the recipe's, vote in voc's and soft_vote in coco's; soft_vote for own `passes`"""
     compare_rules: bool = False
-    """also measure every merge rule, on the same passes: `merge_rules` in metrics.json"""
+    """also measure the merge methods of `recipes.MERGE_RULES`, on the same passes: `merge_rules` in metrics.json"""
     batch_size: PositiveInt = 8
 
     @model_validator(mode="after")

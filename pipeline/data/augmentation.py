@@ -60,7 +60,8 @@ class ViewPlan:
     boxes: np.ndarray
     labels: np.ndarray
     window: Window
-    recolour: Callable[[np.ndarray], np.ndarray] | None = None
+    recolour: tuple[Callable[[np.ndarray], np.ndarray], ...] = ()
+    """one after the other, of the image's own pixels; the border that `Expand` adds keeps its colour"""
     interpolation: int = cv2.INTER_LINEAR
     mirrored: bool = False
 
@@ -68,8 +69,8 @@ class ViewPlan:
         """Image [size, size, 3], boxes [G', 4] in its pixels, labels [G']: those whose centre lies in the window."""
         boxes, labels = project_boxes(self.boxes, self.labels, self.window, size)
         pixels, border = _cut(self.image, self.window)
-        if self.recolour and pixels.size:
-            pixels = self.recolour(pixels)
+        for recolour in self.recolour if pixels.size else ():
+            pixels = recolour(pixels)
         pixels = resize_bordered(pixels, border, MEAN_RGB, size, self.interpolation)
         if self.mirrored:
             pixels, boxes = cv2.flip(pixels, 1), mirror_boxes(boxes, size)
@@ -105,7 +106,7 @@ class Distort:
 
     def __call__(self, plan: ViewPlan, rng: np.random.Generator) -> ViewPlan:
         draws = rng.random(9)
-        return replace(plan, recolour=lambda pixels: distort(pixels, draws))
+        return replace(plan, recolour=(*plan.recolour, lambda pixels: distort(pixels, draws)))
 
 
 class RandomInterpolation:
@@ -131,7 +132,7 @@ TRANSFORMS: dict[str, Callable[[ViewPlan, np.random.Generator], ViewPlan]] = {
     "mirror": Mirror(),
 }
 """in the order in which they are applied"""
-assert TRANSFORMS.keys() == Augmentation.model_fields.keys()
+assert TRANSFORMS.keys() == Augmentation.model_fields.keys(), "Augmentation of config/spec.py must have these switches"
 
 
 def augment(

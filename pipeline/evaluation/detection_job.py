@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from refinedet.pipeline.config.recipes import rules_to_compare
@@ -107,9 +107,12 @@ def make_detection_job(
     multiscale = spec.multiscale if mode == "multiscale" else None
     diagnose = spec.evaluation.diagnose
     settings = {
-        "model": asdict(spec.model),
-        "evaluation": spec.evaluation.model_dump(mode="json", include={"batch_size", "merge"}),
-        "multiscale": multiscale.model_dump(mode="json", exclude={"compare_rules"}) if multiscale else None,
+        # Without defaults: a key that a later version adds changes no digest.
+        **spec.model_dump(
+            mode="json", include={"model": True, "evaluation": {"batch_size", "merge"}}, exclude_defaults=True
+        ),
+        "multiscale": multiscale
+        and multiscale.model_dump(mode="json", exclude={"compare_rules"}, exclude_defaults=True),
     }
     detected = {
         "weights": storage.digest_file(weights).sha256,

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
-from refinedet.pipeline.config.spec import Evaluation
+from refinedet.pipeline.config.spec import Evaluation, MetricName
 from refinedet.pipeline.evaluation import coco_metric, crowdhuman_metric, lvis_metric, openimages_metric, voc_metric
 from refinedet.pipeline.evaluation.protocols import Metric, Metrics, Protocol
 from refinedet.pipeline.evaluation.truth import MARKS, GroundTruth
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.runs.errors import UserError
 
-METRICS: dict[str, Metric] = {
+METRICS: dict[MetricName, Metric] = {
     "coco": coco_metric.METRIC,
     "voc2007": voc_metric.VOC2007,
     "voc2012": voc_metric.VOC2012,
@@ -24,6 +24,7 @@ METRICS: dict[str, Metric] = {
     "openimages": openimages_metric.METRIC,
     "crowdhuman": crowdhuman_metric.METRIC,
 }
+assert METRICS.keys() == set(get_args(MetricName)), "MetricName of config/spec.py must name these metrics"
 
 
 def usual_metric(data_format: str, image_set: str | None) -> str:

@@ -72,13 +72,18 @@ def start(
     state = TrainState(engine, average, feed, schedule, task.seed)
     if checkpoint:
         check_same_data(checkpoint, schedule, plan.global_batch, task.facts.get("shards"))
-        engine.load_momentum(select(checkpoint.tensors, "momentum"))
-        average.load(select(checkpoint.tensors, "ema"))
-        known = checkpoint.manifest
-        engine.scale.value, engine.scale.good_steps = known["loss_scale"]
-        state.step, state.skipped, state.metrics = known["step"], known["skipped_steps"], known["metrics"]
-        checkpoint.tensors.clear()
+        restore(state, checkpoint)
     return state, checkpoint
+
+
+def restore(state: TrainState, checkpoint: Checkpoint) -> None:
+    """Take momentum, average and counters from a checkpoint; the weights are in the detector. Collective."""
+    state.engine.load_momentum(select(checkpoint.tensors, "momentum"))
+    state.average.load(select(checkpoint.tensors, "ema"))
+    known = checkpoint.manifest
+    state.engine.scale.value, state.engine.scale.good_steps = known["loss_scale"]
+    state.step, state.skipped, state.metrics = known["step"], known["skipped_steps"], known["metrics"]
+    checkpoint.tensors.clear()
 
 
 def _configure_torch(stack: ExitStack, deterministic: bool) -> None:

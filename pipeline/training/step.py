@@ -57,9 +57,9 @@ def train_step(state: TrainState, clock: StepClock) -> StepOutcome:
     micro_batches: list[MicroBatch] = []
     applied = False
     with clock.measure("data"):
-        place = divmod(step, state.schedule.steps_per_epoch)
-        batches = [state.feed.next(*place) for _ in range(engine.plan.accumulation)]
-    if len(batches) > 1:
+        epoch, batch = divmod(step, state.schedule.steps_per_epoch)
+        batches = [state.feed.next(epoch, batch) for _ in range(engine.plan.accumulation)]
+    if len(batches) > 1:  # equation 1 divides by the positives of all of them, which costs one more forward pass
         with clock.measure("forward"):
             engine.count_positives([(images, targets) for images, targets, _ in batches])
     for images, targets, keys in batches:
@@ -68,7 +68,7 @@ def train_step(state: TrainState, clock: StepClock) -> StepOutcome:
         with clock.measure("backward"):
             engine.backward(total)
         with clock.measure("optimizer"):
-            applied = engine.step(learning_rate)
+            applied = engine.step(learning_rate)  # the last micro-batch updates the weights
         micro_batches.append(MicroBatch(keys, images, targets, losses))
     with clock.measure("optimizer"):
         if applied:

@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """While it is entered, SIGTERM and SIGINT make it true; pass it to `train` as `stop_requested`.
+    """While it is entered, SIGTERM and SIGINT make it true; `Callbacks.stop_requested` of `train` reads it.
 
     A second SIGINT interrupts as usual. Outside the main thread, where Python cannot handle signals, it stays false.
     """

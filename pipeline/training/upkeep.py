@@ -28,7 +28,7 @@ _COLLECT_EVERY = 500
 
 
 class Upkeep:
-    """Called in the order of its methods, once a step each. All of them are collective."""
+    """Calls once per step, in this order: `agree`, `check`, `validate_if_due`, `save_if_due`, `record`. Collective."""
 
     def __init__(
         self, state: TrainState, world: World, task: Task, callbacks: Callbacks, checkpoint: Checkpoint | None
