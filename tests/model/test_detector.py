@@ -26,7 +26,12 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+QUICK = ("whole", "no filtering", "no TCB", "deformable", "filtered in training", "frozen norms")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in VARIANTS]
+)
 def test_every_variant_learns_and_detects(build, name):
     model = build(**VARIANTS[name])
     generator = torch.Generator().manual_seed(0)
