@@ -10,7 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from refinedet.pipeline.cluster.progress import ProgressDisplay
-from refinedet.pipeline.config.checks import check_spec
+from refinedet.pipeline.config.checks import check_spec, weights_file
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs import settings, storage
@@ -73,7 +73,7 @@ def _run_stages(run: Run, stages: Sequence[str], display: ProgressDisplay, stop:
 
 def check_weights(spec: JobSpec) -> None:
     """UserError where the weights to start from do not exist."""
-    weights = spec.training.init_weights
+    weights = weights_file(spec)
     if weights and not storage.exists(storage.absolute(weights)):
         raise UserError(f"training.init_weights: there is no {weights!r}; give a file or URI of weights.")
 

@@ -12,6 +12,13 @@ from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.redaction import redact
 
 _USUAL_BACKBONES = {"vgg16_reduced", "resnet18", "resnet50", "resnet101", "resnet152", "resnext152_32x4d"}
+TIMM_WEIGHTS = "timm"
+"""value of `training.init_weights`: timm's own weights of the backbone"""
+
+
+def weights_file(spec: JobSpec) -> str | None:
+    """File or URI of the weights to start from; None where there are none, or where they are timm's."""
+    return None if spec.training.init_weights == TIMM_WEIGHTS else spec.training.init_weights
 
 
 def check_spec(spec: JobSpec, place: Literal["here", "cluster", "pods"] = "here", volume: str | None = None) -> None:
@@ -26,6 +33,8 @@ def check_spec(spec: JobSpec, place: Literal["here", "cluster", "pods"] = "here"
     if not spec.data.train:
         raise UserError("data.train is empty: name at least one split to train on.")
     _check_backbone(spec.model.backbone)
+    if spec.training.init_weights == TIMM_WEIGHTS:
+        _check_timm_weights(spec.model.backbone)
     possible_world_sizes(spec.training, spec.cluster.min_workers, spec.cluster.max_workers)
     training_sizes(spec)
     if spec.multiscale is not None:
@@ -45,8 +54,17 @@ def _check_backbone(name: str) -> None:
         raise UserError(f"model.backbone: {error}") from None
 
 
+def _check_timm_weights(backbone: str) -> None:
+    from refinedet.model.pretrained import check_pretrained
+
+    try:
+        check_pretrained(backbone)
+    except ValueError as error:
+        raise UserError(f"training.init_weights: {error}") from None
+
+
 def _check_paths(spec: JobSpec, place: str, volume: str | None) -> None:
-    paths = {"runs": spec.runs, "data.shards": spec.data.shards, "training.init_weights": spec.training.init_weights}
+    paths = {"runs": spec.runs, "data.shards": spec.data.shards, "training.init_weights": weights_file(spec)}
     if spec.data.format != "shapes":
         paths["data.root"] = spec.data.root
     for key, path in paths.items():

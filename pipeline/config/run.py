@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import yaml
+from refinedet.pipeline.config.checks import weights_file
 from refinedet.pipeline.config.identity import spec_difference
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.config.spec_files import dump_spec, parse_spec
@@ -35,7 +36,7 @@ class Run(RunDirectory):
         spec["runs"] = self.runs
         for section, names in (("data", ("root", "shards", "cache_dir")), ("training", ("init_weights",))):
             for name in names:
-                if spec[section][name]:
+                if spec[section][name] and (name != "init_weights" or weights_file(self.spec)):
                     spec[section][name] = storage.absolute(spec[section][name])
         return spec
 

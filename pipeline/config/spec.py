@@ -180,7 +180,8 @@ class Training(Section):
     ema_decay: FractionBelowOne | None = None
     """keep an exponential moving average of the weights, and evaluate it"""
     init_weights: str | None = None
-    """file or URI of weights to start from: a backbone (torchvision, timm) or an earlier run's"""
+    """weights to start from: "timm", which downloads its own of `model.backbone`; or a file or URI: a backbone's, an
+    earlier run's, another project's RefineDet (which, and what they need: model/weight_names.py)"""
     deterministic: bool = False
     checkpoint_every_epochs: PositiveInt = 1
     checkpoint_every_steps: PositiveInt | None = None

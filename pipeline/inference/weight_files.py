@@ -12,6 +12,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from refinedet.model import RefineDet, RefineDetConfig, load_weights
+from refinedet.model.hub import CATEGORIES
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from safetensors import SafetensorError
@@ -40,9 +41,20 @@ def load_whole_detector(config: RefineDetConfig, uri: str, what: str = "weights"
 
 def weights_step(uri: str) -> int:
     """The step of training at which a run's safetensors file was written; 0 where the file does not hold one."""
+    return int(_read_metadata(uri).get("step", 0))
+
+
+def read_categories(uri: str) -> tuple[str, ...]:
+    """Names of the classes that a weights file carries; empty where it carries none."""
+    if not uri.endswith(".safetensors"):
+        return ()
+    return tuple(json.loads(_read_metadata(uri).get(CATEGORIES, "[]")))
+
+
+def _read_metadata(uri: str) -> dict[str, str]:
+    """Metadata of a safetensors file, of which only the header is read."""
     length = int.from_bytes(storage.read_bytes(uri, 0, 8), "little")
-    header = json.loads(storage.read_bytes(uri, 8, 8 + length))
-    return int(header.get("__metadata__", {}).get("step", 0))
+    return json.loads(storage.read_bytes(uri, 8, 8 + length)).get("__metadata__", {})
 
 
 def read_weights(uri: str, what: str = "training.init_weights") -> dict[str, Tensor]:

@@ -154,7 +154,7 @@ def _comments(summary: str, file: str, num_val: int, hardware: Hardware) -> str:
         f"# Train:         refinedet launch {file}",
         "#",
         "# Training starts from random weights. With few images, start from ImageNet weights of the backbone:",
-        "# training.init_weights=FILE.",
+        "# training.init_weights=timm (downloaded by timm), or training.init_weights=FILE.",
     ]
     if not num_val:
         lines += ["#", "# No validation split was found, so nothing is measured: name one in data.val."]

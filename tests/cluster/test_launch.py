@@ -121,6 +121,7 @@ MISTAKES = [
     (["model.num_classes=3"], "set model.num_classes=10"),
     (["cluster.workers=64", "training.global_batch=64", "training.micro_batch=null"], "64 CPU"),
     (["training.init_weights=nowhere.pth"], "nowhere.pth"),
+    (["training.init_weights=timm", "model.backbone=resnext152_32x4d"], "timm has no trained weights"),
     (
         ["cluster.workers={min: 5, max: 7}", "training.global_batch=4"],
         "fewer images than the 7 workers",

@@ -64,6 +64,15 @@ def test_a_relative_path_means_nothing_on_a_cluster(changes: dict, key: str) -> 
         check_spec(make_spec(**changes), "pods", volume="/shared")
 
 
+def test_timms_weights_are_no_path() -> None:
+    named = {"training": {"init_weights": "timm"}}
+    check_spec(make_spec(**named), "cluster")
+    check_spec(make_spec(**named, runs="s3://runs"), "pods")
+    for backbone in ("vgg16_reduced", "resnext152_32x4d"):
+        with pytest.raises(UserError, match="timm has no trained weights"):
+            check_spec(make_spec(**named, model={"backbone": backbone}))
+
+
 def test_pods_find_what_is_on_their_volume_and_nothing_else_of_a_disk() -> None:
     check_spec(make_spec(runs="/data/runs"), "cluster")
     check_spec(make_spec(runs="/shared/runs"), "pods", volume="/shared")

@@ -74,6 +74,8 @@ def test_workers_get_absolute_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (shipped.data.root, shipped.data.shards) == (f"{tmp_path}/coco", "s3://bucket/shards")
     assert shipped.training.init_weights == f"{tmp_path}/weights.pth"
     assert Run(shipped).path == Run(spec).path
+    named = make_spec(tmp_path, data=data, training={"init_weights": "timm"})
+    assert Run(named).spec_for_workers()["training"]["init_weights"] == "timm"
 
 
 def test_what_does_not_change_the_result_may_change(tmp_path: Path) -> None:

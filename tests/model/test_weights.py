@@ -181,3 +181,36 @@ def test_a_refinedet_of_the_ports(small_vgg):
     assert [name for name in report.missing if "map_norm" not in name] == []
     for name, layer in layers.items():
         assert all(torch.equal(state[f"{name}.{kind}"], value) for kind, value in layer.named_parameters())
+
+
+@pytest.mark.parametrize("theirs", [("Dog", "cat", "bus", "cow"), ("bus", "dog", "tree")])
+def test_classes_of_the_same_names_are_copied(theirs):
+    """By name, in whatever order, and also where the numbers of classes agree."""
+    config = RefineDetConfig(
+        num_classes=3, backbone="resnet10t", input_size=64, tcb_channels=16, prediction_block=False
+    )
+    torch.manual_seed(4)
+    model = RefineDet(config, categories=("cat", "dog", "bird"))
+    source = RefineDet(RefineDetConfig(**{**vars(config), "num_classes": len(theirs)}), categories=theirs)
+    before = model.adm.cls[2].weight.detach().clone().view(3, 4, -1)
+    report = load_weights(model, source.state_dict(), theirs)
+    assert not report.missing
+    assert not report.left
+    ours, wanted = model.adm.cls[2].weight.view(3, 4, -1), source.adm.cls[2].weight.view(3, len(theirs) + 1, -1)
+    names = [name.casefold() for name in theirs]
+    assert torch.equal(ours[:, 0], wanted[:, 0])
+    for row, name in enumerate(model.categories, start=1):
+        expected = wanted[:, names.index(name) + 1] if name in names else before[:, row]
+        assert torch.equal(ours[:, row], expected), name
+    assert report.classes == tuple(name for name in model.categories if name in names)
+    assert f"{len(report.classes)} classes matched by name" in str(report)
+
+
+def test_the_same_classes_are_copied_whole(build):
+    model, source = build(), build()
+    model.categories = ("cat", "dog", "bird")
+    source.adm.cls[0].bias.data.normal_()
+    report = load_weights(model, source.state_dict(), ("cat", "dog", "bird"))
+    assert not report.reshaped
+    assert report.classes == ()
+    assert torch.equal(model.adm.cls[0].bias, source.adm.cls[0].bias)

@@ -11,6 +11,7 @@ import timm
 import torch
 from refinedet.model import RefineDet, RefineDetConfig
 from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.training import initial_weights
 from refinedet.pipeline.training.initial_weights import load_initial_weights, read_weights
 
 CONFIG = RefineDetConfig(num_classes=3, input_size=64, backbone="resnet18", tcb_channels=16, prediction_block=False)
@@ -52,6 +53,28 @@ def test_an_earlier_run_of_other_classes_gives_all_but_the_class_outputs(tmp_pat
     assert not report.missing
 
 
+def test_an_earlier_run_of_other_classes_gives_the_outputs_of_those_that_both_have(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    earlier = RefineDet(RefineDetConfig(**{**vars(CONFIG), "num_classes": 2}), categories=("bus", "dog"))
+    detector = RefineDet(CONFIG, categories=("cat", "dog", "cow"))
+    report = load_initial_weights(detector, str(earlier.save_pretrained(tmp_path)))
+    assert report.classes == ("dog",)
+    ours, theirs = detector.adm.cls[1].weight.view(3, 4, -1), earlier.adm.cls[1].weight.view(3, 3, -1)
+    assert torch.equal(ours[:, 2], theirs[:, 2])
+
+
+def test_timms_own_weights(monkeypatch: pytest.MonkeyPatch, classifier: dict[str, torch.Tensor]) -> None:
+    monkeypatch.setattr(initial_weights, "download_pretrained", {"resnet18": classifier}.__getitem__)
+    detector = RefineDet(CONFIG)
+    report = load_initial_weights(detector, "timm")
+    assert "fc.weight" in report.left
+    assert torch.equal(detector.backbone.body.conv1.weight, classifier["conv1.weight"])
+    monkeypatch.undo()
+    unknown = RefineDet(RefineDetConfig(num_classes=1, input_size=64, backbone="vgg16_reduced"))
+    with pytest.raises(UserError, match=r"training\.init_weights: timm has no trained weights for backbone 'vgg16_red"):
+        load_initial_weights(unknown, "timm")
+
+
 class _Trap:
     def __reduce__(self):
         return (Path.touch, (Path("unpickled"),))
@@ -79,6 +102,9 @@ def test_the_wrong_file_is_named(tmp_path: Path) -> None:
     torch.save(timm.create_model("resnet10t").state_dict(), tmp_path / "smaller.pth")
     with pytest.raises(UserError, match=r"nothing for \d+ tensors of the backbone resnet18 \(backbone\.body\."):
         load_initial_weights(RefineDet(CONFIG), str(tmp_path / "smaller.pth"))
+    torch.save({"conv1.weight": torch.full((64, 3, 7, 7), torch.nan)}, tmp_path / "broken.pth")
+    with pytest.raises(UserError, match=r"received NaN or infinity in 'conv1\.weight'"):
+        load_initial_weights(RefineDet(CONFIG), str(tmp_path / "broken.pth"))
     torch.save([torch.zeros(2)], tmp_path / "list.pth")
     with pytest.raises(UserError, match="holds a list"):
         read_weights(str(tmp_path / "list.pth"))
