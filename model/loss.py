@@ -76,6 +76,7 @@ def sum_losses(predictions: Predictions, targets: Sequence[AnyTargets], config: 
         *(*arm[:2], *adm[:2]),
         positives=torch.stack([arm[2], arm[2] if by_arm else adm[2]]),
         survivors=None if survivors is None else share_by_level(survivors, p.level_anchors),
+        rows=zero.new_full((), len(p.adm_class) / matches.labels.numel()),
     )
 
 

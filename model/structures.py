@@ -131,6 +131,7 @@ class Losses:
     """The four terms of equation 1, each divided by its positives; scalars.
 
     survivors  [levels] share of each level's anchors that pass the negative filter; None without an ARM
+    rows       share of all anchors that the ADM computed: survivors of images with objects, and positives
     """
 
     arm_class: Tensor
@@ -138,6 +139,7 @@ class Losses:
     adm_class: Tensor
     adm_box: Tensor
     survivors: Tensor | None = None
+    rows: Tensor | None = None
 
     @property
     def total(self) -> Tensor:
@@ -151,6 +153,12 @@ class Losses:
             "adm_box": self.adm_box,
         }
 
+    def shares(self) -> dict[str, Tensor]:
+        """Shares of the anchors: `survivors_1` of the finest level and so on, and the ADM's `rows`."""
+        levels = () if self.survivors is None else self.survivors.unbind()
+        shares = {f"survivors_{number}": share for number, share in enumerate(levels, start=1)}
+        return shares if self.rows is None else {**shares, "rows": self.rows}
+
 
 @dataclass(frozen=True)
 class LossSums:
@@ -158,7 +166,7 @@ class LossSums:
 
     positives  [2] positive anchors of the ARM and of the ADM, fp32, without gradient; they add up over the parts of a
                global batch
-    survivors  as in `Losses`
+    survivors, rows  as in `Losses`
     """
 
     arm_class: Tensor
@@ -167,12 +175,18 @@ class LossSums:
     adm_box: Tensor
     positives: Tensor
     survivors: Tensor | None = None
+    rows: Tensor | None = None
 
     def divide(self, positives: Tensor | None = None) -> Losses:
         """Divide by the positives [2] of the whole global batch (default: these), of which 0 counts as 1."""
         arm, adm = (self.positives if positives is None else positives).clamp(min=1).unbind()
         return Losses(
-            self.arm_class / arm, self.arm_box / arm, self.adm_class / adm, self.adm_box / adm, self.survivors
+            self.arm_class / arm,
+            self.arm_box / arm,
+            self.adm_class / adm,
+            self.adm_box / adm,
+            self.survivors,
+            self.rows,
         )
 
 

@@ -118,6 +118,7 @@ class TrainingRecorder:
             record.step,
             {
                 **{f"loss/{name}": value for name, value in record.losses.items()},
+                **{f"anchors/{name}": value for name, value in record.shares.items()},
                 **{f"time/{name}_s": value for name, value in line["times"].items()},
                 **{name: line[name] for name in ("epoch", "learning_rate", "gradient_norm", "images_per_s")},
                 "memory_gb": record.memory_bytes / 2**30,

@@ -165,10 +165,11 @@ def _read_records(path: str, missing: list[str]) -> tuple[list[dict[str, float]]
 
 
 def _flat_record(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A step's record with its nested groups, `losses` and `times`, spelt out: "loss", "arm_box", "forward_s"."""
+    """A step's record without its groups `losses`, `shares`, `times`: "loss", "arm_box", "rows", "forward_s"."""
     flat = {name: value for name, value in record.items() if not isinstance(value, Mapping | list)}
     for name, value in (record.get("losses") or {}).items():
         flat["loss" if name == "total" else name] = value
+    flat.update(record.get("shares") or {})
     for name, value in (record.get("times") or {}).items():
         flat["data_wait_s" if name == "data" else f"{name}_s"] = value
     return flat

@@ -86,13 +86,16 @@ def _ap_chart(run: RunFolder) -> str:
 
 
 def _survivor_chart(run: RunFolder) -> str:
-    """Anchors that the ARM's negative filter leaves, of all anchors of an image."""
-    x, y = _line(run, "survivors")
-    if not y:
-        return ""
-    window = max(5, len(y) // 30)
-    series = [Series("", x, y, 1, faint=True), Series("survivors", x, charts.smoothed(y, window), 1)]
-    return charts.line_chart("Anchors that survive the filter", series, note="per image", x_min=0.0)
+    """Shares of the anchors that the ARM's negative filter leaves, by level, and that the ADM computes."""
+    series = []
+    window = max(5, len(run.steps) // 30)
+    names = {f"survivors_{level}": f"stride {4 * 2**level}" for level in range(1, 6)} | {"rows": "computed by the ADM"}
+    for colour, (key, name) in enumerate(names.items(), start=1):
+        x, y = _line(run, key)
+        if y:
+            series.append(Series(name, x, charts.smoothed(y, window), colour))
+    title, note = "Anchors that survive the filter", "share of each level's anchors, smoothed"
+    return charts.line_chart(title, series, note=note, y_format="{:.2f}", x_min=0.0)
 
 
 def _rate_chart(run: RunFolder) -> str:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 logger = logging.getLogger(__name__)
 
 LossFunction = Callable[[Any, Sequence[Any]], Any]
-"""(predictions, targets) -> `LossSums`: sums, their positives, and `divide`"""
+"""(predictions, targets) -> `LossSums`: sums, their positives, and `divide`, which gives `parts` and `shares`"""
 _BUCKET_ELEMENTS = 50_000_000
 """Gradients are reduced in buckets of this many elements, 200 MB: large enough for any link's bandwidth."""
 _MOMENTUM = "momentum_buffer"
@@ -77,8 +77,9 @@ def deepspeed_config(spec: Training, plan: BatchPlan, precision: str, parameters
 class Objective(nn.Module):
     """Detector and loss as one module, so that all of a step's forward goes through DeepSpeed's."""
 
-    def __init__(self, detector: nn.Module, loss: LossFunction, world: World, fp16: bool) -> None:
+    def __init__(self, detector: nn.Module, loss: LossFunction, world: World, fp16: bool, global_batch: int) -> None:
         super().__init__()
+        self.global_batch = global_batch
         self.detector = detector
         self.loss = loss
         self.world = world
@@ -89,6 +90,8 @@ class Objective(nn.Module):
         self.accumulation = 1
         self.names: tuple[str, ...] = ()
         """of the loss parts, in the order of the second output; known after the first forward"""
+        self.share_names: tuple[str, ...] = ()
+        """of the shares of anchors, which follow the loss parts there"""
 
     def measure_waits(self, waiting: Callable[[], AbstractContextManager[Any]]) -> None:
         """Enter `waiting()` while other ranks are waited for; on a GPU only at the first norm, which aligns them."""
@@ -101,8 +104,8 @@ class Objective(nn.Module):
         """One micro-batch of this rank -> its share of equation 1 over the global batch.
 
         images   None: no images, and a total of zero that every parameter is part of
-        returns  total with gradient; total and parts [P], detached, fp32. Shares add up over the ranks, and their mean
-                 is taken over the micro-batches.
+        returns  total with gradient; total, parts and shares of anchors [P], detached, fp32. This rank's shares of
+                 them add up over the ranks, and their mean is taken over the micro-batches.
         """
         if images is None:
             zero = torch.stack([p.sum() for p in self.parameters() if p.requires_grad]).sum() * 0.0
@@ -117,8 +120,10 @@ class Objective(nn.Module):
             scale = 1 if self.positives is None else self.accumulation
             total = losses.total.float() * scale
         parts = {"total": total, **{name: part * scale for name, part in losses.parts().items()}}
-        self.names = tuple(parts)
-        values = torch.stack([part.detach().float().reshape(()) for part in parts.values()])
+        weight = len(images) * self.accumulation / self.global_batch
+        shares = {name: share * weight for name, share in losses.shares().items()}
+        self.names, self.share_names = tuple(parts), tuple(shares)
+        values = torch.stack([value.detach().float().reshape(()) for value in (*parts.values(), *shares.values())])
         return total * torch.where(total.detach().isfinite(), 1.0, torch.nan), values
 
     def sums(self, images: Tensor, targets: Sequence[Any]) -> Any:
@@ -166,7 +171,7 @@ class Engine:
         self.scale = LossScale(self.precision == "fp16")
         self.detector = detector.to(world.device)
         self.buffers = Buffers(self.detector)
-        self.objective = Objective(self.detector, loss, world, self.precision == "fp16")
+        self.objective = Objective(self.detector, loss, world, self.precision == "fp16", plan.global_batch)
         self.parameters = {name: p for name, p in self.detector.named_parameters() if p.requires_grad}
         self.base_optimizer = make_optimizer(group_parameters(self.objective, spec), spec, world.device)
         self.order = GradientOrder(self.parameters)
@@ -226,6 +231,11 @@ class Engine:
     def names(self) -> tuple[str, ...]:
         """Of the losses, in the order of `forward`'s second output."""
         return self.objective.names
+
+    @property
+    def share_names(self) -> tuple[str, ...]:
+        """Of the shares of anchors, which follow the losses there."""
+        return self.objective.share_names
 
     @property
     def gradient_norm(self) -> float:

@@ -15,8 +15,8 @@ from torch import Tensor
 class Agreed:
     """The same on all ranks."""
 
-    losses: list[float]
-    """of the global batch: total and parts"""
+    values: list[float]
+    """of the global batch: loss, its parts, shares of anchors"""
     stop: bool
     """one rank at least was asked to stop"""
     failed: bool
@@ -32,12 +32,12 @@ class Agreed:
 
     @property
     def finite(self) -> bool:
-        return all(map(math.isfinite, self.losses))
+        return all(map(math.isfinite, self.values))
 
 
 def agree(
     world: World,
-    losses: Tensor,
+    values: Tensor,
     *,
     stop: bool,
     failed: bool,
@@ -48,15 +48,15 @@ def agree(
 ) -> Agreed:
     """All ranks call it once a step; it waits for the device.
 
-    losses  [P], this rank's shares, which add up over the ranks
+    values  [P], this rank's shares, which add up over the ranks
     order   checksum, 16 bits: equal on all ranks where (sum of orders)^2 is `size` times the sum of squares
     """
     states = [float(saving == state) for state in SaveState]
     of_main = [float(given_up), float(committed_step + 1)] if world.is_main else [0.0, 0.0]
     told = [float(stop), float(failed), *of_main, float(order), float(order) ** 2]
-    numbers = torch.tensor([*told, *states], dtype=torch.float64, device=losses.device)
-    sums = world.sum(torch.cat([losses.double(), numbers])).tolist()
-    parts = losses.numel()
+    numbers = torch.tensor([*told, *states], dtype=torch.float64, device=values.device)
+    sums = world.sum(torch.cat([values.double(), numbers])).tolist()
+    parts = values.numel()
     stops, failures, lost_hope, committed, orders, squares, *counts = sums[parts:]
     idle, _, written, lost = counts
     if written + lost == world.size:
@@ -64,7 +64,7 @@ def agree(
     else:
         state = SaveState.IDLE if idle == world.size else SaveState.WRITING
     return Agreed(
-        losses=sums[:parts],
+        values=sums[:parts],
         stop=stops > 0,
         failed=failures > 0,
         saving=state,

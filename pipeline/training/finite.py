@@ -19,10 +19,10 @@ class MicroBatch:
     images: Tensor
     targets: Sequence[Any]
     values: Tensor
-    """[P] losses, in the order of the engine's names"""
+    """[P] losses, in the order of the engine's names, and shares of anchors"""
 
     def losses(self, names: Sequence[str]) -> dict[str, float]:
-        return dict(zip(names, self.values.tolist(), strict=True))
+        return dict(zip(names, self.values[: len(names)].tolist(), strict=True))
 
 
 class NonFiniteError(FloatingPointError):

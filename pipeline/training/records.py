@@ -40,6 +40,9 @@ class StepRecord:
     learning_rate: float
     losses: dict[str, float]
     """loss parts and `total`, of the global batch (equation 1)"""
+    shares: dict[str, float]
+    """shares of the global batch's anchors: `survivors_1` (finest level), ... that pass the ARM's negative filter, and
+    `rows` that the ADM computed"""
     gradient_norm: float
     """of the whole gradient, before clipping; inf where the step was skipped"""
     loss_scale: float
@@ -58,7 +61,7 @@ class StepRecord:
 
     def line(self) -> dict[str, Any]:
         """Return the record as a line of metrics.jsonl."""
-        kept = ("step", "total_steps", "epoch", "learning_rate", "losses", "gradient_norm", "images_per_s")
+        kept = ("step", "total_steps", "epoch", "learning_rate", "losses", "shares", "gradient_norm", "images_per_s")
         line = {name: getattr(self, name) for name in (*kept, "memory_bytes", "skipped_steps")}
         return {**line, "time": time.time(), "times": asdict(self.times)}
 

@@ -43,8 +43,8 @@ class StepOutcome:
     """False where the gradient was not finite: weights and momentum are as before; the same on all ranks"""
 
     @property
-    def losses(self) -> torch.Tensor:
-        """[P] this rank's share of the global batch's loss: total and parts."""
+    def values(self) -> torch.Tensor:
+        """[P] this rank's share of the global batch's loss, its parts, and its shares of anchors."""
         return torch.stack([batch.values for batch in self.micro_batches]).mean(0)
 
 

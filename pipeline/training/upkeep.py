@@ -63,7 +63,7 @@ class Upkeep:
         with self.clock.measure("optimizer"):
             return agree(
                 self.world,
-                outcome.losses,
+                outcome.values,
                 stop=self.callbacks.stop_requested(),
                 failed=self.state.feed.fault is not None,
                 saving=self._writer.state,
@@ -150,6 +150,7 @@ class Upkeep:
         if not self.world.is_main:
             return
         epoch, index = divmod(state.step - 1, state.schedule.steps_per_epoch)
+        parts = len(engine.names)
         self.callbacks.on_step(
             StepRecord(
                 step=state.step,
@@ -157,7 +158,8 @@ class Upkeep:
                 epoch=epoch,
                 batch=index,
                 learning_rate=outcome.learning_rate,
-                losses=dict(zip(engine.names, agreed.losses, strict=True)),
+                losses=dict(zip(engine.names, agreed.values[:parts], strict=True)),
+                shares=dict(zip(engine.share_names, agreed.values[parts:], strict=True)),
                 gradient_norm=engine.gradient_norm,
                 loss_scale=engine.scale.value,
                 applied=outcome.applied,

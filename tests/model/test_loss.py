@@ -232,6 +232,10 @@ def test_survivors_are_counted_by_level(build, batch):
     assert list(predictions.level_anchors) == [round(count) for count in counts]
     expected = [part.float().mean().item() for part in survives.split(predictions.level_anchors, dim=1)]
     assert losses.survivors.tolist() == pytest.approx(expected, abs=1e-6)
+    assert losses.rows.item() == pytest.approx(len(predictions.index) / survives.numel())
+    shares = losses.shares()
+    assert list(shares) == ["survivors_1", "survivors_2", "survivors_3", "survivors_4", "rows"]
+    assert shares["survivors_2"] == losses.survivors[1]
     assert detection_loss(predictions, targets, build(theta=1.0).config).survivors.tolist() == [1.0] * 4
     plain = build(head="vanilla", theta=1.0, cascade=False, tcb=False).eval()
     assert detection_loss(plain(images, targets), targets, plain.config).survivors is None

@@ -85,6 +85,7 @@ def _write_metrics(
             "time": 1.8e9 + 0.42 * step,
             "loss": sum(parts.values()),
             **parts,
+            "shares": {**{f"survivors_{level}": decay / level for level in range(1, 5)}, "rows": 0.6 * decay},
             "learning_rate": rate,
             "images_per_s": 38 * rng.lognormal(0, 0.05),
             "times": {name: value * rng.lognormal(0, 0.1) for name, value in times.items()},

@@ -34,6 +34,9 @@ class TinyLosses:
     def parts(self) -> dict[str, Tensor]:
         return {"fit": self.fit, "size": self.size}
 
+    def shares(self) -> dict[str, Tensor]:
+        return {"rows": torch.ones_like(self.fit)}
+
 
 @dataclass(frozen=True)
 class TinySums:

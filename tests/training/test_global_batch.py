@@ -31,7 +31,7 @@ def take_steps(world: World, norm: str, folder: str) -> list[float]:
     plan = divide_batch(SPEC.global_batch, None, world.size)
     engine = Engine(RefineDet(config), functools.partial(sum_losses, config=config), SPEC, plan, world)
     batches = iter(SquareStream(Cursor(), plan, world.rank))
-    shares, gradient = torch.zeros(5), torch.zeros(0)
+    shares, gradient = torch.zeros(10), torch.zeros(0)
     for step in range(STEPS):
         batch = next(batches)
         total, losses = engine.forward(batch.images, batch.targets)

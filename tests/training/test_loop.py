@@ -66,6 +66,7 @@ def test_it_learns_and_leaves_weights(world: World, tmp_path: Path) -> None:
     assert [record.step for record in records] == list(range(1, 16))
     assert (records[6].epoch, records[6].batch) == (1, 1)
     assert set(records[0].losses) == {"total", "fit", "size"}
+    assert all(record.shares == {"rows": 1.0} for record in records), "of several micro-batches, whatever their sizes"
     assert records[-1].losses["total"] < records[0].losses["total"]
     assert set(weights(tmp_path)) == set(TinyDetector().state_dict())
     assert records[5].times.total >= records[5].times.forward > 0

@@ -60,6 +60,11 @@ def test_a_job_runs_to_its_end_and_tells_of_it(world: World, run: Run) -> None:
     assert (result.status, result.step, result.metrics) == ("finished", 4, {"AP": 0.5})
     assert storage.exists(run.weights)
     assert [record.step for record in link.steps + again.steps] == [1, 2, 3, 4]
+    for record in link.steps + again.steps:
+        assert set(record.shares) == {*(f"survivors_{level}" for level in range(1, 5)), "rows"}
+        assert all(0 <= share <= 1 for share in record.shares.values())
+        assert 0 < record.shares["rows"] <= 1
+        assert record.line()["shares"] == record.shares
     assert [event.kind for event in again.events] == ["preflight", "resumed", "validated", "saved"]
 
 
