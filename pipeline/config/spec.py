@@ -240,6 +240,8 @@ MetricName = Literal["coco", "voc2007", "voc2012", "lvis", "openimages", "crowdh
 
 class Evaluation(Section):
     batch_size: PositiveInt = 8
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """of detection, in validation too; auto: bf16 where the device computes in it natively, else fp32"""
     images_per_piece: PositiveInt = 256
     """a piece is the unit that is handed to a worker and committed"""
     merge: MergeRule | None = None

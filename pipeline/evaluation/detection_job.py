@@ -109,7 +109,9 @@ def make_detection_job(
     settings = {
         # Without defaults: a key that a later version adds changes no digest.
         **spec.model_dump(
-            mode="json", include={"model": True, "evaluation": {"batch_size", "merge"}}, exclude_defaults=True
+            mode="json",
+            include={"model": True, "evaluation": {"batch_size", "merge", "precision"}},
+            exclude_defaults=True,
         ),
         "multiscale": multiscale
         and multiscale.model_dump(mode="json", exclude={"compare_rules"}, exclude_defaults=True),

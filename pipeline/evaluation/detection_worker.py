@@ -29,6 +29,7 @@ from refinedet.pipeline.evaluation.diagnosis_examination import Examination, can
 from refinedet.pipeline.evaluation.metrics import match_detections
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.evaluation.unreadable import UnreadableImage
+from refinedet.pipeline.inference.precision import autocast_type
 from refinedet.pipeline.inference.weight_files import load_whole_detector
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
@@ -106,7 +107,9 @@ class DetectionWorker:
         counts = read_trace(job.folder, chunk, fingerprint=fingerprint)
         if counts is None:
             batch_size = self._run.spec.evaluation.batch_size
-            counts = trace_chunk(self._loaded_model(), open_shards(job.shards), positions, batch_size=batch_size)
+            model = self._loaded_model()
+            shards, autocast = open_shards(job.shards), self._autocast(model)
+            counts = trace_chunk(model, shards, positions, batch_size=batch_size, autocast=autocast)
             write_trace(job.folder, chunk, counts, fingerprint=fingerprint)
         return counts
 
@@ -131,14 +134,19 @@ class DetectionWorker:
             multiscale = spec.multiscale
             assert multiscale is not None
             methods = {OWN_METHOD: resolve_merge(multiscale), **self._job.merge_rules}
+        model = self._loaded_model()
         return detect_chunk(
-            self._loaded_model(),
+            model,
             open_shards(self._job.shards),
             chunk.positions,
             evaluation=spec.evaluation,
             multiscale=multiscale,
             merge_methods=methods,
+            autocast=self._autocast(model),
         )
+
+    def _autocast(self, model: RefineDet) -> torch.dtype | None:
+        return autocast_type(model.mean.device, self._run.spec.evaluation.precision)
 
     def _loaded_model(self) -> RefineDet:
         if self._model is None or self._weights != self._job.weights:

@@ -22,6 +22,7 @@ from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.evaluation.unreadable import ReadableSamples, UnreadableImage, sum_unreadable
 from refinedet.pipeline.inference.detect import detect_samples
 from refinedet.pipeline.inference.detections import DetectionTable
+from refinedet.pipeline.inference.precision import autocast_type
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
@@ -57,6 +58,7 @@ def validate(
     all_gather       returns the objects of all ranks on every rank (torch.distributed.all_gather_object, or [x] alone)
     max_bad_samples  unreadable images of all ranks together; they have no detections
     timeout_s        limit of one rank's detection
+    autocast         bf16 or fp16; None: fp32
     on_detections    takes this rank's detections, before the ranks meet
     `all_gather` is called once, also by a rank that failed: then every rank raises, naming the failed one. What raises
     is a UserError where a rank failed with one, as trying again would not help.
@@ -125,6 +127,7 @@ def prepare_validation(
             protocol=protocol,
             max_bad_samples=run.spec.data.max_bad_samples,
             timeout_s=run.spec.evaluation.validation_timeout_s,
+            autocast=autocast_type(detector.mean.device, run.spec.evaluation.precision),
             on_detections=functools.partial(keep_shown, run, epochs_done, rank, shown),
         ).values
 

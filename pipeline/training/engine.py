@@ -28,6 +28,7 @@ from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimiz
 from refinedet.model.norms import SyncBatchNorm
 from refinedet.pipeline.config.batches import BatchPlan
 from refinedet.pipeline.config.spec import Training
+from refinedet.pipeline.inference.precision import computes_bf16
 from refinedet.pipeline.training.buffers import Buffers
 from refinedet.pipeline.training.optimizers import group_parameters, make_optimizer
 from refinedet.pipeline.training.world import World
@@ -46,10 +47,7 @@ def resolve_precision(spec: Training, device: torch.device) -> str:
     """fp32, bf16 or fp16. `auto` is bf16 only where the device computes in it natively; emulated it is 12x slower."""
     if spec.precision != "auto":
         return spec.precision
-    if device.type == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp32"
-    capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    return "bf16" if capabilities.get("avx512_bf16") or capabilities.get("amx_bf16") else "fp32"
+    return "bf16" if computes_bf16(device) else "fp32"
 
 
 def deepspeed_config(spec: Training, plan: BatchPlan, precision: str, parameters: int) -> dict[str, Any]:
