@@ -76,23 +76,23 @@ def kinds(told: list[Event]) -> list[str]:
 
 def test_a_fit_that_finishes_is_the_result(tmp_path: Path) -> None:
     training, told = make(tmp_path, ([STARTED, Event("saved", 8, "")], FINISHED))
-    assert training.run() is FINISHED
+    assert training.train() is FINISHED
     assert kinds(told) == ["started", "saved"]
 
 
 def test_a_new_checkpoint_gives_the_failures_back(tmp_path: Path) -> None:
     training, told = make(tmp_path, ([STARTED, Event("saved", 8, "")], FAILED), ([STARTED], FINISHED))
-    assert training.run() is FINISHED
+    assert training.train() is FINISHED
     assert kinds(told) == ["started", "saved", "restarted", "started"]
     training, _ = make(tmp_path, ([STARTED, Event("saved", 8, "")], FAILED), ([STARTED], FAILED))
     with pytest.raises(JobError, match="training failed: rank 1 died"):
-        training.run()
+        training.train()
 
 
 def test_workers_that_saved_for_a_preempted_node_go_on_without_it(tmp_path: Path) -> None:
     gone = Event("preempted", 0, "", {"nodes": ["b"]})
     training, _ = make(tmp_path, ([STARTED, gone], SAVED), ([STARTED], FINISHED))
-    assert training.run() is FINISHED
+    assert training.train() is FINISHED
     assert scaling_config(training.cluster, training.leaving).label_selector == {"ray.io/node-id": "!in(b)"}
 
 
@@ -101,32 +101,32 @@ def test_a_stop_that_saved_says_where(tmp_path: Path) -> None:
     training.stop.set()
     training.ranks.add(0)
     with pytest.raises(StoppedError, match=r"saved at step 8|before the workers were placed"):
-        training.run()
+        training.train()
 
 
 @pytest.mark.parametrize(("by_user", "error"), [(True, UserError), (False, JobError)])
 def test_a_fatal_error_is_not_retried(tmp_path: Path, by_user: bool, error: type[Exception]) -> None:
     training, _ = make(tmp_path, ([STARTED, Fatal(by_user, "no such file")], FAILED))
     with pytest.raises(error, match="no such file"):
-        training.run()
+        training.train()
 
 
 def test_waits_have_limits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "session_nodes", lambda: [])
     training, told = make(tmp_path, resource_timeout_s=5)
-    training._check_waits()
+    training._check_placement()
     assert kinds(told) == ["waiting"]
     assert "need 2 CPU, and there are 0" in told[0].message
     training.waiting_since = time.monotonic() - 6
     with pytest.raises(JobError, match=r"no place for 2 workers came within 5 s"):
-        training._check_waits()
+        training._check_placement()
     training.ranks = {0}
     training.stop.set()
-    training._check_waits()
+    training._check_stop()
     assert training.stop_deadline is not None
     training.stop_deadline = time.monotonic() - 1
     with pytest.raises(StoppedError, match="did not save within 120 s"):
-        training._check_waits()
+        training._check_stop()
 
 
 def test_ray_train_gets_the_cluster_section_whole() -> None:
