@@ -296,8 +296,11 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--planar", action="store_true", help="features in [B, F, H, W] memory, not channels-last")
     parser.add_argument("--skip", nargs="*", default=[], help="leave out the cases whose name contains one of these")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try the command; times mean nothing")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.size, arguments.channels, arguments.repeats = 64, 16, 1
     device = torch.device(arguments.device)
     arguments.dtype = arguments.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     if arguments.threads:

@@ -88,8 +88,12 @@ def main() -> None:
     parser.add_argument("--survivors", type=int, nargs="+", default=[10, 2, 98], help="percent of the anchors")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--only", nargs="*", default=[], help="cases whose name contains one of these")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try the command; times mean nothing")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.sizes, arguments.batches, arguments.survivors, arguments.repeats = [320], [1], [10], 1
+        arguments.only = ["VGG", "torchvision"]
     device = torch.device(arguments.device)
     report: dict[str, object] = {"machine": describe_machine(device), "milliseconds": {}}
     sys.stdout.write("\n".join(f"{key:13} {value}" for key, value in describe_machine(device).items()) + "\n")

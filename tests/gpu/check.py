@@ -1,12 +1,14 @@
 """Everything that only a GPU can show, in one command, printed as it goes: `python -m tests.gpu.check`.
 
 Needs torch 2.11 or newer, a built library and pytest; no Ray and no network. Ends with status 1 where a GPU is and a
-step fails, and with status 3 where no GPU is.
+step fails, and with status 2 where no GPU is. `--rehearse` takes the same steps on a CPU at small sizes, to try this
+command itself; its times mean nothing.
 """
 
 from __future__ import annotations
 
 import argparse
+import shutil
 import subprocess
 import sys
 import time
@@ -18,32 +20,54 @@ from refinedet.model.ops import library
 from refinedet.model.ops.align_conv import align_conv
 from refinedet.model.ops.align_conv_reference import align_conv_reference
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from tests.bench.bench_align_conv import Workload, make_workload
+from tests.bench.bench_detector import make_detector
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+OPERATOR_BENCH, DETECTOR_BENCH = "tests.bench.bench_align_conv", "tests.bench.bench_detector"
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=10.0, help="limit of all steps together")
+    parser.add_argument("--rehearse", action="store_true", help="on a CPU, at small sizes")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        show("GPU", "none: nothing was checked")
-        return 3
+    if not (torch.cuda.is_available() or arguments.rehearse):
+        show("GPU", "no CUDA device was found, so nothing was checked; run this on a machine with one")
+        return 2
     end = time.monotonic() + 60 * arguments.minutes
-    show("GPU", f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
+    device = torch.device("cpu" if arguments.rehearse else "cuda")
+    if device.type == "cuda":
+        show("GPU", f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
     show("operators", library.describe().reason)
-    if fault := library.describe_fault_on_gpu(torch.cuda.current_device()):
+    if device.type == "cuda" and (fault := library.describe_fault_on_gpu(torch.cuda.current_device())):
         show("FAILED", fault)
         return 1
-    failed = run("parity, graphs, determinism", ["-m", "pytest", "tests/gpu", "-m", "gpu", "-q", "-x"], end)
+    # Without the options of pyproject.toml, which need plugins.
+    failed = 0
+    if device.type == "cuda":
+        tests = ["-m", "pytest", "tests/gpu", "-o", "addopts=", "-q", "-x", "-rs"]
+        failed += run("parity, graphs, determinism", tests, end)
     for channels in (256, 1024):
         for dtype in ("bfloat16", "float32"):
-            failed += check_kernels(channels, dtype)
-    failed += run("operator bench", ["-m", "tests.bench.bench_align_conv", "--dtype", "bfloat16"], end)
-    failed += run("operator bench, 1024", ["-m", "tests.bench.bench_align_conv", "--channels", "1024"], end)
-    failed += run("detector bench", ["-m", "tests.bench.bench_detector", "--sizes", "320", "512"], end)
+            failed += attempt(f"AlignConv {channels} channels, {dtype}", check_kernels, device, channels, dtype)
+    small = ["--device", device.type, *(["--quick"] if arguments.rehearse else [])]
+    for name, options in (
+        ("operator bench", ["--dtype", "bfloat16"]),
+        ("operator bench, 1024 channels", ["--channels", "1024"]),
+        ("operator bench, fp32", ["--dtype", "float32"]),
+    ):
+        failed += run(name, ["-m", OPERATOR_BENCH, *options, *small], end)
+    failed += run("detector bench", ["-m", DETECTOR_BENCH, "--sizes", "320", "512", *small], end)
+    failed += attempt("profile of a detection", profile_detection, device)
+    if shutil.which("ncu") and device.type == "cuda":  # counters may be closed to users: no fault of the kernels
+        kernels = ["--set", "full", "--clock-control", "none", "-k", "regex:fused", "-c", "2"]
+        bench = [sys.executable, "-m", OPERATOR_BENCH, "--repeats", "1", "--skip", "deform", "backward"]
+        run("Nsight Compute (optional)", [*kernels, *bench], end, program="ncu")
+    else:
+        show("Nsight Compute (optional)", "not installed")
     show("result", f"{failed} steps failed" if failed else "all steps passed")
     return int(failed > 0)
 
@@ -53,13 +77,22 @@ def show(name: str, text: str) -> None:
     sys.stdout.flush()
 
 
-def run(name: str, command: list[str], end: float) -> int:
+def attempt(name: str, step: Callable[..., int], *arguments: object) -> int:
+    """Failures of a step; one that raises is a failure, and the next steps follow."""
+    try:
+        return step(*arguments)
+    except Exception as error:
+        show(name, f"FAILED: {type(error).__name__}: {error}")
+        return 1
+
+
+def run(name: str, command: list[str], end: float, program: str = sys.executable) -> int:
     left = end - time.monotonic()
     if left < 5:
         show(name, "FAILED: no time left")
         return 1
     try:
-        status = subprocess.run([sys.executable, *command], cwd=REPOSITORY, timeout=left, check=False).returncode
+        status = subprocess.run([program, *command], cwd=REPOSITORY, timeout=left, check=False).returncode
     except subprocess.TimeoutExpired:
         show(name, f"FAILED: not finished after {left:.0f} s")
         return 1
@@ -67,10 +100,13 @@ def run(name: str, command: list[str], end: float) -> int:
     return int(status != 0)
 
 
-def check_kernels(channels: int, dtype: str) -> int:
+def check_kernels(device: torch.device, channels: int, dtype: str) -> int:
     """Parity with fp64, and microseconds alone and in a CUDA graph, of the forward at the real size."""
+    size = 1024 if device.type == "cuda" else 64
     work = make_workload(
-        argparse.Namespace(device="cuda", dtype=dtype, size=1024, channels=channels, classes=80, kernel=3, planar=False)
+        argparse.Namespace(
+            device=device.type, dtype=dtype, size=size, channels=channels, classes=80, kernel=3, planar=False
+        )
     )
     failed = 0
     for percent in (100, 10):
@@ -86,8 +122,27 @@ def check_kernels(channels: int, dtype: str) -> int:
         failed += not right
         verdict = "" if right else " FAILED"
         name = f"AlignConv {channels} channels, {dtype}, {percent} %"
-        show(name, f"error {error:.1e}{verdict}, {microseconds(forward):.1f} us, graph {in_graph(forward):.1f} us")
+        times = f"{microseconds(forward):.1f} us, graph {in_graph(forward):.1f} us" if device.type == "cuda" else ""
+        show(name, f"error {error:.1e}{verdict} {times}")
     return failed
+
+
+def profile_detection(device: torch.device) -> int:
+    """Operators of one detection by their time on the device, and how often the host waited."""
+    size, batch = (512, 8) if device.type == "cuda" else (64, 1)
+    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    detector = make_detector("vgg16_reduced", "align", images, 10)
+    kinds = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        detector.detect(images)
+        with profile(activities=kinds) as seen:
+            detector.detect(images)
+    events = seen.key_averages()
+    waits = sum(event.count for event in events if "Synchronize" in event.key)
+    show("profile of a detection", f"{size} pixels, batch {batch}: the host waited {waits} times")
+    order = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    sys.stdout.write(events.table(sort_by=order, row_limit=15, max_name_column_width=60) + "\n")
+    return 0
 
 
 def relative_error(work: Workload, output: Tensor, rows: Tensor, boxes: Tensor) -> float:
