@@ -112,7 +112,7 @@ def random_boxes(boxes: int, classes: int, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     centres = rng.uniform(0, 640, (classes, boxes, 2))
     sides = np.exp(rng.uniform(np.log(16), np.log(320), (classes, boxes, 2)))
-    source = rng.integers(0, 12, (classes, boxes))
+    source = rng.integers(0, min(12, boxes), (classes, boxes))
     near = rng.random((classes, boxes)) < 1 / 3
     for values, spread in ((centres, 8.0), (sides, 6.0)):
         objects = np.take_along_axis(values, source[..., None], 1) + rng.normal(0, spread, values.shape)
@@ -139,8 +139,11 @@ def main() -> None:
     parser.add_argument("--classes", type=int, default=80)
     parser.add_argument("--repeats", type=int, default=9)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--quick", action="store_true", help="few boxes, to try the command; times mean nothing")
     parser.add_argument("--json", metavar="OUT")
     args = parser.parse_args()
+    if args.quick:
+        args.boxes, args.classes, args.repeats = 20, 2, 1
     if not library.is_loaded():
         parser.error(library.describe().reason)
     torch.set_num_threads(args.threads)
@@ -174,7 +177,7 @@ def main() -> None:
         "soft vote, NumPy": lambda: sum(len(vote_in_numpy(one, True)) for one in rows),
         "NMS": lambda: len(merge.nms(boxes, scores, groups, iou=0.45)),
         "NMS, torchvision batched_nms": lambda: len(batched_nms(boxes, scores, groups, 0.45)),
-        "weighted box fusion": lambda: len(merge.weighted_box_fusion(boxes, scores, groups, num_looks=2)[1]),
+        "weighted box fusion": lambda: len(merge.weighted_box_fusion(boxes, scores, groups, num_views=2)[1]),
     }
     kept = {name: run() for name, run in runs.items()}
     times = measure(runs, args.repeats)

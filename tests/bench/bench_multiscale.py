@@ -1,6 +1,6 @@
 """What multi-scale testing costs beside its forward passes alone, in one run.
 
-    python tests/bench/bench_multiscale.py [--run runs/quickstart] [--images 64] [--repeats 5] [--json OUT]
+    python -m tests.bench.bench_multiscale [--run runs/quickstart] [--images 64] [--repeats 5] [--json OUT]
 
 The forward passes are the model's calls, timed inside the test; the whole adds reading, decoding, warping, selection,
 turning boxes back, merging and the rows. CPU time of all threads, so that a busy machine counts less. Without the
@@ -44,8 +44,11 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=64)
     parser.add_argument("--run", help="a run's folder: its weights, model and validation shards")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--quick", action="store_true", help="few images, to try the command; times mean nothing")
     parser.add_argument("--json", metavar="OUT")
     args = parser.parse_args()
+    if args.quick:
+        args.images, args.repeats = 2, 1
     torch.manual_seed(0)
     if args.run:
         spec = yaml.safe_load((Path(args.run) / "spec.yaml").read_text())
