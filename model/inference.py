@@ -142,9 +142,10 @@ def _row_of_anchors(p: Predictions, config: RefineDetConfig) -> Tensor:
     if p.index is None:
         row_of = numbers.view(batch, num_anchors)
     elif p.padded:
-        row_of = numbers.new_full((batch * num_anchors + 1,), -1).put_(p.index, numbers)[:-1].view(batch, num_anchors)
+        row_of = numbers.new_full((batch * num_anchors + 1,), -1).scatter_(0, p.index, numbers)[:-1]
+        row_of = row_of.view(batch, num_anchors)
     else:
-        row_of = numbers.new_full((batch, num_anchors), -1).put_(p.index, numbers)
+        row_of = numbers.new_full((batch * num_anchors,), -1).scatter_(0, p.index, numbers).view(batch, num_anchors)
     if p.filtered or p.arm_class is None or config.filter_negatives == "training" or config.theta >= 1.0:
         return row_of
     return torch.where(select_survivors(p.arm_class, config.theta), row_of, -1)

@@ -89,6 +89,7 @@ def restore(state: TrainState, checkpoint: Checkpoint) -> None:
 def _configure_torch(stack: ExitStack, deterministic: bool) -> None:
     if deterministic:
         settings.suggest("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when CUDA starts
+    stack.callback(torch.set_deterministic_debug_mode, torch.get_deterministic_debug_mode())
     torch.set_deterministic_debug_mode("error" if deterministic else "default")
     # Images are all of one size, so that trying algorithms pays.
     flags = torch.backends.cudnn.flags(enabled=True, benchmark=not deterministic, deterministic=deterministic)
