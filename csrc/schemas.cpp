@@ -41,8 +41,8 @@ STABLE_TORCH_LIBRARY(refinedet, m) {
       "float score_threshold, bool plus_one) -> (Tensor, Tensor, Tensor)");
 }
 
-// "CUDA compiler:architectures" (empty without CUDA), the C++ compiler, the oldest torch it loads on, and the version of
-// the operators: raise it, and VERSION of model/ops/library.py, with every change of what they take or give.
+// "CUDA compiler:architectures" (empty without CUDA), the C++ compiler, the oldest torch it loads on, and the version
+// of the operators: raise it, and VERSION of model/ops/library.py, with every change of what they take or give.
 extern "C" __attribute__((visibility("default"))) const char* refinedet_build_info() {
   return REFINEDET_BUILT_CUDA "|" REFINEDET_COMPILER "|2.11|2";
 }

@@ -26,8 +26,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> suppress(Tensor boxes, Tensor scores,
       std::vector<int64_t> kept;
       for (int64_t i = 0; i < t.candidates && score[i] > lowest && int64_t(kept.size()) < t.max_kept; ++i) {
         const bool alone = limit >= 1 || std::none_of(kept.begin(), kept.end(), [&](int64_t k) {
-          return label[k] == label[i] && box_overlap(box + 4 * k, box + 4 * i) > limit;
-        });
+                             return label[k] == label[i] && box_overlap(box + 4 * k, box + 4 * i) > limit;
+                           });
         if (!alone) continue;
         const int64_t to = image * t.max_kept + int64_t(kept.size());
         std::copy_n(box + 4 * i, 4, t.to_boxes() + 4 * to);
