@@ -24,6 +24,7 @@ import yaml
 from refinedet.pipeline.cluster.training_stage import FAULT_VARIABLE
 from refinedet.pipeline.drills.faults import hook
 from refinedet.pipeline.runs import settings
+from refinedet.pipeline.runs.errors import JobError
 
 _POLL_S = 0.2
 _TIMEOUT_S = 240.0
@@ -204,7 +205,10 @@ class Bench:
         """
         if self._stopped is None:
             job = self.launch(self.write_spec("stopped"))
-            self.wait_for(job, lambda: self.commits("stopped") and self.steps("stopped")[-1] > STEPS_AN_EPOCH + 2)
+            if not self.wait_for(
+                job, lambda: self.commits("stopped") and self.steps("stopped")[-1] > STEPS_AN_EPOCH + 2
+            ):
+                raise JobError(f"the job to stop made no checkpoint within {_TIMEOUT_S:g} s; {job.output} says why")
             os.kill(job.process.pid, signal.SIGTERM)  # what a scheduler sends before it takes a node away
             self._stopped = job.wait()
         shutil.copytree(self.run("stopped"), self.run(name))
