@@ -52,7 +52,7 @@ def lasting_part(spec: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def spec_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Describe the first difference that makes two specs different runs: "training.epochs was 3, now 4"."""
+    """Describe what makes two specs different runs, a text for each key: "training.epochs was 3, now 4"."""
     before, now = lasting_part(before), lasting_part(now)
     found = []
     for key in sorted({*before, *now}):

@@ -102,3 +102,11 @@ def test_weights_need_the_splits_of_the_shards(two_splits: tuple[Data, ShardSet]
 def test_a_weight_in_val_is_refused() -> None:
     with pytest.raises(ValueError, match=r"`weight` applies to data.train"):
         Data(format="shapes", train=(Split(count=1),), val=(Split(count=1, weight=2),))
+
+
+def test_small_sets_are_drawn_as_often_as_expected() -> None:
+    """Systematic sampling without a random phase would draw the first of these half of the time."""
+    repeats = fix_repeats(np.array([0.25, 0.75]))
+    counts = np.array([repeats.counts(0, epoch) for epoch in range(4000)])
+    assert (counts.sum(1) == 1).all()
+    np.testing.assert_allclose(counts.mean(0), [0.25, 0.75], atol=0.03)
