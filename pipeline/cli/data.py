@@ -22,8 +22,8 @@ app.add_typer(data_app, name="data")
 @app.command()
 def shard(job: Job, overrides: Overrides = None) -> None:
     """Write a job's data set as shards (data.shards, or the run's directory), without a cluster."""
-    from refinedet.pipeline.cluster.progress import ProgressDisplay
     from refinedet.pipeline.data.shards import prepare_shards
+    from refinedet.pipeline.runs.progress import ProgressDisplay
 
     run = Run(load_spec(job, overrides or ()))
     with ProgressDisplay() as display:

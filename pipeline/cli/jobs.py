@@ -29,7 +29,7 @@ def launch(
 ) -> None:
     """Run a job's stages here, or on the cluster at ADDR; what is done already is not done again."""
     from refinedet.pipeline.cluster.launch import launch
-    from refinedet.pipeline.cluster.progress import ProgressDisplay
+    from refinedet.pipeline.runs.progress import ProgressDisplay
 
     spec = load_spec(job, overrides or ())
     with ProgressDisplay() as display:
@@ -131,6 +131,8 @@ def render(
     volume_claim: Annotated[str | None, typer.Option(help="PersistentVolumeClaim mounted at /shared")] = None,
     service_account: Annotated[str | None, typer.Option(help="of the pods, for access to storage without keys")] = None,
     retries: Annotated[int, typer.Option(min=0, help="new clusters after a failure; each resumes the run")] = 3,
+    network_policy: Annotated[bool, typer.Option("--network-policy", help="refuse connections from elsewhere")] = False,
+    tls: Annotated[bool, typer.Option("--tls", help="encrypt what Ray processes send each other")] = False,
 ) -> None:
     """A job spec as Kubernetes manifests, for `kubectl apply -f -`."""
     from refinedet.pipeline.cluster.render import KubeRay, render_kuberay
@@ -148,6 +150,8 @@ def render(
         volume_claim=volume_claim,
         service_account=service_account,
         retries=retries,
+        network_policy=network_policy,
+        tls=tls,
     )
     typer.echo(render_kuberay(load_spec(job, overrides or ()), options), nl=False)
 

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from refinedet.pipeline.cluster.detection_stage import Detected, DetectionPool, run_detection
 from refinedet.pipeline.cluster.job_tracking import log_result_later
-from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.recipes import describe_cost, resolve_passes
@@ -21,6 +20,7 @@ from refinedet.pipeline.evaluation.unreadable import name_images
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
+from refinedet.pipeline.runs.progress import ProgressDisplay
 
 # What says how the work is done, and nothing of what comes out: these may be set without --output.
 _HARMLESS = (

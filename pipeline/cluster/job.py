@@ -15,7 +15,6 @@ from typing import Any
 
 from refinedet.pipeline.cluster.job_tracking import begin_tracking, describe
 from refinedet.pipeline.cluster.mailbox import Mailbox
-from refinedet.pipeline.cluster.progress import ProgressDisplay, summary_table
 from refinedet.pipeline.cluster.recorder import METRICS_LOG
 from refinedet.pipeline.cluster.result_pictures import ResultPictures
 from refinedet.pipeline.config.run import Run
@@ -24,6 +23,7 @@ from refinedet.pipeline.report.summary import merge_rule_rows, summary_rows
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import StoppedError, UserError
 from refinedet.pipeline.runs.logs import log_folder
+from refinedet.pipeline.runs.progress import ProgressDisplay, summary_table
 from refinedet.pipeline.runs.timeline import Timeline
 from refinedet.pipeline.tracking.runs import RunTracker
 

@@ -9,13 +9,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.config.checks import check_spec, weights_file
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs import settings, storage
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
+from refinedet.pipeline.runs.progress import ProgressDisplay
 from refinedet.pipeline.runs.timeline import Timeline
 from refinedet.pipeline.tracking.stores import check_store
 

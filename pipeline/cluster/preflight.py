@@ -6,7 +6,6 @@ import os
 
 from refinedet.pipeline.cluster.launch import check_weights, stop_signals
 from refinedet.pipeline.cluster.mailbox import Mailbox
-from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.cluster.training_stage import run_preflight
 from refinedet.pipeline.config.checks import check_spec
@@ -14,6 +13,7 @@ from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
+from refinedet.pipeline.runs.progress import ProgressDisplay
 from refinedet.pipeline.training.records import Event, StepRecord
 from refinedet.pipeline.training.worker_checks import PreflightReport
 from rich.markup import escape

@@ -12,11 +12,11 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from refinedet.pipeline.cluster.gauges import TrainingGauges
-from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.cluster.result_pictures import ResultPictures
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.lines import LinesLog
+from refinedet.pipeline.runs.progress import ProgressDisplay
 from refinedet.pipeline.training.goodput import read_goodput
 from refinedet.pipeline.training.records import Event, StepRecord
 from rich.markup import escape

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 from refinedet.pipeline.cluster.job import Job
-from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
+from refinedet.pipeline.runs.progress import ProgressDisplay
 
 
 class Tracker:

@@ -8,11 +8,11 @@ import pytest
 from refinedet.pipeline.cluster import jobs
 from refinedet.pipeline.cluster.jobs import JobsClient
 from refinedet.pipeline.cluster.launch import launch
-from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.cluster.render import KubeRay, render_kuberay
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.planning.plan import print_plan
 from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.progress import ProgressDisplay
 
 
 def refusal(command: Any, *arguments: Any, **options: Any) -> str:

@@ -88,6 +88,7 @@ def schemas(shared_dir) -> dict[str, jsonschema.Draft7Validator]:
         ({}, {"workers": {"min": 4, "max": 24}, "labels": {"zone": "a"}}),
         ({"queue": "team-a", "spot": "gke", "namespace": "vision", "service_account": "trainer"}, {}),
         ({"volume_claim": "runs", "spot": "karpenter", "retries": 0}, {"gpus_per_worker": 0}),
+        ({"network_policy": True, "tls": True, "spot": "eks"}, {"placement": "STRICT_SPREAD"}),
     ],
 )
 def test_manifests_are_what_the_definitions_allow(schemas, kind, options, cluster):
@@ -101,6 +102,18 @@ def test_the_schema_check_would_see_a_misspelt_field(schemas):
     document["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["imge"] = "x"
     with pytest.raises(jsonschema.ValidationError, match="imge"):
         schemas["RayJob"].validate(document)
+
+
+def test_values_with_yaml_syntax_stay_values():
+    image, labels = "registry.example/a: b #c", {"zone": "{yes: *no}", "rack": "on"}
+    text = render_kuberay(_spec(labels=labels), KubeRay(image=image, service_account="'quoted\"", queue="0123"))
+    _, job = yaml.safe_load_all(text)
+    groups = _groups(job)
+    pods = [job["spec"]["rayClusterSpec"]["headGroupSpec"], *groups.values()]
+    assert {pod["template"]["spec"]["containers"][0]["image"] for pod in pods} == {image}
+    assert {pod["template"]["spec"]["serviceAccountName"] for pod in pods} == {"'quoted\""}
+    assert job["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "0123"
+    assert groups["training"]["labels"] == labels
 
 
 def test_every_option_is_a_flag_of_the_command(request):
@@ -248,7 +261,7 @@ def test_too_many_gpus_for_a_node_are_refused():
 def test_runs_on_a_claimed_volume_are_found_again():
     spec = JobSpec.model_validate({**_spec().model_dump(mode="json"), "runs": "/shared/runs"})
     text = render_kuberay(spec, KubeRay(image="x", volume_claim="runs"))
-    assert text.count("mountPath: /shared") == 3
+    assert text.count('mountPath: "/shared"') == 3
 
 
 @pytest.mark.parametrize("run", ["quickstart", "Coco_1024.ablation", "a" * 100, "1024", "x-", "A.b", "a.b", "a_b"])
