@@ -50,7 +50,7 @@ _STATISTICS, _AFFINE = ("running_mean", "running_var"), ("weight", "bias")
 
 @dataclass
 class ForeignNames:
-    """Where the tensors of other projects' files belong.
+    """Names of tensors in other projects' files, and the names that they have here.
 
     places  tensor there -> tensor here
     shifts  bias there -> running mean here: the norm behind the convolution, which has no bias here, absorbs it

@@ -140,7 +140,7 @@ def _scatter(cells: Tensor, columns: Tensor, place: tuple, deterministic: bool) 
 def find_corners(
     features: Sequence[Tensor], strides: Sequence[int], boxes: Tensor, rows: Tensor, aspects: int, kernel: int
 ) -> list[tuple[Tensor, Tensor]]:
-    """Of the four corners of every sample: its cell among those of all levels, and its weight; [n, T] each."""
+    """Return the four corners of every sample: each one's cell among those of all levels, and its weight; [n, T]."""
     bounds = torch.tensor(group_bounds(features, aspects)[::aspects], device=rows.device)
     level = torch.searchsorted(bounds, rows, right=True) - 1
     numbers = lambda values: torch.tensor(values, device=rows.device)[level][:, None]  # noqa: E731

@@ -49,7 +49,7 @@ def check_capacity(cluster: Cluster, nodes: Sequence[Node]) -> None:
 
 
 def missing_capacity(cluster: Cluster, nodes: Sequence[Node]) -> str | None:
-    """Why the nodes cannot hold the least number of workers: the resource, and how much of it there is; else None.
+    """Return why the nodes cannot hold the least number of workers: the resource, and how much there is; else None.
 
     None too for a cluster that scales itself up (`ray up`, KubeRay): missing nodes may still come.
     """

@@ -119,7 +119,7 @@ def _outcome(metrics: Metrics | None) -> str:
 
 
 def _for_server(job: DetectionJob, files: Sequence[str]) -> str:
-    """Where the files are that a server takes: the zip, or the folder of VOC's text files."""
+    """Return the path of what an evaluation server takes: the zip, or the directory of VOC's text files."""
     made = [file for file in files if file.startswith("submission/")]
     if not made:
         return ""

@@ -1,4 +1,4 @@
-"""What the driver does with the records of training: the bar, `metrics.jsonl`, MLflow, Prometheus."""
+"""The driver's side of training's records: the bar, `metrics.jsonl`, MLflow, Prometheus."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class TrainingRecorder:
             logger.exception("the ledger of the run's time could not be written")
 
     def _write_ledger(self) -> None:
-        """Where the time went, for the report and MLflow; a run that never took a step has none."""
+        """Write where the time went, for the report and MLflow; a run that never took a step has no ledger."""
         ledger = asdict(read_goodput(self._run.path))
         if not ledger["attempts"]:
             return
@@ -90,7 +90,7 @@ class TrainingRecorder:
         self._tracker.log_metrics(self._last_step, {f"goodput/{name}": float(value) for name, value in ledger.items()})
 
     def _events_so_far(self) -> list[dict[str, Any]]:
-        """Of all starts of this run; a line that a crash cut short is left out."""
+        """Read the events of all starts of this run; a line that a crash cut short is left out."""
         path = self._run.file(EVENTS_LOG)
         events = []
         for line in storage.read_bytes(path).splitlines() if storage.exists(path) else ():

@@ -33,7 +33,7 @@ _SPOT_LABELS = {
 
 @dataclass(frozen=True)
 class KubeRay:
-    """What Kubernetes must be told beside the spec.
+    """Settings for Kubernetes that the spec does not have.
 
     image                  container image of infra/Dockerfile, pushed where the cluster can pull it
     kind                   "job" ends with its cluster; "cluster" stays, for `refinedet submit`

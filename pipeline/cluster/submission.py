@@ -1,4 +1,4 @@
-"""What travels with a submitted job: the packages, the operators as built here, the resolved spec. Never a secret."""
+"""Contents of a submitted job: the packages, the operators as built here, the resolved spec. Never a secret."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ RUN_KEY, HOME_KEY, _SPEC_KEY = "refinedet.run", "refinedet.home", "refinedet.spe
 
 
 def home_of(spec: JobSpec) -> str:
-    """Where the run lives, whoever works on it."""
+    """Return the run's directory or URI, by which jobs of one run are recognised."""
     return f"{spec.runs.rstrip('/')}/{spec.name}"
 
 
 def describe_job(spec: JobSpec) -> dict[str, str]:
-    """What the cluster keeps beside the job: so a run is found by its name, and goes on from any machine."""
+    """Return what the cluster keeps beside the job, by which the run is found and resumed from any machine."""
     return {RUN_KEY: spec.name, HOME_KEY: home_of(spec), _SPEC_KEY: dump_spec(spec)}
 
 
@@ -66,7 +66,7 @@ def runtime_environment(spec: JobSpec, folder: Path) -> dict[str, Any]:
 
 
 def stop_environment(spec: JobSpec) -> dict[str, str]:
-    """How Ray ends a job: with a signal that saves, and time for it. Its own 3 s would kill a job that is saving."""
+    """Return Ray's settings for ending a job: a signal on which it saves, and time for that (Ray's default is 3 s)."""
     return {
         "RAY_JOB_STOP_SIGNAL": "SIGTERM",
         "RAY_JOB_STOP_WAIT_TIME_S": str(int(spec.cluster.stop_grace_s) + STOP_MARGIN_S),

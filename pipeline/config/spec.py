@@ -81,7 +81,7 @@ class Augmentation(Section):
 
 
 class Sampling(Section):
-    """How often each image is drawn in an epoch; multiplied by the weight of its split."""
+    """Number of times that each image is drawn in an epoch; multiplied by the weight of its split."""
 
     method: Literal["uniform", "repeat_factor", "class_balanced"] = "uniform"
     """repeat_factor: LVIS's, more often by the rarest class shown; class_balanced: all classes equally often"""

@@ -211,7 +211,7 @@ def _step(manifest: Path) -> int:
 
 
 def _distance(bench: Bench, name: str) -> float:
-    """Of the trained parameters of a run from the undisturbed one's, relative to their norm."""
+    """Return the distance of a run's trained parameters from the undisturbed run's, relative to their norm."""
     from safetensors.torch import load
 
     ours, theirs = bench.weights(name), bench.weights(bench.undisturbed())

@@ -24,7 +24,7 @@ _SAMPLED = 200  # images whose headers tell the size where annotations do not
 
 @dataclass(frozen=True)
 class Hardware:
-    """What the job of a data set is written for."""
+    """Hardware for which the job of a data set is written."""
 
     gpus: int
     cpus: int

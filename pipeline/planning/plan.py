@@ -206,7 +206,7 @@ def _print_assumptions(console: Console, known: Device, machines: int) -> None:
 
 
 def _print_data(console: Console, spec: JobSpec) -> None:
-    """What is striking in the shards, where they exist; else whether the data set does."""
+    """Print what is striking in the shards, where they exist; else whether the data set does."""
     parts = find_parts(Run(spec).shards)
     for finding in job_statistics(parts, spec.model)["findings"]:
         console.print(f"[yellow]Data         {escape(finding)}[/]")

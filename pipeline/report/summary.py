@@ -1,4 +1,4 @@
-"""What a run came to: a few rows for the terminal, a few sentences for MLflow."""
+"""Summary of a run: a few rows for the terminal, a few sentences for MLflow."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR100")
 
 
 def describe_run(run_dir: str, status: str, data: str) -> str:
-    """What a run trains on what, and what came of it so far, as Markdown.
+    """Describe a run's model, data and results so far, as Markdown.
 
     data  of training and validation, in words
     """

@@ -1,4 +1,4 @@
-"""Where the job's time went: stages from submission to the end, and what training's time was spent on."""
+"""Charts of a job's time: stages from submission to the end, and the uses of training's time."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def timeline_view(run: RunFolder) -> dict[str, Any]:
 
 
 def training_bar(run: RunFolder) -> Markup:
-    """What the time of training was spent on, starts and restarts apart."""
+    """Draw the uses of training's time, starts and restarts apart."""
     start, restarts = split_starts(run)
     parts = [
         ("useful", _seconds(run, "useful_s")),

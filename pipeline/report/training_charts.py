@@ -113,7 +113,7 @@ def _learning_rate_chart(run: RunFolder) -> str:
 
 
 def step_bar(run: RunFolder) -> str:
-    """Where a step's time goes, over all recorded steps."""
+    """Draw the uses of a step's time, over all recorded steps."""
     totals = [(name, sum(row.get(key, 0.0) for row in run.steps)) for key, name in _STEP_PARTS.items()]
     count = len(run.steps)
     whole = sum(row.get("total_s", 0.0) for row in run.steps)

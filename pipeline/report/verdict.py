@@ -1,4 +1,4 @@
-"""What a run came to, in a few sentences: the first thing that a reader sees."""
+"""Verdict on a run in a few sentences: the first thing that a reader sees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What all readers of `metrics.json` share: where the numbers of an evaluation lie."""
+"""Layout of `metrics.json`, for all its readers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a person sees of a job: the stage, how far it is, loss, images/s, time left; at the end a short table."""
+"""Progress of a job on the terminal: stage, share done, loss, images/s, time left; at the end a short table."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class ProgressDisplay:
             self.console.print(f"{name} ...")
 
     def update(self, done: float, total: float, *, unit: str = "", **facts: str) -> None:
-        """How far the stage is; `facts` are shown beside it, as in loss="1.23"."""
+        """Show how far the stage is; `facts` are shown beside it, as in loss="1.23"."""
         text = "  ".join(f"{name} {value}" for name, value in facts.items())
         if self.console.is_terminal:
             if self._task is not None:

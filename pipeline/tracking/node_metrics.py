@@ -1,4 +1,4 @@
-"""What a node does while a job runs: processor, memory, disk, network and GPUs, under the names that MLflow shows.
+"""Load of a node while a job runs: processor, memory, disk, network and GPUs, under the names that MLflow shows.
 
 MLflow's page shows metrics that begin with `system/` under "System metrics".
 """

@@ -97,7 +97,7 @@ def _register(client: MlflowClient, run_id: str, model_id: str, model: PackagedM
 
 
 def _beats_champion(client: MlflowClient, name: str, model: PackagedModel) -> bool:
-    """Whether the model has a score, and no champion was measured by the same metric on the same data as high."""
+    """Return whether the model has a score, and no champion has as high a one by the same metric on the same data."""
     if model.score is None:
         return False
     try:

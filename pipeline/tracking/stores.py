@@ -1,4 +1,4 @@
-"""Where runs are tracked: the default SQLite store, and a quiet, offline MLflow.
+"""Stores of MLflow: the default SQLite file, and a quiet, offline client.
 
 Import this before MLflow: it reads its environment when it is imported.
 """
@@ -54,7 +54,7 @@ def tracking_uri(tracking: Tracking, runs: str) -> str:
 
 
 def artifact_location(uri: str, runs: str) -> str | None:
-    """Where a new experiment keeps its artifacts: beside the runs, or where the server says (None)."""
+    """Return where a new experiment keeps its artifacts: beside the runs, or where the server says (None)."""
     return None if uri.startswith(("http://", "https://")) else storage.join(storage.absolute(runs), ARTIFACTS)
 
 

@@ -206,7 +206,7 @@ def metric_name(text: str) -> str:
 
 
 def is_away(error: Exception) -> bool:
-    """Whether the store did not answer, or could not, as opposed to a refusal of what was sent."""
+    """Return whether the store did not answer, or could not, as opposed to a refusal of what was sent."""
     if isinstance(error, MlflowException):
         status = error.get_http_status_code()
         return status >= 500 or status in (408, 429)

@@ -227,12 +227,12 @@ class Engine:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the losses, in the order of `forward`'s second output."""
+        """Names of the losses, in the order of `forward`'s second output."""
         return self.objective.names
 
     @property
     def share_names(self) -> tuple[str, ...]:
-        """Of the shares of anchors, which follow the losses there."""
+        """Names of the shares of anchors, which follow the losses there."""
         return self.objective.share_names
 
     @property

@@ -129,7 +129,7 @@ class CheckpointWriter:
 
     @property
     def given_up(self) -> bool:
-        """So many saves in a row have failed that training must not go on; rank 0 knows."""
+        """True once so many saves in a row have failed that training must not continue; rank 0 knows."""
         return self.failed_saves >= self.spec.max_failed_saves
 
     def wait_until_saved(

@@ -41,7 +41,7 @@ _GIB = 2**30
 
 @dataclass(frozen=True)
 class WorkerFacts:
-    """What one worker says of itself. Memory is its device's, or on a CPU the machine's; bytes."""
+    """Facts of one worker. Memory is its device's, or on a CPU the machine's; bytes."""
 
     rank: int
     host: str
@@ -69,7 +69,7 @@ class CheckOutcome:
 
 @dataclass(frozen=True)
 class PreflightReport:
-    """What the workers found, the same on all ranks."""
+    """Findings of the workers' checks, the same on all ranks."""
 
     findings: tuple[CheckOutcome, ...]
     hosts: tuple[str, ...]
