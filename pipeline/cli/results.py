@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from refinedet.pipeline.cli.arguments import Address, Json, Output, Overrides, Shards, Weights
+from refinedet.pipeline.cli.arguments import Address, Detector, Json, Output, Overrides, Shards, Weights
 from refinedet.pipeline.runs import storage
-from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.errors import JobError, UserError
+from refinedet.pipeline.runs.progress import ProgressDisplay
 
 if TYPE_CHECKING:
     from refinedet.pipeline.evaluation.protocols import Metrics
@@ -21,32 +22,82 @@ app = typer.Typer()
 
 @app.command()
 def predict(
-    weights: Annotated[
-        str, typer.Argument(help="a run's directory, a .safetensors file, a URI, or the hub's owner/name")
+    weights: Detector,
+    sources: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SOURCE...",
+            help="images, videos, directories, patterns, URLs, .txt lists; - reads names from standard input",
+        ),
     ],
-    images: Annotated[list[Path], typer.Argument(metavar="SOURCE...", help="image files, or directories of them")],
-    output: Annotated[Path, typer.Option(help="directory for the pictures and detections.json")],
-    threshold: Annotated[float, typer.Option(help="lowest score that is drawn")] = 0.3,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: a GPU where there is one")] = None,
+    output: Annotated[Path, typer.Option(help="directory for the files")] = Path("predictions"),
+    format: Annotated[
+        list[str] | None, typer.Option(help="pictures, jsonl, coco, yolo, crops; may be repeated")
+    ] = None,
+    threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="lowest score in pictures, crops and yolo; the JSON files hold all")
+    ] = 0.3,
+    category: Annotated[list[str] | None, typer.Option(help="keep only this one; may be repeated")] = None,
+    size: Annotated[
+        list[int] | None, typer.Option(min=64, help="test at this size, mirrored too, and merge; may be repeated")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: a GPU where there is one")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="images at once")] = 8,
 ) -> None:
-    """Detect objects in images: a picture of each with its boxes, and all boxes as JSON."""
-    from refinedet.pipeline.inference.predict import predict_images
+    """Detect objects in images and videos.
+
+    Examples: refinedet predict runs/quickstart photos/ --output found;
+    find . -name '*.jpg' | refinedet predict runs/quickstart - --format coco
+    """
+    from refinedet.pipeline.inference.outputs import Outputs
+
+    formats = format or ["pictures", "jsonl"]
+    for value, known, option in (
+        *((one, tuple(Outputs.FORMATS), "--format") for one in formats),
+        (precision, ("auto", "fp32", "bf16", "fp16"), "--precision"),
+    ):
+        if value not in known:
+            raise UserError(f"{option} must be one of {', '.join(known)}, received {value!r}.")
+    if output.exists() and not output.is_dir():
+        raise UserError(f"--output must be a directory, received the file {output}.")
+    from refinedet.pipeline.inference.sources import find_sources
+
+    found = find_sources(sources, leave_out=str(output))
+    from refinedet.pipeline.config.spec import Multiscale, Pass
+    from refinedet.pipeline.inference.predict import Choice, Tally, predict_sources
     from refinedet.pipeline.inference.predictor import Predictor
 
-    if precision not in ("auto", "fp32", "bf16", "fp16"):
-        raise UserError(f"--precision must be auto, fp32, bf16 or fp16, received {precision!r}.")
-    predictor = Predictor.load(weights, device=device, precision=precision, batch_size=batch_size)
-    for line in predict_images(predictor, images, output, threshold):
-        typer.echo(line)
+    predictor = Predictor.load(
+        weights,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        multiscale=Multiscale(passes=tuple(Pass(size=one) for one in size)) if size else None,
+    )
+    choice = Choice(output, formats, threshold, category or ())
+    total = sum(source.count for source in found)
+    with ProgressDisplay() as display:
+        display.stage("predict", total, "images")
+
+        def on_progress(tally: Tally) -> None:
+            display.update(tally.images + tally.unreadable, total, unit="images", objects=str(tally.objects))
+
+        tally = predict_sources(
+            predictor,
+            found,
+            choice,
+            on_progress=on_progress,
+            on_fault=lambda name, fault: display.warn(f"{name}: {fault}; passed over"),
+        )
+        display.done(f"{tally.objects} objects in {tally.images} images, in {output}")
+    if tally.unreadable:
+        raise JobError(f"{tally.unreadable} of {tally.unreadable + tally.images} images could not be read.")
 
 
 @app.command()
 def export(
-    weights: Annotated[
-        str, typer.Argument(help="a run's directory, a .safetensors file, a URI, or the hub's owner/name")
-    ],
+    weights: Detector,
     output: Annotated[Path, typer.Option(help="the file; .pt2 for torch, .onnx for onnx")],
     format: Annotated[Literal["torch", "onnx"], typer.Option(help="torch.export's program, or ONNX")] = "onnx",
     height: Annotated[int | None, typer.Option(min=1, help="of the images, pixels; default: the input size")] = None,

@@ -1,79 +1,103 @@
-"""`refinedet predict`: trained weights, some images, pictures of what was found."""
+"""`refinedet predict`: trained weights, some images or videos, files of what was found."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
-import cv2
 import numpy as np
-from refinedet.pipeline.inference.pictures import Boxes, draw_detections
+from refinedet.pipeline.inference.detect import Found
+from refinedet.pipeline.inference.outputs import Objects, Outputs
 from refinedet.pipeline.inference.predictor import Predictor
-from refinedet.pipeline.runs import storage
+from refinedet.pipeline.inference.sources import Source, read_frames
 from refinedet.pipeline.runs.errors import UserError
 
-_SUFFIXES = {".bmp", ".jpeg", ".jpg", ".png", ".webp"}
 
+@dataclass(frozen=True)
+class Choice:
+    """What is written of what is found.
 
-def predict_images(predictor: Predictor, sources: Sequence[Path], output: Path, threshold: float) -> Iterator[str]:
-    """Detect in each image; yields a line per image.
-
-    sources  image files, or directories of them
-    Writes `<output>/<name>.png` with the boxes of score >= threshold, and `<output>/detections.json` with all boxes
-    (xyxy, pixels of the original image). Every input is checked before anything is written.
+    output      directory
+    formats     of `Outputs.FORMATS`
+    threshold   lowest score in pictures, crops and YOLO's files; the JSON files hold everything
+    categories  by name; empty: all
     """
-    images = [image for source in sources for image in _images_of(source)]
-    targets = _targets(images, output)
-    for image in images:
-        _read_image(image)
-    output.mkdir(parents=True, exist_ok=True)
-    everything = {}
-    names = predictor.names
-    detections = predictor.predict(map(_read_image, images))
-    for image, target, found in zip(images, targets, detections, strict=True):
-        rows = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
-        everything[str(image)] = [
-            {"label": names[label - 1], "score": round(score, 4), "box": [round(value, 1) for value in box]}
-            for box, score, label in rows
-        ]
-        shown = found.scores >= threshold
-        boxes = Boxes(found.boxes[shown].numpy(), found.labels[shown].numpy(), found.scores[shown].numpy())
-        draw_detections(_read_image(image), boxes, names).save(target)
-        yield f"{image}: {int(shown.sum())} objects -> {target}"
-    storage.write_json(str(output / "detections.json"), everything)
+
+    output: Path
+    formats: Sequence[str] = ("pictures", "jsonl")
+    threshold: float = 0.3
+    categories: Sequence[str] = ()
 
 
-def _images_of(source: Path) -> list[Path]:
-    """The images of a directory, sorted, or the one file that `source` is."""
-    if not source.is_dir():
-        return [source]
-    images = sorted(path for path in source.iterdir() if path.suffix.lower() in _SUFFIXES)
-    if not images:
-        raise UserError(f"The directory {source} holds no images ({', '.join(sorted(_SUFFIXES))}).")
-    return images
+@dataclass
+class Tally:
+    """Counts of a prediction; `objects` are those that reach the threshold."""
+
+    images: int = 0
+    objects: int = 0
+    unreadable: int = 0
 
 
-def _targets(images: Sequence[Path], output: Path) -> list[Path]:
-    """Output path of each picture; UserError where that would overwrite an image or another picture."""
-    inputs = {image.resolve() for image in images}
-    taken: dict[Path, Path] = {}
-    for image in images:
-        target = output / f"{image.stem}.png"
+def predict_sources(
+    predictor: Predictor,
+    sources: Sequence[Source],
+    choice: Choice,
+    *,
+    on_progress: Callable[[Tally], None] = lambda tally: None,
+    on_fault: Callable[[str, str], None] = lambda name, fault: None,
+) -> Tally:
+    """Detect in all sources, in batches; decoding and drawing go on beside. Memory does not grow with their number.
+
+    on_progress  called after each batch
+    on_fault     called with name and reason of each image that cannot be read; it is passed over
+    Raises UserError for a category that the detector does not have, or a picture that would replace a source.
+    """
+    kept = _labels(choice.categories, predictor.names)
+    _check_targets(sources, choice)
+    tally = Tally()
+    frames = read_frames(sources, ahead=2 * predictor.batch_size)
+    with Outputs(choice.formats, choice.output, predictor.names, choice.threshold) as outputs:
+        while batch := list(islice(frames, predictor.batch_size)):
+            readable = [frame for frame in batch if frame.image is not None]
+            for frame in batch:
+                if frame.image is None:
+                    tally.unreadable += 1
+                    on_fault(frame.name, frame.fault or "")
+            images = [frame.image for frame in readable if frame.image is not None]
+            for frame, found in zip(readable, predictor.predict(images), strict=True):
+                objects = _objects(found, kept)
+                outputs.write(frame, objects)
+                tally.images += 1
+                tally.objects += int((objects.scores >= choice.threshold).sum())
+            on_progress(tally)
+    return tally
+
+
+def _objects(found: Found, kept: np.ndarray | None) -> Objects:
+    order = np.argsort(-found.scores.numpy(), kind="stable")
+    objects = Objects(found.boxes.numpy(), found.scores.numpy(), found.labels.numpy()).select(order)
+    return objects if kept is None else objects.select(np.isin(objects.labels, kept))
+
+
+def _labels(categories: Sequence[str], names: Sequence[str]) -> np.ndarray | None:
+    unknown = [category for category in categories if category not in names]
+    if unknown:
+        raise UserError(
+            f"The detector has no category {unknown[0]!r}; it has {', '.join(names[:20])}{' ...' * (len(names) > 20)}."
+        )
+    return np.array([names.index(category) + 1 for category in categories]) if categories else None
+
+
+def _check_targets(sources: Sequence[Source], choice: Choice) -> None:
+    """UserError where a picture would be written over a source; before anything is written."""
+    if "pictures" not in choice.formats:
+        return
+    inputs = {Path(source.path).resolve(): source.path for source in sources}
+    for source in sources:
+        target = choice.output / f"{source.stem}{'.mp4' if source.is_video else '.jpg'}"
         if target.resolve() in inputs:
-            raise UserError(f"The picture of {image} would be written over the image {target}; give another --output.")
-        if target in taken:
             raise UserError(
-                f"{taken[target]} and {image} would both be written to {target}; rename one, or detect in it apart, "
-                "with another --output."
+                f"The picture of {source.path} would be written over {inputs[target.resolve()]}; give another --output."
             )
-        taken[target] = image
-    return list(taken)
-
-
-def _read_image(path: Path) -> np.ndarray:
-    """uint8 [H, W, 3] RGB."""
-    pixels = cv2.imread(str(path), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION) if path.is_file() else None
-    if pixels is None:
-        reason = "is not an image that can be read" if path.is_file() else "does not exist"
-        raise UserError(f"{path} {reason}; give JPEG or PNG files.")
-    return cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB)

@@ -38,8 +38,6 @@ from refinedet.pipeline.evaluation.metrics import evaluate
 from refinedet.pipeline.evaluation.server_files import ROW_SCHEMA
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.inference.detections import DetectionTable
-from refinedet.pipeline.inference.predict import predict_images
-from refinedet.pipeline.inference.predictor import Predictor
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from safetensors.torch import save_file
@@ -355,24 +353,3 @@ def test_mistakes_are_met_before_a_worker_starts(shapes_run: Run, tmp_path: Path
         evaluate_run(folder, "single", shards=str(tmp_path), output=output)
     assert not Path(output).exists()
     assert open_shards(f"{shapes_run.shards}/val").num_samples == NUM_IMAGES
-
-
-def test_pictures_of_what_was_found_write_over_nothing(shapes_run: Run, tmp_path: Path) -> None:
-    photos = [tmp_path / "photos" / name for name in ("a.png", "a.jpg", "b.jpg")]
-    (tmp_path / "photos").mkdir()
-    for photo in photos:
-        cv2.imwrite(str(photo), np.full((40, 60, 3), 90, np.uint8))
-    before = {path: path.read_bytes() for path in photos}
-    seen = tmp_path / "seen"
-    predictor = Predictor.load(shapes_run.path)
-    for images, output, said in (
-        (photos[:2], seen, r"a\.png and .*a\.jpg would both be written to .*seen/a\.png"),
-        (photos[:1], tmp_path / "photos", r"would be written over the image .*photos/a\.png"),
-        ([photos[2], photos[0]], tmp_path / "photos" / ".." / "photos", "would be written over the image"),
-    ):
-        with pytest.raises(UserError, match=said):
-            list(predict_images(predictor, images, output, 0.3))
-    assert {path: path.read_bytes() for path in (tmp_path / "photos").iterdir()} == before
-    assert not seen.exists()
-    assert len(list(predict_images(predictor, photos[1:], seen, 0.3))) == 2
-    assert {path.name for path in seen.iterdir()} == {"a.png", "b.png", "detections.json"}

@@ -109,8 +109,8 @@ def test_a_job_is_stopped_goes_on_to_the_end_and_is_not_done_twice(bench: Bench,
         assert {row["image_id"] for row in rows} <= {image["id"] for image in truth["images"]}
     assert "whole" in (run / "report.html").read_text()
     assert again.stdout.count("done before") == 3
-    assert len(list((tmp_path / "seen").glob("*.png"))) == 2
-    assert len(json.loads((tmp_path / "seen" / "detections.json").read_text())) == 2
+    assert len(list((tmp_path / "seen").glob("*.jpg"))) == 2
+    assert len((tmp_path / "seen" / "detections.jsonl").read_text().splitlines()) == 2
 
 
 MISTAKES = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import subprocess
 import sys
@@ -114,8 +113,13 @@ def test_the_command_draws_the_images_of_a_directory_and_refuses_half_a_model(ru
     options = {"cwd": tmp_path, "capture_output": True, "text": True, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     done = subprocess.run([*command, str(run), str(pictures), "--output", "seen"], **options)
     assert done.returncode == 0, done.stderr
-    assert {path.name for path in (tmp_path / "seen").iterdir()} == {"0.png", "1.png", "2.png", "detections.json"}
-    assert len(json.loads((tmp_path / "seen" / "detections.json").read_text())) == 3
+    assert {path.name for path in (tmp_path / "seen").iterdir()} == {"0.jpg", "1.jpg", "2.jpg", "detections.jsonl"}
+    assert len((tmp_path / "seen" / "detections.jsonl").read_text().splitlines()) == 3
+    (pictures / "bad.png").write_bytes(b"no image")
+    done = subprocess.run([*command, str(run), "-", "--output", "again"], input=f"{pictures}/bad.png\n", **options)
+    assert done.returncode == 1
+    assert "bad.png: not a JPEG, PNG or WebP image (8 bytes); passed over" in done.stdout
+    assert done.stderr == "refinedet: 1 of 1 images could not be read.\n"
     done = subprocess.run([*command, str(half), str(pictures), "--output", "unseen"], **options)
     assert done.returncode == 2
     assert 'Missing key(s) in state_dict: "backbone.' in done.stderr
