@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Compiled as they are installed: Ray starts a dozen processes for a job, and each would compile what it imports.
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt
 
-.PHONY: quickstart test test-all gpu-check check format bench install build clean
+.PHONY: quickstart test test-all gpu-check check format docs bench install build clean
 
 quickstart: install
 	$(BIN)/refinedet launch jobs/quickstart.yaml
@@ -20,7 +20,13 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
+	git ls-files '*.py' '*.md' '*.yaml' '*.yml' '*.toml' '*.j2' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/codespell
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
+
+# The documentation as pages that open without a server: build/site/index.html
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 format: install
 	$(BIN)/ruff check --fix .

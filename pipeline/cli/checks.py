@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from refinedet.pipeline.cli.arguments import Job, Overrides
@@ -22,7 +22,10 @@ def plan(
     nodes: Annotated[int | None, typer.Option(min=1, help="instead of cluster.workers")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=1)] = None,
 ) -> None:
-    """Resolve and check a job, and estimate batch, memory, time and storage; needs no cluster and no GPU."""
+    """Check a job; estimate its memory, time and storage.
+
+    Needs no cluster and no GPU. Example: refinedet plan coco_refinedet1024_resnet101 --nodes 2 --device A100
+    """
     from refinedet.pipeline.planning.plan import print_plan  # torch, for seconds
 
     print_plan(load_spec(job, overrides or ()), device=device, nodes=nodes, gpus_per_node=gpus_per_node)
@@ -30,7 +33,7 @@ def plan(
 
 @app.command()
 def doctor() -> None:
-    """Check the installation: what is built, what is missing, and the remedy."""
+    """Check the installation: what is missing, and the remedy."""
     findings = examine()
     for finding in findings:
         typer.echo(f"{finding.mark} {finding.name:<12} {finding.text}")
@@ -39,6 +42,15 @@ def doctor() -> None:
 
 
 @app.command()
-def schema() -> None:
-    """JSON schema of the job spec, for editors."""
-    typer.echo(json.dumps(JobSpec.model_json_schema(), indent=1))
+def schema(
+    format: Annotated[
+        Literal["json", "markdown"], typer.Option(help="json: for editors; markdown: docs/job-spec.md")
+    ] = ("json"),
+) -> None:
+    """Print the schema of the job spec, for editors or people."""
+    if format == "markdown":
+        from refinedet.pipeline.config.reference import describe_spec
+
+        typer.echo(describe_spec(), nl=False)
+    else:
+        typer.echo(json.dumps(JobSpec.model_json_schema(), indent=1))

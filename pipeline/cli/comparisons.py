@@ -23,7 +23,7 @@ def compare(
     as_json: Json = False,
     page: Annotated[str | None, typer.Option(help="also write them side by side as one HTML file")] = None,
 ) -> None:
-    """Results of runs side by side, and what is different in their specs.
+    """Compare results of runs, and their specs.
 
     Example: refinedet compare runs/full runs/no_tcb --page both.html
     """
@@ -48,7 +48,7 @@ def runs(
     directory: Annotated[str, typer.Argument(metavar="[DIRECTORY]", help="where runs are kept, or a URI")] = "runs",
     as_json: Json = False,
 ) -> None:
-    """All runs of a directory as a table.
+    """List all runs of a directory as a table.
 
     Example: refinedet runs s3://bucket/runs --json
     """

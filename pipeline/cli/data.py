@@ -21,7 +21,10 @@ app.add_typer(data_app, name="data")
 
 @app.command()
 def shard(job: Job, overrides: Overrides = None) -> None:
-    """Write a job's data set as shards (data.shards, or the run's directory), without a cluster."""
+    """Write a job's data set as shards, without a cluster.
+
+    They go to data.shards, or into the run's directory. Example: refinedet shard JOB.yaml data.root=datasets/coco
+    """
     from refinedet.pipeline.data.shards import prepare_shards
     from refinedet.pipeline.runs.progress import ProgressDisplay
 
@@ -46,7 +49,10 @@ def init(
     output: Annotated[Path | None, typer.Option(help="the job spec to write; default: NAME.yaml here")] = None,
     name: Annotated[str | None, typer.Option(help="of the job; default: the directory's")] = None,
 ) -> None:
-    """Recognise a data set and write a job spec that trains on it here."""
+    """Write a job spec for a data set of your own.
+
+    Recognises COCO, LVIS, VOC, YOLO, LabelMe, CVAT, Hugging Face and webdataset. Example: refinedet init photos/
+    """
     import os
 
     import torch
@@ -72,7 +78,10 @@ def data_show(
         str | None, typer.Option(metavar="DIRECTORY", help="also write a contact sheet of objects per class there")
     ] = None,
 ) -> None:
-    """Draw a job's first samples with their boxes on one sheet, as it trains on them."""
+    """Draw a job's samples with their boxes, as it trains.
+
+    Example: refinedet data show JOB.yaml --output samples.png
+    """
     from refinedet.pipeline.data.index import open_shards
     from refinedet.pipeline.data.sheets import show_classes, show_samples
 
@@ -91,7 +100,10 @@ def data_stats(
     overrides: Overrides = None,
     json_path: Annotated[str | None, typer.Option("--json", help="write all of them, by class, here too")] = None,
 ) -> None:
-    """Classes, box and image sizes of a job's shards, beside its anchors; duplicates, and images in train and val."""
+    """Print classes, box and image sizes of a job's shards.
+
+    Boxes beside the anchors, duplicates, and images that are in train and val.
+    """
     from refinedet.pipeline.data.index import open_shards
     from refinedet.pipeline.data.job_statistics import find_parts, job_statistics, statistics_rows
     from rich.console import Console
@@ -113,7 +125,7 @@ def data_stats(
 
 @data_app.command("check")
 def data_check(shards: Annotated[str, typer.Argument(help="directory or URI of shards")]) -> None:
-    """Verify every digest and every box."""
+    """Verify every digest and every box of shards."""
     from refinedet.pipeline.data.inspection import check_shards
 
     found = check_shards(shards)

@@ -27,7 +27,11 @@ def launch(
     stages: Annotated[str | None, typer.Option(help="comma-separated; default: all of them")] = None,
     check_only: Annotated[bool, typer.Option("--preflight", help="place the workers, check them, and end")] = False,
 ) -> None:
-    """Run a job's stages here, or on the cluster at ADDR; what is done already is not done again."""
+    """Run a job's stages, here or on a cluster.
+
+    A stage that is done is not done again, so the same command resumes a job that stopped.
+    Example: refinedet launch quickstart training.epochs=3
+    """
     from refinedet.pipeline.cluster.launch import launch
     from refinedet.pipeline.runs.progress import ProgressDisplay
 
@@ -49,7 +53,10 @@ def submit(
     address: Dashboard = None,
     follow: Annotated[bool, typer.Option("--follow", help="print its logs until it ends")] = False,
 ) -> None:
-    """Submit a job to a Ray cluster and print its id; a run that stopped goes on."""
+    """Submit a job to a Ray cluster and print its id.
+
+    A run that stopped is resumed. Example: refinedet submit JOB.yaml --address http://HEAD:8265 --follow
+    """
     from refinedet.pipeline.cluster.jobs import JobsClient
 
     spec = load_spec(job, overrides or ())
@@ -62,7 +69,7 @@ def submit(
 
 @app.command()
 def resume(name: RunOrJob, address: Dashboard = None) -> None:
-    """Submit a run's last job again; it goes on from its last checkpoint."""
+    """Submit a run's last job again, to resume it."""
     from refinedet.pipeline.cluster.jobs import JobsClient
 
     typer.echo(JobsClient(address).resume(name))
@@ -83,7 +90,7 @@ def status(name: RunOrJob, address: Dashboard = None) -> None:
 
 @app.command(name="list")
 def list_jobs(address: Dashboard = None) -> None:
-    """The jobs that were submitted to a cluster."""
+    """List the jobs that were submitted to a cluster."""
     from refinedet.pipeline.cluster.jobs import JobsClient
 
     for found in JobsClient(address).list():
@@ -109,7 +116,7 @@ def logs(
 
 @app.command()
 def stop(name: RunOrJob, address: Dashboard = None) -> None:
-    """Make a submitted job save and end, and wait until it has."""
+    """Make a submitted job save and end; wait until it has."""
     from refinedet.pipeline.cluster.jobs import JobsClient
 
     found = JobsClient(address).stop(name)
@@ -134,7 +141,10 @@ def render(
     network_policy: Annotated[bool, typer.Option("--network-policy", help="refuse connections from elsewhere")] = False,
     tls: Annotated[bool, typer.Option("--tls", help="encrypt what Ray processes send each other")] = False,
 ) -> None:
-    """A job spec as Kubernetes manifests, for `kubectl apply -f -`."""
+    """Print a job as Kubernetes manifests for KubeRay.
+
+    Example: refinedet render kuberay JOB.yaml --image REGISTRY/refinedet:1 | kubectl apply -f -
+    """
     from refinedet.pipeline.cluster.render import KubeRay, render_kuberay
 
     if target != "kuberay":

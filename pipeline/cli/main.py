@@ -13,7 +13,7 @@ from refinedet.pipeline.runs.errors import describe_end
 app = typer.Typer(
     help="RefineDet++ as a distributed training pipeline.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )

@@ -103,7 +103,11 @@ def export(
     height: Annotated[int | None, typer.Option(min=1, help="of the images, pixels; default: the input size")] = None,
     width: Annotated[int | None, typer.Option(min=1, help="of the images, pixels; default: the input size")] = None,
 ) -> None:
-    """Export a detector as a graph of standard operators: images in, boxes and scores of every anchor out."""
+    """Export a detector as ONNX or as a torch program.
+
+    A graph of standard operators: images in, boxes and scores of every anchor out.
+    Example: refinedet export runs/quickstart --output detector.onnx
+    """
     from refinedet.pipeline.inference.exporting import export_weights
 
     typer.echo(export_weights(weights, output, format, height, width))
@@ -114,7 +118,7 @@ def report(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="a run's directory, as in runs/quickstart")],
     output: Annotated[str, typer.Option(help="the page, where several runs are given")] = "comparison.html",
 ) -> None:
-    """Build the report of a run again; of several runs, one page with them side by side."""
+    """Build a run's report again; of several runs, one page."""
     from refinedet.pipeline.report.report import build_report
     from refinedet.pipeline.report.run_comparison import build_comparison
 
@@ -145,7 +149,10 @@ def evaluate(
     address: Address = None,
     json_file: Json = None,
 ) -> None:
-    """COCO's twelve numbers or VOC's mAP, of a run's weights or of a detections file."""
+    """Evaluate a run's weights, or a file of detections.
+
+    Example: refinedet evaluate --detections found.json --annotations instances_val2017.json
+    """
     _check_writable(json_file)
     if run and not (detections or annotations):
         from refinedet.pipeline.cluster.evaluate import evaluate_run
@@ -176,7 +183,7 @@ def multiscale(
     address: Address = None,
     json_file: Json = None,
 ) -> None:
-    """The numbers of a run's weights, tested at several scales and mirrored; what it costs is said first."""
+    """Evaluate a run's weights at several scales, mirrored too."""
     _check_writable(json_file)
     from refinedet.pipeline.cluster.evaluate import evaluate_run
 

@@ -93,6 +93,7 @@ class Sampling(Section):
 
 class Data(Section):
     format: DataFormat = "coco"
+    """of all splits that name none of their own"""
     root: str | None = None
     """folder of the data set; shapes draws its own and needs none"""
     classes: tuple[str, ...] | None = None
@@ -109,7 +110,9 @@ class Data(Section):
     image_size: PositiveInt = 160
     """shapes: longer side of the drawn images, pixels"""
     train: tuple[Split, ...] = ()
+    """splits to train on, together"""
     val: tuple[Split, ...] = ()
+    """splits to validate and evaluate on"""
     shards: str | None = None
     """folder or fsspec URI for the shards, shared by runs; default: shards/ in the run's folder"""
     shard_bytes: PositiveInt = 64 * 2**20
@@ -117,7 +120,9 @@ class Data(Section):
     include_difficult: bool = True
     """voc: train on `difficult` objects too, as the Caffe release does"""
     augmentation: Augmentation = Augmentation()
+    """of training samples"""
     sampling: Sampling = Sampling()
+    """which samples an epoch holds"""
     loader_workers: NonNegativeInt = 1
     """decoding processes a training worker starts; 0: decode in the training process"""
     shuffle_window: PositiveInt = 65536
@@ -127,6 +132,7 @@ class Data(Section):
     cache_dir: str | None = None
     """where remote shards are kept; default: a temporary folder of the node"""
     cache_bytes: PositiveInt = 32 * 2**30
+    """room for cached shards on each node"""
     max_bad_samples: NonNegativeInt = 10
     """unreadable samples tolerated, named and counted, before it is an error"""
 
@@ -150,26 +156,34 @@ class Data(Section):
 
 class Training(Section):
     global_batch: PositiveInt = 32
+    """images a step, over all workers, whatever their number"""
     micro_batch: PositiveInt | None = None
     """most images that a worker holds at once; default: its whole share of the global batch. `norm: batch` takes its
     statistics over them"""
     input_sizes: tuple[PositiveInt, ...] = ()
     """multi-scale training: each global batch has one of these sizes, pixels; default: model.input_size alone"""
     epochs: PositiveInt = 110
+    """passes over the training samples"""
     learning_rate: PositiveFloat = 4e-3
     """at `reference_batch`; scaled linearly when global_batch differs"""
     reference_batch: PositiveInt = 32
+    """the batch for which `learning_rate` is given"""
     warmup_epochs: NonNegativeFloat = 1.0
+    """the rate grows linearly to `learning_rate` over so many epochs"""
     warmup_learning_rate: PositiveFloat = 3.125e-4
+    """the rate of the first step, at `reference_batch`"""
     decay_epochs: tuple[NonNegativeFloat, ...] = (80, 100)
     """epochs after which the learning rate is divided by ten"""
     momentum: FractionBelowOne = 0.9
+    """of SGD"""
     weight_decay: NonNegativeFloat = 5e-4
+    """L2 penalty of all weights, biases with `bias_decay_multiplier`"""
     bias_lr_multiplier: PositiveFloat = 1.0
     """2 in the Caffe release"""
     bias_decay_multiplier: NonNegativeFloat = 1.0
     """0 in the Caffe release"""
     optimizer: Literal["sgd", "fused_sgd", "apex_sgd"] = "sgd"
+    """torch's SGD, torch's fused SGD, or NVIDIA apex's FusedSGD, which needs CUDA"""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 where the device computes in it natively, else fp32"""
     zero_stage: NonNegativeInt = 1
@@ -177,23 +191,30 @@ class Training(Section):
     gradient_clip: PositiveFloat | None = None
     """largest gradient norm; none by default, as in the paper"""
     channels_last: bool = True
+    """memory layout of images and weights"""
     ema_decay: FractionBelowOne | None = None
     """keep an exponential moving average of the weights, and evaluate it"""
     init_weights: str | None = None
     """weights to start from: "timm", which downloads its own of `model.backbone`; or a file or URI: a backbone's, an
     earlier run's, another project's RefineDet (which, and what they need: model/weight_names.py)"""
     deterministic: bool = False
+    """deterministic algorithms only: bitwise the same on the same hardware, slower"""
     checkpoint_every_epochs: PositiveInt = 1
+    """epochs between saves"""
     checkpoint_every_steps: PositiveInt | None = None
     """also save every so many steps"""
     keep_last: PositiveInt = 2
+    """newest checkpoints that are kept"""
     keep_best: NonNegativeInt = 1
+    """checkpoints with the best validation that are kept"""
     validate_every_epochs: PositiveInt | None = None
     """AP through the run; default: none until the evaluation stage"""
     validate_on: Literal["val", "train"] = "val"
     """train: on the training photos, augmentation off, to see that a model can learn them"""
     non_finite: Literal["stop", "skip"] = "stop"
+    """a step with NaN or infinity: stop the job, or skip the step"""
     max_skipped_steps: PositiveInt = 10
+    """skipped steps in a row after which the job stops"""
     max_failed_saves: PositiveInt = 2
     """saves that may fail in a row; then training waits and saves again"""
     save_wait_s: NonNegativeFloat = 3600
@@ -226,13 +247,17 @@ class MergeRule(Section):
     """Merging of the boxes of one class in one image."""
 
     method: MergeMethod = "nms"
+    """how boxes of one object are merged"""
     iou: Fraction | None = None
     """overlap from which boxes meet; default: soft_nms 0.30, wbf 0.55, else 0.45"""
     sigma: PositiveFloat = 0.5
+    """soft_nms_gaussian: width of the decay"""
     score_threshold: FractionBelowOne = 0.01
+    """merged boxes below are dropped"""
     plus_one: bool = False
     """inclusive pixel corners: width = x2 - x1 + 1, as the authors' test code counts"""
     max_detections: PositiveInt = 200
+    """boxes that are kept in an image"""
 
 
 MetricName = Literal["coco", "voc2007", "voc2012", "lvis", "openimages", "crowdhuman"]
@@ -240,6 +265,7 @@ MetricName = Literal["coco", "voc2007", "voc2012", "lvis", "openimages", "crowdh
 
 class Evaluation(Section):
     batch_size: PositiveInt = 8
+    """images that a worker detects in at once"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of detection, in validation too; auto: bf16 where the device computes in it natively, else fp32"""
     images_per_piece: PositiveInt = 256
@@ -269,6 +295,7 @@ class Pass(Section):
     size: PositiveInt | tuple[PositiveInt, PositiveInt]
     """side of the square, or (height, width) for landscape images, swapped for portrait ones; pixels"""
     flip: bool = True
+    """detect in the mirror image too"""
     min_side_below: PositiveFloat | None = None
     """keep boxes whose shorter side, in original pixels, is below this"""
     max_side_above: PositiveFloat | None = None
@@ -285,6 +312,7 @@ class Multiscale(Section):
     compare_rules: bool = False
     """also measure the merge methods of `recipes.MERGE_RULES`, on the same passes: `merge_rules` in metrics.json"""
     batch_size: PositiveInt = 8
+    """views that a worker detects in at once"""
 
     @model_validator(mode="after")
     def _one_source(self) -> Multiscale:
@@ -297,10 +325,12 @@ class Tracking(Section):
     uri: str | None = None
     """MLflow tracking URI; default: sqlite in the runs folder"""
     experiment: str = "refinedet"
+    """MLflow experiment"""
     registered_model: str | None = None
     """name under which models are registered, so that they compete; default: experiment and data format, as in
     refinedet-coco"""
     log_every_steps: PositiveInt = 10
+    """steps between points of the curves"""
     report_images: PositiveInt = 12
     """images whose detections are drawn beside the truth"""
 
@@ -309,7 +339,9 @@ class Workers(Section):
     """Elastic worker count."""
 
     min: PositiveInt
+    """fewest workers to train with"""
     max: PositiveInt
+    """most workers to train with"""
 
     @model_validator(mode="after")
     def _ordered(self) -> Workers:
@@ -322,10 +354,13 @@ class Cluster(Section):
     workers: PositiveInt | Workers = 1
     """training workers: a number, or {min, max}"""
     cpus_per_worker: PositiveFloat = 1
+    """CPU cores of each training worker"""
     gpus_per_worker: NonNegativeFloat = 0
+    """GPUs of each training worker; 0: train on CPUs"""
     evaluation_workers: PositiveInt | None = None
     """default: as many as training workers"""
     placement: Literal["PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD"] = "PACK"
+    """Ray's placement of the workers: on few nodes, spread, on one node, or on a node each"""
     labels: dict[str, str] = {}
     """node labels that the workers need"""
     max_failures: NonNegativeInt = 3
@@ -352,10 +387,18 @@ class JobSpec(Section):
     runs: str = "runs"
     """folder or fsspec URI that holds the runs"""
     seed: NonNegativeInt = 0
+    """of the sample order, the augmentation and the new weights"""
     data: Data
+    """the data set, its shards, and how samples are drawn and augmented"""
     model: RefineDetConfig = RefineDetConfig()
+    """the detector"""
     training: Training = Training()
+    """steps, optimizer, checkpoints"""
     evaluation: Evaluation = Evaluation()
+    """detection at a single scale, the metric, the diagnosis"""
     multiscale: Multiscale | None = None
+    """testing at several scales; without this section the stage is left out"""
     tracking: Tracking = Tracking()
+    """MLflow and the report"""
     cluster: Cluster = Cluster()
+    """workers, their resources and their failures"""

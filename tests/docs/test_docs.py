@@ -1,0 +1,99 @@
+"""The documentation stays true: its commands parse, its links and paths exist, its tables are the generated ones."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+import typer
+from refinedet.pipeline.cli.main import app
+from refinedet.pipeline.config.reference import describe_spec
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.runs.settings import describe
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("infra/*.md"), *ROOT.glob("csrc/*.md")])
+JOBS = sorted(path for path in ROOT.glob("jobs/**/*.yaml"))
+
+
+def blocks(text: str) -> list[str]:
+    """The lines of all code blocks, continued lines joined."""
+    code = "\n".join(re.findall(r"^```[a-z]*\n(.*?)^```", text, re.DOTALL | re.MULTILINE))
+    return code.replace("\\\n", " ").splitlines()
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for page in PAGES:
+        for line in blocks(page.read_text()):
+            for part in re.split(r"\s{6,}(?=refinedet )|\s\|\s|\s&\s*$|;", line):
+                match = re.match(r"\s*(?:\.venv/bin/)?refinedet (.*)", part.partition(" #")[0])
+                if match:
+                    found.append((page.name, match[1].strip()))
+    return found
+
+
+def test_pages_hold_commands() -> None:
+    assert len(commands()) > 20
+
+
+@pytest.mark.parametrize(("page", "line"), commands(), ids=lambda value: str(value)[:60])
+def test_every_command_parses(page: str, line: str) -> None:
+    command: click.Command = typer.main.get_command(app)
+    arguments = shlex.split(line)
+    context = click.Context(command, info_name="refinedet")
+    while isinstance(command, click.Group) and arguments:
+        name = arguments.pop(0)
+        found = command.get_command(context, name)
+        assert found is not None, f"{page}: there is no command {name!r}"
+        command, context = found, click.Context(found, info_name=name, parent=context)
+    command.parse_args(context, arguments)  # raises click.UsageError for an unknown option or a missing argument
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_of_pages_exist(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
+        if not re.match(r"[a-z]+:", target):
+            path = page.parent / target.partition("#")[0]
+            assert path.exists(), f"{page.name} links to {target}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_files_that_pages_name_exist(page: Path) -> None:
+    """Paths in backquotes that begin with a directory of the repository."""
+    for path in re.findall(r"`((?:model|pipeline|csrc|jobs|infra|tests|docs)/[\w./-]+)`", page.read_text()):
+        assert (ROOT / path).exists(), f"{page.name} names {path}"
+
+
+def test_the_reference_of_the_spec_is_generated_and_leaves_no_key_unexplained() -> None:
+    assert (ROOT / "docs" / "job-spec.md").read_text() == describe_spec(), "refinedet schema --format markdown"
+    for line in describe_spec().splitlines():
+        if line.startswith("| `"):
+            assert not line.endswith("|  |"), f"a docstring is missing: {line}"
+
+
+def test_every_section_of_the_spec_is_in_the_reference() -> None:
+    text = describe_spec()
+    for name in JobSpec.model_fields:
+        assert f"`{name}`" in text
+    assert "| `theta` |" in text, "the detector's keys are explained in its docstring"
+
+
+def test_the_table_of_the_environment_is_generated() -> None:
+    assert describe() in (ROOT / "docs" / "environment.md").read_text()
+
+
+def test_the_navigation_of_the_site_holds_every_page() -> None:
+    named = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert named == {page.name for page in ROOT.glob("docs/*.md")}
+
+
+@pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
+def test_jobs_open_with_what_a_reader_needs(job: Path) -> None:
+    if job.parent.name != "base":
+        opening = job.read_text().split("\nname:")[0]
+        assert opening.startswith("# ")
+        assert "Command" in opening
