@@ -1,7 +1,8 @@
 """Dispatcher of chunks to Ray actors: every chunk is answered once, whatever happens to workers and storage.
 
 A worker that dies, answers no ping, or exceeds a chunk's deadline is replaced, and its chunk goes to another. A chunk
-that fails otherwise, as when storage is away, is tried again after a growing pause.
+that fails otherwise is tried again after a growing pause. A worker that waits for storage keeps its chunk, and its
+deadline stands still.
 """
 
 from __future__ import annotations
@@ -30,7 +31,10 @@ PAUSE_S = 5.0
 
 @dataclass
 class _Worker:
-    """An actor with the methods `work(chunk)` and `ping()`, and what it is to answer; no chunk: that it has started."""
+    """An actor with the methods `work(chunk)` and `ping()`, and what it is to answer; no chunk: that it has started.
+
+    `ping` answers with what the worker waits for, as `storage.describe_waiting`; "" where it works.
+    """
 
     number: int
     actor: Any
@@ -39,6 +43,9 @@ class _Worker:
     since: float = field(default_factory=time.monotonic)
     ping: ray.ObjectRef | None = None
     pinged: float = field(default_factory=time.monotonic)
+    rests_until: float = 0.0
+    waits: bool = False
+    """for storage"""
 
 
 class Dispatcher:
@@ -99,7 +106,8 @@ class Dispatcher:
     def _hand_out(self) -> None:
         now = time.monotonic()
         ready = [entry for entry in self._waiting if entry[0] <= now]
-        for entry, worker in zip(ready, list(self.idle), strict=False):
+        rested = [worker for worker in self.idle if worker.rests_until <= now]
+        for entry, worker in zip(ready, rested, strict=False):
             self._waiting.remove(entry)
             self.idle.remove(worker)
             self._busy.append(_Worker(worker.number, worker.actor, worker.actor.work.remote(entry[1]), entry[1]))
@@ -135,10 +143,18 @@ class Dispatcher:
             elif worker.ping is None:
                 if now - worker.pinged > PING_EVERY_S:
                     worker.ping, worker.pinged = worker.actor.ping.remote(), now
-            elif _is_ready(worker.ping):
-                worker.ping, worker.pinged = None, now
+            elif (waiting := _answer_of(worker.ping)) is not None:
+                self._note_waiting(worker, waiting, now)
             elif now - worker.pinged > PING_LIMIT_S:
                 self._fail(worker, f"is frozen: no answer for {PING_LIMIT_S:.0f} s", alive=False)
+
+    def _note_waiting(self, worker: _Worker, waiting: str, now: float) -> None:
+        """Take a worker's answer to a ping; of an outage that several workers meet, one line is printed."""
+        if waiting and not any(other.waits for other in self._busy):
+            self._tell(f"evaluation worker {worker.number} waits for storage: {waiting}")
+        worker.ping, worker.pinged, worker.waits = None, now, bool(waiting)
+        if waiting:
+            worker.since = now
 
     def _deadline_s(self, chunk: Chunk) -> float:
         if not self._seconds_per_image:
@@ -157,20 +173,22 @@ class Dispatcher:
             ray.kill(worker.actor)
             raise JobError(f"{what} failed {tries} times; the last time its worker {why}")
         self._tell(f"evaluation worker {worker.number} {why}; {what} is tried again ({tries} of {self._max_failures})")
+        resumed_at = time.monotonic() + alive * PAUSE_S * 2 ** (tries - 1)
         if worker.chunk is not None:
-            self._waiting.insert(0, (time.monotonic() + alive * PAUSE_S * 2 ** (tries - 1), worker.chunk))
+            self._waiting.insert(0, (resumed_at, worker.chunk))
         if alive and worker.chunk is not None:
+            worker.rests_until = resumed_at  # where storage is away, it would fail every other chunk too
             self.idle.append(worker)
         else:
             ray.kill(worker.actor)
             self._busy.append(self._started(worker.number))
 
 
-def _is_ready(ping: ray.ObjectRef) -> bool:
+def _answer_of(ping: ray.ObjectRef) -> str | None:
+    """What the worker waits for, or ""; None while there is no answer."""
     try:
-        ray.get(ping, timeout=0)
+        return ray.get(ping, timeout=0)
     except GetTimeoutError:
-        return False
+        return None
     except RayError:  # the answer to its chunk carries the reason
-        return True
-    return True
+        return ""

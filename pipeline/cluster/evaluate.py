@@ -6,7 +6,7 @@ import os
 import threading
 from collections.abc import Sequence
 
-from refinedet.pipeline.cluster.detection_stage import Detected, DetectionPool, run_detection
+from refinedet.pipeline.cluster.detection_stage import DetectionPool, run_detection
 from refinedet.pipeline.cluster.job_tracking import log_result_later
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.checks import check_spec
@@ -14,6 +14,7 @@ from refinedet.pipeline.config.recipes import describe_cost, resolve_passes
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.evaluation.detection_job import DetectionJob, Mode, make_detection_job
+from refinedet.pipeline.evaluation.detection_results import Detected
 from refinedet.pipeline.evaluation.merge_comparison import format_comparison
 from refinedet.pipeline.evaluation.protocols import Metrics
 from refinedet.pipeline.evaluation.unreadable import name_images

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -131,23 +130,6 @@ def read_trace(folder: str, chunk: Chunk, *, fingerprint: str) -> np.ndarray | N
     except (ValueError, KeyError, AttributeError):
         logger.warning("%s is damaged; it is done again", path)
         return None
-
-
-def merge_chunks(tables: Iterable[DetectionTable], image_ids: Sequence[int] | None = None) -> DetectionTable:
-    """All detections in the order of `image_ids` (default: ascending), best first within an image.
-
-    The result does not depend on the order of the tables, as long as each image lies in one of them.
-    """
-    table = DetectionTable.concatenate(tables)
-    if image_ids is None:
-        place = table.image_id
-    else:
-        ids = np.asarray(image_ids, np.int64)
-        unique, first = np.unique(ids, return_index=True)
-        if len(unique) < len(ids) or not np.isin(table.image_id, unique).all():
-            raise ValueError("image_ids must be unique and hold every image that has detections")
-        place = first[np.searchsorted(unique, table.image_id)]
-    return table.select(np.lexsort((-table.score, place)))
 
 
 def _header(chunk: Chunk, fingerprint: str, sha256: str) -> dict[str, Any]:

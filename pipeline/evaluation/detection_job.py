@@ -1,8 +1,7 @@
-"""What the evaluate and multiscale stages detect with what, and the files that come of it."""
+"""What the evaluate and multiscale stages detect with what."""
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +12,8 @@ from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import MergeRule
 from refinedet.pipeline.data.index import check_same_categories, open_shards
 from refinedet.pipeline.data.reading import write_coco_annotations
-from refinedet.pipeline.evaluation.diagnosis import Diagnosis
 from refinedet.pipeline.evaluation.metrics import protocol_of
-from refinedet.pipeline.evaluation.protocols import Metrics, Protocol
-from refinedet.pipeline.evaluation.server_files import write_submission, write_voc_files
-from refinedet.pipeline.evaluation.unreadable import UnreadableImage, unreadable_to_json
-from refinedet.pipeline.inference.detections import DetectionTable
+from refinedet.pipeline.evaluation.protocols import Protocol
 from refinedet.pipeline.inference.weight_files import load_whole_detector
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -26,7 +21,6 @@ from refinedet.pipeline.runs.errors import UserError
 Mode = Literal["single", "multiscale"]
 OWN_METHOD = ""
 """name of the job's own merge method among those that are compared"""
-_LAST_COCO_ID = 90
 
 
 @dataclass(frozen=True)
@@ -147,50 +141,3 @@ def make_detection_job(
         "diagnosis": storage.digest_json([job.diagnose, job.trace_images]),
         "merge_rules": storage.digest_json(compared),
     }
-
-
-def write_results(
-    job: DetectionJob,
-    truth: Mapping[str, Any],
-    detections: DetectionTable,
-    metrics: Metrics | None,
-    by_merge_rule: Mapping[str, Metrics],
-    unreadable: tuple[UnreadableImage, ...] = (),
-    diagnosis: Diagnosis | None = None,
-) -> list[str]:
-    """Write the detections, what a server takes, and metrics.json; returns the files but the last, below `output`.
-
-    truth          the COCO instances
-    by_merge_rule  best first
-    """
-    storage.write_bytes(job.detections, json.dumps(detections.rows()).encode())
-    path = storage.join(job.output, "metrics.json")
-    known = storage.read_json(path) if storage.exists(path) else {}
-    known.pop(job.mode, None)
-    if metrics is not None:
-        known[job.mode] = {**metrics.to_json(), "unreadable": unreadable_to_json(unreadable)}
-        if diagnosis is not None:
-            known[job.mode]["diagnosis"] = diagnosis.to_json()
-    if job.mode == "multiscale":
-        known.pop("merge_rules", None)
-        if by_merge_rule:
-            known["merge_rules"] = [{"rule": name, **one.values} for name, one in by_merge_rule.items()]
-    if known or storage.exists(path):
-        storage.write_json(path, known)
-    return [f"detections/{job.mode}.json", *_write_for_server(job, truth, detections)]
-
-
-def _write_for_server(job: DetectionJob, truth: Mapping[str, Any], detections: DetectionTable) -> list[str]:
-    """VOC's text files, in the folders that its server wants in the archive; COCO's zip for a set without truth."""
-    if job.format == "voc":
-        year, _, image_set = job.image_set.rpartition("/")
-        folder = f"submission/{job.mode}/results/{year}/Main"
-        names = write_voc_files(storage.join(job.output, folder), truth, detections, image_set=image_set)
-        return [f"{folder}/{name}" for name in names]
-    ids = [category["id"] for category in truth["categories"]]
-    if truth["annotations"] or job.format != "coco" or max(ids) > _LAST_COCO_ID:
-        return []
-    name = re.sub(r"[^A-Za-z0-9-]+", "-", job.name) + ("-multiscale" if job.mode == "multiscale" else "")
-    folder = f"submission/{job.mode}"
-    path = write_submission(storage.join(job.output, folder), name, detections, image_ids=job.image_ids)
-    return [f"{folder}/{path.rpartition('/')[2]}"]

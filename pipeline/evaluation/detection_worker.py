@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 from collections.abc import Mapping
@@ -65,8 +66,9 @@ class DetectionWorker:
         self._model: RefineDet | None = None
         self._weights = ""
 
-    def ping(self) -> None:
-        """Answer that the process is alive."""
+    def ping(self) -> str:
+        """Answer that the process is alive, with what it waits for; "" where it works."""
+        return storage.describe_waiting()
 
     def begin(self, job: DetectionJob, truth: GroundTruth | None, number: int) -> None:
         """Take the job of a stage; returns once the worker is ready."""
@@ -76,13 +78,11 @@ class DetectionWorker:
     def work(self, chunk: Chunk) -> ChunkAnswer:
         """Commit a chunk, unless it is committed; returns its matches with the truth."""
         job = self._job
-        results, damaged = self._read(chunk)
+        results, damaged = storage.retry(lambda: self._read(chunk), chunk.name)
         if results is None:
             logger.info("%s: detecting on %d images", chunk.name, len(chunk.positions))
             results = self._detect(chunk)
-            for name in job.merge_rules:
-                write_chunk(job.rule_folder(name), chunk, results[name], fingerprint=job.rule_fingerprint(name))
-            write_chunk(job.folder, chunk, results[OWN_METHOD], fingerprint=job.fingerprint)  # last: all are written
+            storage.retry(functools.partial(self._commit, chunk, results), chunk.name)
             logger.info("%s: committed", chunk.name)
         unreadable = results[OWN_METHOD].unreadable
         if self._truth is None:
@@ -97,6 +97,12 @@ class DetectionWorker:
         examined = examine(self._truth, results[OWN_METHOD].detections, ids)
         return ChunkAnswer(matches, damaged, unreadable, examined, self._trace(chunk))
 
+    def _commit(self, chunk: Chunk, results: Mapping[str, ChunkResult]) -> None:
+        job = self._job
+        for name in job.merge_rules:
+            write_chunk(job.rule_folder(name), chunk, results[name], fingerprint=job.rule_fingerprint(name))
+        write_chunk(job.folder, chunk, results[OWN_METHOD], fingerprint=job.fingerprint)  # last: all are written
+
     def _trace(self, chunk: Chunk) -> np.ndarray | None:
         """Follow the objects of the chunk's share of `trace_images` through the detector, unless that is committed."""
         job = self._job
@@ -104,13 +110,14 @@ class DetectionWorker:
         if not positions:
             return None
         fingerprint = storage.digest_json([job.fingerprint, positions])
-        counts = read_trace(job.folder, chunk, fingerprint=fingerprint)
+        counts = storage.retry(lambda: read_trace(job.folder, chunk, fingerprint=fingerprint), chunk.trace_name)
         if counts is None:
             batch_size = self._run.spec.evaluation.batch_size
             model = self._loaded_model()
             shards, autocast = open_shards(job.shards), self._autocast(model)
             counts = trace_chunk(model, shards, positions, batch_size=batch_size, autocast=autocast)
-            write_trace(job.folder, chunk, counts, fingerprint=fingerprint)
+            write = functools.partial(write_trace, job.folder, chunk, counts, fingerprint=fingerprint)
+            storage.retry(write, chunk.trace_name)
         return counts
 
     def _read(self, chunk: Chunk) -> tuple[dict[str, ChunkResult] | None, str | None]:

@@ -12,6 +12,8 @@ import json
 import logging
 import os
 import posixpath
+import tempfile
+import threading
 import uuid
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
@@ -30,6 +32,8 @@ RETRY_DEADLINE_S = 300.0
 _LONGEST_PAUSE_S = 5.0
 _FINAL = (UserError, FileNotFoundError, FileExistsError, PermissionError, IsADirectoryError, NotADirectoryError)
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+_waiting: dict[int, str] = {}
+"""by thread: the call that `retry` repeats, and the error of its last attempt"""
 
 _CHUNK = 4 * 2**20
 
@@ -100,6 +104,7 @@ def retry(call: Callable[[], T], what: str, *, deadline_s: float = RETRY_DEADLIN
 
     def log(state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
+        _waiting[threading.get_ident()] = f"{what}: {error!s:.200}"
         logger.log(
             level, "%s: %.200s; again in %.1f s", what, error, state.next_action.sleep if state.next_action else 0
         )
@@ -111,13 +116,22 @@ def retry(call: Callable[[], T], what: str, *, deadline_s: float = RETRY_DEADLIN
             f"{error!s:.200}); check the storage, then run the same command again"
         ) from error
 
-    return tenacity.Retrying(
+    retrying = tenacity.Retrying(
         retry=tenacity.retry_if_exception(_may_pass),
         wait=tenacity.wait_exponential(multiplier=0.5, max=_LONGEST_PAUSE_S),
         stop=tenacity.stop_before_delay(deadline_s),
         before_sleep=log,
         retry_error_callback=end,
-    )(call)
+    )
+    try:
+        return retrying(call)
+    finally:
+        _waiting.pop(threading.get_ident(), None)
+
+
+def describe_waiting() -> str:
+    """The call that some thread of this process repeats because storage does not answer, with its error; else ""."""
+    return next(iter(list(_waiting.values())), "")
 
 
 def _may_pass(error: BaseException) -> bool:
@@ -135,21 +149,37 @@ def write_bytes(path: str, content: bytes) -> None:
     """Write a file that others see whole or not at all, and that a crash of the machine does not undo."""
     fs, name = filesystem(path)
     if isinstance(fs, LocalFileSystem):
-        os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
-        partial = f"{name}.{uuid.uuid4().hex[:8]}.partial"
-        try:
-            with open(partial, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, name)
-        except BaseException:
-            if os.path.exists(partial):
-                os.unlink(partial)
-            raise
+        _write_local(name, [content])
     else:  # an object store shows an object only once its upload is complete
         with fs.open(name, "wb") as file:
             file.write(content)  # type: ignore[arg-type]
+
+
+def write_parts(path: str, parts: Iterable[bytes]) -> None:
+    """Like `write_bytes`, for content that is made part by part; for a store, on the local disk first."""
+    fs, name = filesystem(path)
+    if isinstance(fs, LocalFileSystem):
+        _write_local(name, parts)
+        return
+    with tempfile.NamedTemporaryFile() as file:
+        file.writelines(parts)
+        file.flush()
+        fs.put_file(file.name, name)
+
+
+def _write_local(name: str, parts: Iterable[bytes]) -> None:
+    os.makedirs(os.path.dirname(name) or ".", exist_ok=True)
+    partial = f"{name}.{uuid.uuid4().hex[:8]}.partial"
+    try:
+        with open(partial, "wb") as file:
+            file.writelines(parts)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, name)
+    except BaseException:
+        if os.path.exists(partial):
+            os.unlink(partial)
+        raise
 
 
 def create(path: str, content: bytes) -> bool:

@@ -31,12 +31,18 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "evaluation")]
 
 from random_truth import random_truth  # noqa: E402
-from refinedet.pipeline.evaluation.box_matching import match  # noqa: E402
-from refinedet.pipeline.evaluation.coco_metric import accumulate, evaluate_coco  # noqa: E402
+from refinedet.pipeline.evaluation.metrics import (  # noqa: E402
+    accumulate_matches,
+    evaluate,
+    make_protocol,
+    match_detections,
+)
 from refinedet.pipeline.evaluation.truth import GroundTruth  # noqa: E402
 from refinedet.pipeline.inference.detections import DetectionTable  # noqa: E402
 
 from tests.evaluation.judges import judge_by_faster_coco_eval, judge_by_pycocotools  # noqa: E402
+
+COCO = make_protocol("coco")
 
 
 def measure(run: Callable[[], Any], repeats: int) -> tuple[list[float], Any]:
@@ -50,7 +56,7 @@ def measure(run: Callable[[], Any], repeats: int) -> tuple[list[float], Any]:
 
 def work(truth: GroundTruth, table: DetectionTable, images: np.ndarray, results) -> None:
     start = time.process_time()
-    content = pickle.dumps(match(truth, table, images))
+    content = pickle.dumps(match_detections(COCO, truth, table, images.tolist()))
     results.put((time.process_time() - start, content))
 
 
@@ -70,7 +76,7 @@ def evaluate_by_workers(
     for process in processes:
         process.join()
     start = time.perf_counter()
-    metrics = accumulate(truth, [pickle.loads(content) for _, content in answers])
+    metrics = accumulate_matches(COCO, truth, [pickle.loads(content) for _, content in answers])
     seconds = time.perf_counter() - start
     return max(answer[0] for answer in answers), seconds, sum(len(answer[1]) for answer in answers), metrics.values
 
@@ -100,10 +106,11 @@ def main() -> None:
     truth, rows = random_truth(
         0, images=args.images, categories=args.categories, objects=7, detections=args.detections, ties=False
     )
+    known, table = GroundTruth.of(truth), DetectionTable.of(rows)  # now: pycocotools writes into its inputs
     times: dict[str, list[float]] = {}
     values: dict[str, dict[str, float]] = {}
     runs: tuple[tuple[str, Callable[[], dict[str, float]], int], ...] = (
-        ("ours", lambda: evaluate_coco(truth, rows).values, args.repeats),
+        ("ours", lambda: evaluate(COCO, truth, rows).values, args.repeats),
         ("faster-coco-eval", lambda: judge_by_faster_coco_eval(truth, rows, keep=False), args.repeats),
         ("pycocotools", lambda: judge_by_pycocotools(truth, rows, keep=False), 1),
     )
@@ -119,7 +126,6 @@ def main() -> None:
         same = "equal to the last digit" if worst == 0 else f"differ by {worst:.1e}"
         sys.stdout.write(f"{name:20}{median:10.2f}{spread:10.2f}{median / base:15.3f}  {same}\n")
         report["evaluators"][name] = {"seconds": seconds, "ratio": median / base, "largest_difference": worst}
-    known, table = GroundTruth.of(truth), DetectionTable.of(rows)
     sys.stdout.write(f"{'':20}{'matching s':>10}{'rest s':>10}{'whole s':>10}{'times':>10}{'MB sent':>10}\n")
     alone = 0.0
     for workers in (1, 2, 3, 5):

@@ -30,8 +30,8 @@ class Worker:
     def begin(self) -> None:
         pass
 
-    def ping(self) -> None:
-        pass
+    def ping(self) -> str:
+        return "chunk-00002.json: no route" if self.act == "wait" and self.mark.exists() else ""
 
     def work(self, chunk: Chunk) -> str:
         if chunk.index == 2 and (self.always or not self.mark.exists()):
@@ -40,6 +40,10 @@ class Worker:
                 os.kill(os.getpid(), signal.SIGKILL)
             if self.act == "freeze":
                 os.kill(os.getpid(), signal.SIGSTOP)
+            if self.act == "wait":
+                time.sleep(6)
+                self.mark.unlink()
+                self.act = ""
             if self.act == "hang":
                 time.sleep(3600)
             if self.act == "storage":
@@ -87,6 +91,14 @@ def test_a_fault_costs_one_chunk_and_one_line(
     assert len(said) == 1, said
     assert said[0].startswith(f"evaluation worker 0 {why}")
     assert f"{CHUNKS[2].name} is tried again (1 of 1)" in said[0]
+
+
+def test_a_worker_that_waits_for_storage_keeps_its_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "PING_EVERY_S", 0.5)
+    monkeypatch.setattr(module, "DEADLINE_FLOOR_S", 3.0)
+    done, said = dispatch(tmp_path, "wait")
+    assert sorted(done) == [chunk.index for chunk in CHUNKS]
+    assert said == ["evaluation worker 0 waits for storage: chunk-00002.json: no route"]
 
 
 @pytest.mark.parametrize(("act", "error"), [("storage", JobError), ("user", UserError)])

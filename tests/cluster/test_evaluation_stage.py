@@ -32,7 +32,8 @@ from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.drills.bench import SPEC
-from refinedet.pipeline.evaluation.detection_job import DetectionJob, make_detection_job, write_results
+from refinedet.pipeline.evaluation.detection_job import DetectionJob, make_detection_job
+from refinedet.pipeline.evaluation.detection_results import write_results
 from refinedet.pipeline.evaluation.diagnose import diagnose
 from refinedet.pipeline.evaluation.metrics import evaluate
 from refinedet.pipeline.evaluation.server_files import ROW_SCHEMA
@@ -268,7 +269,7 @@ def test_other_voc_shards_are_measured_and_sent_as_their_own_year(tmp_path: Path
     truth = json.loads(Path(job.truth).read_text())
     assert (len(truth["images"]), truth["annotations"]) == (6, [])
     rows = [{"image_id": image, "category_id": 12, "bbox": [1, 2, 30, 40], "score": 0.5} for image in job.image_ids]
-    files = write_results(job, truth, DetectionTable.of(rows), None, {})
+    _, files = write_results(job, [DetectionTable.of(rows)], None, {})
     folder = "submission/single/results/VOC2012/Main"
     assert {f"{folder}/comp4_det_test_dog.txt", f"{folder}/comp4_det_test_cat.txt"} < set(files)
     lines = (tmp_path / "out" / folder / "comp4_det_test_dog.txt").read_text().splitlines()
@@ -299,7 +300,7 @@ def test_a_set_without_annotations_gives_what_its_server_takes(tmp_path: Path) -
     truth = json.loads(Path(job.truth).read_text())
     assert truth["annotations"] == []
     rows = [{"image_id": image, "category_id": 90, "bbox": [1, 2, 3, 4.04], "score": 0.5} for image in job.image_ids]
-    files = write_results(job, truth, DetectionTable.of(rows), None, {})
+    _, files = write_results(job, [DetectionTable.of(rows)], None, {})
     assert not Path(run.file("metrics.json")).exists()
     name = "detections_test-dev2017_test-dev_results"
     assert files == ["detections/single.json", f"submission/single/{name}.zip"]

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from refinedet.pipeline.evaluation.chunks import ChunkResult, merge_chunks, read_chunk, split_into_chunks, write_chunk
+from refinedet.pipeline.evaluation.chunks import ChunkResult, read_chunk, split_into_chunks, write_chunk
 from refinedet.pipeline.inference.detections import DetectionTable
 
 ROWS = [
@@ -58,24 +57,3 @@ def test_a_piece_of_another_evaluation_is_done_again(tmp_path, caplog):
     assert "another evaluation" in caplog.text
     (wider,) = split_into_chunks(3, 3)
     assert read_chunk(str(tmp_path), wider, fingerprint="weights a") is None
-
-
-def test_merging_does_not_depend_on_the_order_of_pieces():
-    rng = np.random.default_rng(0)
-    ids = rng.permutation(50)
-    tables = [
-        DetectionTable.of(
-            [
-                {"image_id": int(i), "category_id": 1, "bbox": [0, 0, 1, 1], "score": round(float(rng.random()), 1)}
-                for i in part
-                for _ in range(4)
-            ]
-        )
-        for part in np.split(ids, 5)
-    ]
-    merged = merge_chunks(tables, ids.tolist())
-    assert merged.image_id.tolist() == np.repeat(ids, 4).tolist()
-    assert (np.diff(merged.score.reshape(50, 4), axis=1) <= 0).all()
-    assert merge_chunks(tables[::-1], ids.tolist()).rows() == merged.rows()
-    with pytest.raises(ValueError, match="unique"):
-        merge_chunks(tables, [*ids.tolist(), 3])

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tidecv
 from refinedet.pipeline.evaluation.diagnose import diagnose
 from refinedet.pipeline.evaluation.diagnosis import ERROR_KINDS
 from refinedet.pipeline.evaluation.diagnosis_examination import examine
@@ -44,7 +45,6 @@ def apart(seed: int) -> dict[str, Any]:
 @pytest.mark.parametrize("seed", range(6))
 def test_equals_tide(seed):
     """Every class has objects that are found: TIDE counts a class without objects as AP 0, we leave it out."""
-    tidecv = pytest.importorskip("tidecv")
     truth, rows = random_truth(seed, images=12, categories=3, objects=9, detections=60, ties=False)
     used = {one["category_id"] for one in truth["annotations"]}
     rows = [row for row in rows if row["category_id"] in used]

@@ -6,6 +6,7 @@ import copy
 import logging
 from typing import Any
 
+import lvis
 import numpy as np
 import pytest
 from refinedet.pipeline.evaluation.metrics import accumulate_matches, evaluate, make_protocol, match_detections
@@ -35,14 +36,13 @@ def random_lvis(seed: int, **settings: Any) -> tuple[dict[str, Any], list[dict[s
 def judge_by_lvis(
     truth: dict[str, Any], rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, float]:
-    package = pytest.importorskip("lvis")
     monkeypatch.setattr(np, "float", float, raising=False)  # the package was written for an earlier NumPy
     logging.getLogger("lvis").setLevel(logging.ERROR)
-    ground = package.LVIS.__new__(package.LVIS)
+    ground = lvis.LVIS.__new__(lvis.LVIS)
     ground.logger = logging.getLogger("lvis")
     ground.dataset = copy.deepcopy(truth)
     ground._create_index()
-    judged = package.LVISEval(ground, package.LVISResults(ground, copy.deepcopy(rows)), "bbox")
+    judged = lvis.LVISEval(ground, lvis.LVISResults(ground, copy.deepcopy(rows)), "bbox")
     judged.run()
     return {name.replace("@", ""): float(value) for name, value in judged.get_results().items()}
 

@@ -18,7 +18,7 @@ from refinedet.pipeline.data.reading import EvaluationSamples, write_coco_annota
 from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.evaluation.chunk_work import detect_chunk
-from refinedet.pipeline.evaluation.chunks import merge_chunks, split_into_chunks
+from refinedet.pipeline.evaluation.chunks import split_into_chunks
 from refinedet.pipeline.evaluation.merge_comparison import best_first, format_comparison
 from refinedet.pipeline.evaluation.metrics import (
     accumulate_matches,
@@ -31,6 +31,7 @@ from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.evaluation.unreadable import sum_unreadable
 from refinedet.pipeline.evaluation.validation import validate
 from refinedet.pipeline.inference.detect import detect_piece
+from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.inference.multiscale import detect_by_rules
 from refinedet.pipeline.runs.errors import UserError
 
@@ -230,7 +231,7 @@ def test_pieces_matched_apart_equal_the_whole(model, shards, truth):
     apart = accumulate_matches(
         COCO, truth, [match_detections(COCO, truth, table, part) for table, part in zip(tables, ids, strict=True)]
     )
-    together = merge_chunks(tables, [image for part in ids for image in part])
+    together = DetectionTable.concatenate(tables)
     assert apart.values == evaluate("coco", truth, together).values
     assert len(together) > 0
 
