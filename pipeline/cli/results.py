@@ -13,6 +13,7 @@ from refinedet.pipeline.runs.errors import JobError, UserError
 from refinedet.pipeline.runs.progress import ProgressDisplay
 
 if TYPE_CHECKING:
+    from refinedet.pipeline.evaluation.diagnosis import Diagnosis
     from refinedet.pipeline.evaluation.protocols import Metrics
 
 # Torch, Ray and matplotlib are loaded inside the commands that need them: each takes seconds.
@@ -143,6 +144,9 @@ def evaluate(
     max_detections: Annotated[
         list[int] | None, typer.Option(help="detections of a category in an image that count; may be repeated")
     ] = None,
+    diagnose: Annotated[
+        bool, typer.Option("--diagnose", help="of files: also what the errors are; a run has it in metrics.json")
+    ] = False,
     weights: Weights = None,
     shards: Shards = None,
     output: Output = None,
@@ -163,11 +167,16 @@ def evaluate(
             run, "single", overrides=changes, weights=weights, shards=shards, output=output, address=address
         )
     elif detections and annotations and not run:
-        from refinedet.pipeline.evaluation.file_evaluation import evaluate_files
+        from refinedet.pipeline.evaluation import file_evaluation
+        from refinedet.pipeline.evaluation.metrics import evaluate as measure
         from refinedet.pipeline.evaluation.metrics import make_protocol
 
         protocol = make_protocol(metric or "coco", ious=iou, max_detections=max_detections)
-        metrics = evaluate_files(detections, annotations, protocol)
+        truth, table = file_evaluation.read_files(detections, annotations)
+        metrics = measure(protocol, truth, table)
+        diagnosis = file_evaluation.diagnose_files(truth, table) if diagnose else None
+        _print_metrics(metrics, json_file, diagnosis)
+        return
     else:
         raise UserError("evaluate takes either a run's directory, or --detections FILE and --annotations FILE.")
     _print_metrics(metrics, json_file)
@@ -200,10 +209,17 @@ def _check_writable(json_file: Path | None) -> None:
         raise UserError(f"--json: {json_file} {fault}; give a file in a directory that is there.")
 
 
-def _print_metrics(metrics: Metrics | None, json_file: Path | None) -> None:
+def _print_metrics(metrics: Metrics | None, json_file: Path | None, diagnosis: Diagnosis | None = None) -> None:
+    """A number a line, - where there is no object to measure by; below it the diagnosis."""
     if metrics is None:
         return
     for name, value in metrics.values.items():
-        typer.echo(f"{name:<6} {value:.6f}")
+        typer.echo(f"{name:<6} {'-' if value < 0 else f'{value:.6f}'}")
+    content = metrics.to_json()
+    if diagnosis is not None:
+        from refinedet.pipeline.evaluation.diagnosis_text import describe_diagnosis
+
+        typer.echo(f"\n{describe_diagnosis(diagnosis)}")
+        content["diagnosis"] = diagnosis.to_json()
     if json_file:
-        json_file.write_text(json.dumps(metrics.to_json(), indent=1) + "\n", encoding="utf-8")
+        json_file.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")

@@ -1,11 +1,16 @@
-"""Evaluation from files alone: a file of detections and an annotation file."""
+"""Evaluation and diagnosis from files alone: a file of detections and an annotation file."""
 
 from __future__ import annotations
 
-from refinedet.pipeline.evaluation.metrics import accumulate_matches, make_protocol, match_detections
+from refinedet.pipeline.evaluation.diagnose import diagnose
+from refinedet.pipeline.evaluation.diagnosis import Diagnosis
+from refinedet.pipeline.evaluation.diagnosis_examination import can_examine
+from refinedet.pipeline.evaluation.metrics import evaluate, make_protocol
 from refinedet.pipeline.evaluation.predictions import read_predictions
 from refinedet.pipeline.evaluation.protocols import Metrics, Protocol
-from refinedet.pipeline.evaluation.truth import GroundTruth
+from refinedet.pipeline.evaluation.truth import MARKS, GroundTruth
+from refinedet.pipeline.inference.detections import DetectionTable
+from refinedet.pipeline.runs.errors import UserError
 
 
 def evaluate_files(detections: str, annotations: str, protocol: Protocol | str = "coco") -> Metrics:
@@ -15,6 +20,18 @@ def evaluate_files(detections: str, annotations: str, protocol: Protocol | str =
     UserError where a file is missing, cut short or not what it should be, or where the metric does not fit the truth.
     """
     protocol = make_protocol(protocol) if isinstance(protocol, str) else protocol
+    return evaluate(protocol, *read_files(detections, annotations))
+
+
+def read_files(detections: str, annotations: str) -> tuple[GroundTruth, DetectionTable]:
+    """The objects of an annotation file, and the detections of a file with their ids; errors as `evaluate_files`."""
     truth = GroundTruth.of(annotations)
-    table = read_predictions(detections, truth)
-    return accumulate_matches(protocol, truth, [match_detections(protocol, truth, table)])
+    return truth, read_predictions(detections, truth)
+
+
+def diagnose_files(truth: GroundTruth, detections: DetectionTable) -> Diagnosis:
+    """The diagnosis of what `read_files` returned; UserError where it has no rule for marks of the truth."""
+    if not can_examine(truth):
+        marked = " and ".join(MARKS[mark] for mark in sorted(truth.marks - {"crowd", "difficult"}))
+        raise UserError(f"the annotations {marked}, which the diagnosis has no rule for; leave out --diagnose")
+    return diagnose(truth, detections)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import zipfile
+from typing import Any
 
 import pytest
 from jsonschema import validate
@@ -68,6 +69,74 @@ def test_the_command_prints_the_numbers_and_writes_classes_sizes_and_curves(file
     for arguments in (["evaluate"], ["evaluate", "run", "--detections", detections], ["evaluate", "--detections", "a"]):
         with pytest.raises(UserError, match="takes either a run's directory, or --detections"):
             CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def written_as(form: str, truth: dict[str, Any], rows: list[dict[str, Any]]) -> str:
+    """The rows in one of the four formats; a COCO dataset numbers its categories in its own way."""
+    if form == "lines":
+        return "\n".join(map(json.dumps, rows))
+    if form == "dataset":
+        annotations = [{**row, "id": n, "category_id": 900 - row["category_id"]} for n, row in enumerate(rows)]
+        categories = [{"id": 900 - one["id"], "name": one["name"]} for one in truth["categories"]]
+        return json.dumps({"images": truth["images"], "categories": categories, "annotations": annotations})
+    if form == "own":
+        names = {one["id"]: one["name"] for one in truth["categories"]}
+        files = {one["id"]: f"photos/{one['file_name']}" for one in truth["images"]}
+        found: dict[str, list[dict[str, Any]]] = {file: [] for file in files.values()}
+        for row in rows:
+            x, y, width, height = row["bbox"]
+            one = {"label": names[row["category_id"]], "score": row["score"], "box": [x, y, x + width, y + height]}
+            found[files[row["image_id"]]].append(one)
+        return json.dumps(found)
+    return json.dumps(rows)
+
+
+@pytest.mark.parametrize("form", ["list", "lines", "dataset", "own"])
+@pytest.mark.parametrize("text_ids", [False, True])
+def test_every_format_of_predictions_gives_the_same_numbers(tmp_path, form, text_ids):
+    truth, rows = random_truth(5, images=6, categories=4, detections=20)
+    for row in rows:
+        row["bbox"] = [round(side) for side in row["bbox"]]  # corners and sides are then the same numbers
+    expected = judge_by_pycocotools(truth, rows)
+    if text_ids:
+        for one in (*truth["annotations"], *rows):
+            one["image_id"] = f"photo {one['image_id']:04d}"
+        for one in truth["images"]:
+            one["id"] = f"photo {one['id']:04d}"
+    (tmp_path / "truth.json").write_text(json.dumps(truth))
+    (tmp_path / "found.json").write_text(written_as(form, truth, rows))
+    assert evaluate_files(str(tmp_path / "found.json"), str(tmp_path / "truth.json")).values == expected
+
+
+def test_what_cannot_be_measured_is_a_dash_and_errors_are_explained(tmp_path):
+    boxes = {"cat": [100, 100, 200, 200], "dog": [400, 100, 200, 200]}
+    truth = {
+        "images": [{"id": 1, "file_name": "1.jpg"}],
+        "categories": [{"id": n, "name": name} for n, name in enumerate(boxes, start=1)],
+        "annotations": [
+            {"id": n, "image_id": 1, "category_id": n, "bbox": box, "area": 40000, "iscrowd": 0}
+            for n, box in enumerate(boxes.values(), start=1)
+        ],
+    }
+    rows = [
+        {"image_id": 1, "category_id": 3 - n, "bbox": box, "score": 0.9}
+        for n, box in enumerate(boxes.values(), start=1)
+    ]
+    paths = [tmp_path / name for name in ("rows.json", "truth.json", "out.json")]
+    paths[0].write_text(json.dumps(rows))
+    paths[1].write_text(json.dumps(truth))
+    arguments = ["evaluate", "--detections", str(paths[0]), "--annotations", str(paths[1]), "--diagnose"]
+    done = CliRunner().invoke(app, [*arguments, "--json", str(paths[2])], catch_exceptions=False)
+    lines = done.output.splitlines()
+    assert lines[3:6] == ["APs    -", "APm    -", "APl    0.000000"]
+    assert "-1" not in done.output
+    assert "  classification 1.000000        2 errors" in lines
+    assert lines[-1] == "Most confused, from score 0.90: cat as dog 1, dog as cat 1"
+    assert json.loads(paths[2].read_text())["diagnosis"]["ap_all_fixed"] == 1
+    truth["images"][0]["neg_category_ids"] = []
+    paths[1].write_text(json.dumps(truth))
+    with pytest.raises(UserError, match="which the diagnosis has no rule for; leave out --diagnose"):
+        CliRunner().invoke(app, [*arguments, "--metric", "lvis"], catch_exceptions=False)
 
 
 def test_bad_input_in_files(files, tmp_path):
