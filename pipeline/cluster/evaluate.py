@@ -10,7 +10,7 @@ from refinedet.pipeline.cluster.detection_stage import DetectionPool, run_detect
 from refinedet.pipeline.cluster.job_tracking import log_result_later
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.checks import check_spec
-from refinedet.pipeline.config.recipes import describe_cost, resolve_passes
+from refinedet.pipeline.config.recipes import describe_cost, describe_source, resolve_passes
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.evaluation.detection_job import DetectionJob, Mode, make_detection_job
@@ -41,7 +41,7 @@ def detect_and_measure(
         assert run.spec.multiscale is not None
         passes = resolve_passes(run.spec.multiscale, run.spec.model)
         cost = describe_cost(passes, input_size=run.spec.model.input_size, num_images=len(job.image_ids))
-        display.note(f"  {cost}")
+        display.note(f"  {cost}\n  {describe_source(run.spec.multiscale)}")
     found = run_detection(
         run,
         job,

@@ -1,25 +1,32 @@
 """Multi-scale recipes as data: those the RefineDet release's test code holds, and the one we derive for 1024.
 
-Sides are pixels; the rectangle is for landscape images, swapped for portrait ones.
+Sides are pixels; the rectangle is for landscape images, swapped for portrait ones, and for square ones as in the
+release (`h < w`). The paper gives no sizes and no limits, only results.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from refinedet.model.config import RefineDetConfig
-from refinedet.pipeline.config.spec import MergeRule, Multiscale, Pass
+from refinedet.pipeline.config.spec import MergeRule, Multiscale, Pass, Selection
 from refinedet.pipeline.runs.errors import UserError
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Passes for models of one input size, and how their boxes are merged."""
+    """Passes for models of one input size, what each view keeps, and how the boxes are merged.
+
+    source  where the numbers are from: the release, the paper or this project
+    """
 
     input_size: int
     passes: tuple[Pass, ...]
     merge: MergeRule
+    selection: Selection
+    source: str
 
 
 def _small(*sizes_and_sides: tuple[int, int]) -> tuple[Pass, ...]:
@@ -30,6 +37,17 @@ def _small(*sizes_and_sides: tuple[int, int]) -> tuple[Pass, ...]:
 _VOTE = MergeRule(method="vote", iou=0.45, plus_one=True, max_detections=500)
 _SOFT_VOTE = MergeRule(method="soft_vote", iou=0.45, plus_one=True, max_detections=500)
 
+# The release's deploy net for evaluation. The paper's 400 candidates and 200 detections an image are for its speeds.
+_RELEASE = Selection(score_threshold=0.01, pre_nms_top_k=1000, pre_nms_scope="class", nms_iou=0.45, max_detections=500)
+_OF_RELEASE = (
+    "sizes, limits of sides and merging of the release's test code; 1000 candidates a class and 500 detections in each "
+    "view, of its deploy net for one size (its own net for several was edited by hand, and is not published)"
+)
+_OURS = (
+    "ours: no recipe is published for this size. Sizes and limits of sides are those of coco512, doubled; merging and "
+    "selection are the release's"
+)
+
 _PASSES_320 = (Pass(size=320), Pass(size=192, max_side_above=32), Pass(size=(192, 320)))
 _PASSES_512 = (Pass(size=512), Pass(size=256), Pass(size=384), Pass(size=(384, 512)))
 _PASSES_1024 = (Pass(size=1024), Pass(size=512), Pass(size=768), Pass(size=(768, 1024)))
@@ -37,15 +55,19 @@ _SMALL_320 = ((384, 160), (448, 128), (512, 96), (576, 64), (704, 32))
 _SMALL_512 = ((768, 192), (896, 128))
 
 RECIPES: dict[str, Recipe] = {
-    "voc320": Recipe(320, _PASSES_320 + _small(*_SMALL_320), _VOTE),
-    "coco320": Recipe(320, _PASSES_320 + _small(*_SMALL_320, (640, 48)), _SOFT_VOTE),
-    "voc512": Recipe(512, _PASSES_512 + _small(*_SMALL_512), _VOTE),
-    "coco512": Recipe(512, _PASSES_512 + _small((640, 224), *_SMALL_512, (1024, 96), (1152, 64)), _SOFT_VOTE),
-    # Not published: coco512's sizes and limits, doubled; all sizes are multiples of the stride 128.
+    "voc320": Recipe(320, _PASSES_320 + _small(*_SMALL_320), _VOTE, _RELEASE, _OF_RELEASE),
+    "coco320": Recipe(320, _PASSES_320 + _small(*_SMALL_320, (640, 48)), _SOFT_VOTE, _RELEASE, _OF_RELEASE),
+    "voc512": Recipe(512, _PASSES_512 + _small(*_SMALL_512), _VOTE, _RELEASE, _OF_RELEASE),
+    "coco512": Recipe(
+        512, _PASSES_512 + _small((640, 224), *_SMALL_512, (1024, 96), (1152, 64)), _SOFT_VOTE, _RELEASE, _OF_RELEASE
+    ),
+    # All sizes are multiples of the stride 128.
     "coco1024": Recipe(
         1024,
         _PASSES_1024 + _small((1280, 448), (1536, 384), (1792, 256), (2048, 192), (2304, 128)),
         _SOFT_VOTE,
+        _RELEASE,
+        _OURS,
     ),
 }
 
@@ -92,6 +114,33 @@ def resolve_merge(multiscale: Multiscale) -> MergeRule:
     return multiscale.merge or (recipe.merge if recipe else MergeRule(method="soft_vote"))
 
 
+def resolve_selection(multiscale: Multiscale, config: RefineDetConfig) -> RefineDetConfig:
+    """The model's configuration with the selection of each view: the job's own, or the recipe's."""
+    recipe = _recipe(multiscale)
+    chosen = multiscale.selection or (recipe.selection if recipe else Selection())
+    return replace(config, **chosen.model_dump(exclude_none=True))
+
+
+def resolved_settings(multiscale: Multiscale, config: RefineDetConfig) -> dict[str, Any]:
+    """All that a multi-scale test's detections depend on besides the model, whatever the recipes are next year."""
+    selected = resolve_selection(multiscale, config)
+    return {
+        "passes": [one.model_dump(mode="json") for one in resolve_passes(multiscale, config)],
+        "merge": resolve_merge(multiscale).model_dump(mode="json"),
+        "selection": {name: getattr(selected, name) for name in Selection.model_fields},
+    }
+
+
+def describe_source(multiscale: Multiscale) -> str:
+    """Where the recipe's numbers are from, in one line."""
+    recipe = _recipe(multiscale)
+    if recipe is None:
+        return "multi-scale: the job's own passes"
+    changed = [name for name in ("merge", "selection") if getattr(multiscale, name) is not None]
+    own = f"; {' and '.join(changed)} of the job" if changed else ""
+    return f"{multiscale.recipe}: {recipe.source}{own}"
+
+
 def estimate_cost(passes: Sequence[Pass], *, input_size: int, num_images: int) -> dict[str, float]:
     """Estimate the cost of multi-scale testing: {"views", "relative", "images"}.
 
@@ -121,7 +170,7 @@ def rules_to_compare(multiscale: Multiscale) -> dict[str, MergeRule]:
 
 
 def sides_of(one: Pass) -> tuple[int, int]:
-    """Height and width for landscape images."""
+    """Height and width for images that are wider than high."""
     return one.size if isinstance(one.size, tuple) else (one.size, one.size)
 
 

@@ -293,7 +293,7 @@ class Pass(Section):
     """One view of every image in multi-scale testing, and its mirror image."""
 
     size: PositiveInt | tuple[PositiveInt, PositiveInt]
-    """side of the square, or (height, width) for landscape images, swapped for portrait ones; pixels"""
+    """side of the square, or (height, width) for landscape images, swapped for portrait and square ones; pixels"""
     flip: bool = True
     """detect in the mirror image too"""
     min_side_below: PositiveFloat | None = None
@@ -302,11 +302,25 @@ class Pass(Section):
     """keep boxes whose longer side, in original pixels, is above this"""
 
 
+class Selection(Section):
+    """What each view keeps of an image before the views are merged; None: as the model's own inference."""
+
+    score_threshold: FractionBelowOne | None = None
+    pre_nms_top_k: PositiveInt | None = None
+    """candidates before NMS"""
+    pre_nms_scope: Literal["image", "class"] | None = None
+    """whether that count is by image or by class"""
+    nms_iou: Fraction | None = None
+    max_detections: PositiveInt | None = None
+
+
 class Multiscale(Section):
     recipe: str | None = None
-    """a published recipe: voc320, coco320, voc512, coco512; or coco1024, derived from them"""
+    """of the release's test code: voc320, coco320, voc512, coco512; ours, derived from coco512: coco1024"""
     passes: tuple[Pass, ...] = ()
     """own passes instead of a recipe's"""
+    selection: Selection | None = None
+    """default: the recipe's, which is the release's; for own `passes` the model's own inference"""
     merge: MergeRule | None = None
     """default: the recipe's, vote in voc's and soft_vote in coco's; soft_vote for own `passes`"""
     compare_rules: bool = False

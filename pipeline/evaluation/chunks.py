@@ -85,6 +85,7 @@ def write_chunk(folder: str, chunk: Chunk, result: ChunkResult, *, fingerprint: 
     """
     rows = json.dumps(result.detections.rows(), separators=(",", ":")).encode()
     header = _header(chunk, fingerprint, storage.digest_bytes(rows))
+    header["count"] = len(result.detections)
     header["unreadable"] = [image.to_json() for image in result.unreadable]
     storage.write_bytes(storage.join(folder, chunk.name), json.dumps(header).encode() + b"\n" + rows + b"\n")
 
@@ -94,6 +95,27 @@ def read_chunk(folder: str, chunk: Chunk, *, fingerprint: str = "") -> ChunkResu
 
     None too, with a warning that names the file, where it is damaged or of another evaluation.
     """
+    committed = read_rows(folder, chunk, fingerprint=fingerprint)
+    if committed is None:
+        return None
+    return ChunkResult(DetectionTable.of(json.loads(committed.rows)), committed.unreadable)
+
+
+@dataclass(frozen=True)
+class CommittedRows:
+    """A committed chunk as its file has it.
+
+    rows   JSON of COCO results rows, a list
+    count  of the rows
+    """
+
+    rows: bytes
+    count: int
+    unreadable: tuple[UnreadableImage, ...]
+
+
+def read_rows(folder: str, chunk: Chunk, *, fingerprint: str = "") -> CommittedRows | None:
+    """Like `read_chunk`, with the rows as they were written."""
     path = storage.join(folder, chunk.name)
     try:
         content = storage.read_bytes(path)
@@ -103,17 +125,17 @@ def read_chunk(folder: str, chunk: Chunk, *, fingerprint: str = "") -> ChunkResu
     rows = rows.removesuffix(b"\n")
     try:
         header = json.loads(first)
-        sha256 = header["sha256"]
+        sha256, count = header["sha256"], header.pop("count")
         unreadable = tuple(UnreadableImage(**image) for image in header.pop("unreadable"))
     except (ValueError, KeyError, TypeError):
-        header, sha256, unreadable = {}, "", ()
+        header, sha256, count, unreadable = {}, "", 0, ()
     if storage.digest_bytes(rows) != sha256:
         logger.warning("%s is damaged (%d bytes do not match its digest); it is done again", path, len(content))
         return None
     if header != _header(chunk, fingerprint, sha256):
         logger.warning("%s is of another evaluation (other weights, data or settings); it is done again", path)
         return None
-    return ChunkResult(DetectionTable.of(json.loads(rows)), unreadable)
+    return CommittedRows(rows, count, unreadable)
 
 
 def write_trace(folder: str, chunk: Chunk, counts: np.ndarray, *, fingerprint: str) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from refinedet.pipeline.config.recipes import rules_to_compare
+from refinedet.pipeline.config.recipes import resolved_settings, rules_to_compare
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import MergeRule
 from refinedet.pipeline.data.index import check_same_categories, open_shards
@@ -107,8 +107,7 @@ def make_detection_job(
             include={"model": True, "evaluation": {"batch_size", "merge", "precision"}},
             exclude_defaults=True,
         ),
-        "multiscale": multiscale
-        and multiscale.model_dump(mode="json", exclude={"compare_rules"}, exclude_defaults=True),
+        "multiscale": multiscale and resolved_settings(multiscale, spec.model),
     }
     detected = {
         "weights": storage.digest_file(weights).sha256,

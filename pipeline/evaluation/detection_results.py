@@ -1,18 +1,18 @@
 """What comes of the evaluate and multiscale stages: numbers from the chunks' answers, and the files of a run.
 
-Detections go from the committed chunks to the results file chunk by chunk: those of all images are never in memory
-together, unless a server's format asks for them.
+Rows go from the committed chunks to the results file chunk by chunk, as they are: the detections of all images are
+never in memory together, unless a server's format asks for them.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from refinedet.model import RefineDetConfig
-from refinedet.pipeline.evaluation.chunks import Chunk, read_chunk
+from refinedet.pipeline.evaluation.chunks import Chunk, CommittedRows, read_rows
 from refinedet.pipeline.evaluation.detection_job import OWN_METHOD, DetectionJob
 from refinedet.pipeline.evaluation.detection_worker import ChunkAnswer
 from refinedet.pipeline.evaluation.diagnose import diagnose
@@ -53,25 +53,6 @@ class Detected:
     unreadable: tuple[UnreadableImage, ...]
 
 
-@dataclass(frozen=True)
-class CommittedDetections:
-    """Iterates over the committed chunks' detections, read one at a time; they are in the order of the data set."""
-
-    job: DetectionJob
-    chunks: Sequence[Chunk]
-
-    def __iter__(self) -> Iterator[DetectionTable]:
-        for chunk in self.chunks:
-            yield storage.retry(lambda chunk=chunk: self._read(chunk), chunk.name)
-
-    def _read(self, chunk: Chunk) -> DetectionTable:
-        result = read_chunk(self.job.folder, chunk, fingerprint=self.job.fingerprint)
-        if result is None:
-            path = storage.join(self.job.folder, chunk.name)
-            raise JobError(f"{path} was damaged after it was committed; run the same command again to resume")
-        return result.detections
-
-
 def conclude(
     job: DetectionJob,
     config: RefineDetConfig,
@@ -96,8 +77,9 @@ def conclude(
     compared = {name: measure(name) for name in job.merge_rules}
     by_rule = best_first({name: one for name, one in compared.items() if one is not None})
     diagnosis = _diagnose(config, truth, ordered)
-    committed = CommittedDetections(job, chunks)
-    count, files = write_results(job, committed, metrics, by_rule, unreadable, diagnosis)
+    count = _write_rows(job, chunks)
+    _write_metrics(job, metrics, by_rule, unreadable, diagnosis)
+    files = [f"detections/{job.mode}.json", *_write_for_server(job, chunks)]
     damaged = [answer.damaged for answer in ordered if answer.damaged]
     return Detected(metrics, by_rule, diagnosis, count, files, damaged, unreadable)
 
@@ -110,21 +92,14 @@ def _diagnose(config: RefineDetConfig, truth: GroundTruth | None, answers: Seque
     return diagnose(truth, examined, summarize_levels(config, sum(traced[1:], traced[0])) if traced else ())
 
 
-def write_results(
+def _write_metrics(
     job: DetectionJob,
-    detections: Iterable[DetectionTable],
     metrics: Metrics | None,
     by_merge_rule: Mapping[str, Metrics],
-    unreadable: tuple[UnreadableImage, ...] = (),
-    diagnosis: Diagnosis | None = None,
-) -> tuple[int, list[str]]:
-    """Write the detections, what a server takes, and metrics.json.
-
-    detections     in the order of the data set, best first within an image; may be iterated over more than once
-    by_merge_rule  best first
-    returns        the number of detections; the files but metrics.json, relative to the job's output
-    """
-    count = _write_rows(job.detections, detections)
+    unreadable: tuple[UnreadableImage, ...],
+    diagnosis: Diagnosis | None,
+) -> None:
+    """Write the mode's part of metrics.json; what it holds of the other mode stays."""
     path = storage.join(job.output, "metrics.json")
     known = storage.read_json(path) if storage.exists(path) else {}
     known.pop(job.mode, None)
@@ -138,41 +113,54 @@ def write_results(
             known["merge_rules"] = [{"rule": name, **one.values} for name, one in by_merge_rule.items()]
     if known or storage.exists(path):
         storage.write_json(path, known)
-    return count, [f"detections/{job.mode}.json", *_write_for_server(job, detections)]
 
 
-def _write_rows(path: str, detections: Iterable[DetectionTable]) -> int:
-    """Write a COCO results file table by table; returns the number of rows."""
+def _write_rows(job: DetectionJob, chunks: Sequence[Chunk]) -> int:
+    """Write the COCO results file, by image in the order of the data set, best first; returns the number of rows."""
     count = 0
 
     def parts() -> Iterator[bytes]:
         nonlocal count
         yield b"["
-        for table in detections:
-            if len(table):
-                yield (b", " if count else b"") + json.dumps(table.rows())[1:-1].encode()
-                count += len(table)
+        for chunk in chunks:
+            committed = _committed(job, chunk)
+            if committed.count:
+                yield (b"," if count else b"") + committed.rows[1:-1]
+                count += committed.count
         yield b"]"
 
-    storage.write_parts(path, parts())
+    storage.write_parts(job.detections, parts())
     return count
 
 
-def _write_for_server(job: DetectionJob, detections: Iterable[DetectionTable]) -> list[str]:
+def _committed(job: DetectionJob, chunk: Chunk) -> CommittedRows:
+    committed = storage.retry(lambda: read_rows(job.folder, chunk, fingerprint=job.fingerprint), chunk.name)
+    if committed is None:
+        path = storage.join(job.folder, chunk.name)
+        raise JobError(f"{path} was damaged after it was committed; run the same command again to resume")
+    return committed
+
+
+def _write_for_server(job: DetectionJob, chunks: Sequence[Chunk]) -> list[str]:
     """VOC's text files, in the folders that its server wants in the archive; COCO's zip for a set without truth."""
     if job.format not in ("coco", "voc"):
         return []
     truth = storage.read_json(job.truth)
+
+    def table() -> DetectionTable:
+        return DetectionTable.concatenate(
+            DetectionTable.of(json.loads(_committed(job, chunk).rows)) for chunk in chunks
+        )
+
     if job.format == "voc":
         year, _, image_set = job.image_set.rpartition("/")
         folder = f"submission/{job.mode}/results/{year}/Main"
-        table = DetectionTable.concatenate(detections)
-        names = write_voc_files(storage.join(job.output, folder), truth, table, image_set=image_set)
+        names = write_voc_files(storage.join(job.output, folder), truth, table(), image_set=image_set)
         return [f"{folder}/{name}" for name in names]
     ids = [category["id"] for category in truth["categories"]]
     if truth["annotations"] or max(ids) > _LAST_COCO_ID:
         return []
     name = re.sub(r"[^A-Za-z0-9-]+", "-", job.name) + ("-multiscale" if job.mode == "multiscale" else "")
-    folder, table = f"submission/{job.mode}", DetectionTable.concatenate(detections)
-    path = write_submission(storage.join(job.output, folder), name, table, image_ids=job.image_ids)
+    folder = f"submission/{job.mode}"
+    path = write_submission(storage.join(job.output, folder), name, table(), image_ids=job.image_ids)
     return [f"{folder}/{path.rpartition('/')[2]}"]

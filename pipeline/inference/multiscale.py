@@ -1,6 +1,7 @@
 """Multi-scale testing: detection in several views of every image (sizes, aspects, mirrored), whose boxes are merged.
 
-An image is decoded once for all passes. Passes are batched by the size they warp to.
+An image is decoded once for all passes. Passes are batched by the size they warp to. Exactly square images are turned
+as portrait ones, as by the release's `h < w`.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from refinedet.model import RefineDet
-from refinedet.pipeline.config.recipes import MERGE_RULES, resolve_passes, sides_of
+from refinedet.pipeline.config.recipes import MERGE_RULES, resolve_passes, resolve_selection, sides_of
 from refinedet.pipeline.config.spec import MergeRule, Multiscale, Pass
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.reading import EvaluationSamples
@@ -85,19 +86,19 @@ def _detect_in_pass(
     model: RefineDet, images: Sequence[np.ndarray], one: Pass, multiscale: Multiscale, autocast: torch.dtype | None
 ) -> list[Found]:
     """One pass over images, in batches of one size; `image` is the place in `images`."""
+    config = resolve_selection(multiscale, model.config)
     by_size: dict[tuple[int, int], list[int]] = {}
     for place, image in enumerate(images):
         height, width = image.shape[:2]
         sides = sides_of(one)
-        by_size.setdefault(sides if width >= height else (sides[1], sides[0]), []).append(place)
+        by_size.setdefault(sides if height < width else (sides[1], sides[0]), []).append(place)
     num_images = max(1, multiscale.batch_size // (1 + one.flip))
     parts = []
     for size, places in by_size.items():
         for start in range(0, len(places), num_images):
             chosen = places[start : start + num_images]
-            found = detect_view(
-                model, [images[place] for place in chosen], size, config=model.config, flip=one.flip, autocast=autocast
-            )
+            shown = [images[place] for place in chosen]
+            found = detect_view(model, shown, size, config=config, flip=one.flip, autocast=autocast)
             sides = found.boxes[:, 2:] - found.boxes[:, :2] + 1  # the authors count inclusive pixels here
             fits = torch.ones(len(sides), dtype=torch.bool)
             if one.min_side_below is not None:

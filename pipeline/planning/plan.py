@@ -13,6 +13,7 @@ from refinedet.model.config import RefineDetConfig
 from refinedet.model.cost import ModelCost, count_cost
 from refinedet.pipeline.config.batches import BatchPlan, plan_batches, training_sizes
 from refinedet.pipeline.config.checks import check_spec
+from refinedet.pipeline.config.recipes import describe_source, estimate_cost, resolve_passes
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.schedule import make_schedule
 from refinedet.pipeline.config.spec import JobSpec, Training
@@ -72,6 +73,7 @@ DEVICES = {
 _BACKWARD = 2.0  # a backward pass costs two forward ones
 _BYTES_AN_IMAGE = {"coco": 163e3, "voc": 110e3, "shapes": 6e3}  # encoded, with objects
 _HALF_PRECISION_ACTIVATIONS = 0.55  # of fp32's: what batch normalisation keeps stays fp32
+_UNKNOWN_IMAGES = 1000  # of which times are printed where the number of images is not known
 _WORKSPACE_BYTES = 1.5 * _GIB  # CUDA context, cuDNN workspaces, fragments
 
 
@@ -177,6 +179,7 @@ def print_plan(
         f"{batch.world_size} workers, on {known.name}, {machines} node{'s' * (machines > 1)}"
     )
     _print_schedule(console, spec, found.step_s)
+    _print_evaluation(console, spec, known, workers)
     _print_memory(console, known, found)
     checkpoint = 8.0 * cost.total_parameters + (4.0 * cost.total_parameters if spec.training.ema_decay else 0)
     kept = spec.training.keep_last + spec.training.keep_best
@@ -245,6 +248,28 @@ def _print_schedule(console: Console, spec: JobSpec, step_s: float) -> None:
         f"Time         {_seconds(step_s)} a step, {training.global_batch / step_s:.1f} images/s, "
         f"{describe_duration(step_s * schedule.total_steps)} of training"
     )
+
+
+def _print_evaluation(console: Console, spec: JobSpec, device: Device, workers: int) -> None:
+    """Time of the stages evaluate and multiscale: the forward passes, all anchors computed, decoding hidden."""
+    if not spec.data.val:
+        return
+    shards = find_parts(Run(spec).shards).get("val")
+    images = shards.num_samples if shards else sum(split.count or 0 for split in spec.data.val)
+    counted = images or _UNKNOWN_IMAGES
+    workers = spec.cluster.evaluation_workers or workers
+    half = device.is_gpu and spec.evaluation.precision != "fp32"
+    speed = device.tflops * (1.0 if half else device.fp32_share) * device.utilization * 1e3 * workers
+    seconds = counted * count_cost(spec.model).total_gflops / speed
+    per = f"{images:,} images" if images else f"each {_UNKNOWN_IMAGES:,} images (no `count` in data.val)"
+    console.print(f"Evaluation   {describe_duration(seconds)} for {per} on {workers} workers, one view of each")
+    if spec.multiscale is not None:
+        passes = resolve_passes(spec.multiscale, spec.model)
+        cost = estimate_cost(passes, input_size=spec.model.input_size, num_images=counted)
+        console.print(
+            f"Multi-scale  {describe_duration(seconds * cost['relative'])}, {cost['views']:.0f} views of each image; "
+            f"{describe_source(spec.multiscale)}"
+        )
 
 
 def _print_memory(console: Console, device: Device, found: Estimate) -> None:

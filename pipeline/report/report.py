@@ -184,7 +184,7 @@ def _facts(run: RunFolder) -> list[tuple[str, list[tuple[str, str]]]]:
         "Model": ("backbone", "input_size", "num_classes", "head", "theta", "norm"),
         "Data": ("format", "root", "augmentation"),
         "Training": ("global_batch", "epochs", "learning_rate", "decay_epochs", "precision", "zero_stage"),
-        "Multi-scale": ("recipe", "passes", "merge"),
+        "Multi-scale": ("recipe", "passes", "selection", "merge"),
         "Cluster": ("workers", "cpus_per_worker", "gpus_per_worker", "placement"),
     }
     groups = []

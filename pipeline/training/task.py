@@ -43,11 +43,13 @@ class Callbacks:
 
     validate        (detector in eval mode, epochs done) -> metrics, on every rank; rank 0's count, `AP` is the score
     stop_requested  read once a step; True on any rank saves and ends training on all
+    validation_timeout_s  limit of `validate`; a rank that takes `stall_timeout_s` more is stalled, as in a step
     on_stall        called from a thread, on every rank that can, when a step takes longer than `stall_timeout_s`
     """
 
     on_step: Callable[[StepRecord], None] = lambda record: None
     on_event: Callable[[Event], None] = lambda event: None
     validate: Callable[[nn.Module, int], Mapping[str, float]] | None = None
+    validation_timeout_s: float = 3600.0
     stop_requested: Callable[[], bool] = lambda: False
     on_stall: Callable[[StallVerdict], None] = exit_process

@@ -106,6 +106,7 @@ def train_job(
         on_step=tell,
         on_event=tell,
         validate=validate if spec.training.validate_every_epochs else None,
+        validation_timeout_s=spec.evaluation.validation_timeout_s,
         stop_requested=lambda: link.stop_requested,
         on_stall=functools.partial(_report_stall, link),
     )

@@ -107,7 +107,7 @@ class Upkeep:
         if not validate or not self._ends_epochs(self.spec.validate_every_epochs):
             return
         with self.clock.measure("validation"), state.average.applied() as averaged:
-            self._watchdog.pause()
+            self._watchdog.allow(self.callbacks.validation_timeout_s)
             epochs_done = state.step // state.schedule.steps_per_epoch
             measured = dict(validate(averaged, epochs_done))
             state.metrics = self.world.broadcast_object(measured)

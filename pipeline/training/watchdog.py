@@ -109,17 +109,26 @@ class Watchdog:
         self._watched = threading.get_ident()
         self._step, self._since = 0, time.monotonic()
         self._paused = False
+        self._allowed_s = 0.0
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
     def finished(self, step: int) -> None:
         """A step is over, or something else that may take its time."""
-        self._step, self._since, self._paused = step, time.monotonic(), False
+        self._step, self._since, self._paused, self._allowed_s = step, time.monotonic(), False, 0.0
 
     def pause(self) -> None:
         """Until the next `finished`: what comes is not a step."""
         self._paused = True
+
+    def allow(self, seconds: float) -> None:
+        """Until the next `finished`, that much more time than a step has: what comes has a limit of its own."""
+        self._allowed_s = seconds
+
+    @property
+    def _limit_s(self) -> float:
+        return self._timeout_s + self._allowed_s
 
     def close(self) -> None:
         self._closed.set()
@@ -128,7 +137,7 @@ class Watchdog:
     def _watch(self) -> None:
         period_s = min(5.0, self._timeout_s / 10)
         while not self._closed.wait(period_s):
-            if not self._paused and time.monotonic() - self._since > self._timeout_s:
+            if not self._paused and time.monotonic() - self._since > self._limit_s:
                 verdict = self._report()
                 if verdict and not self._closed.is_set():
                     logger.critical("%s", verdict)
@@ -153,7 +162,7 @@ class Watchdog:
         _try("a report of a stall", lambda: storage.write_json(report, asdict(mine)))
         # The others started to wait when this rank did, or somewhat later; they look as often as this one.
         self._closed.wait(min(15.0, self._timeout_s / 2))
-        if self._since > time.monotonic() - self._timeout_s:
+        if self._since > time.monotonic() - self._limit_s:
             _try("the report of a slow step", lambda: storage.remove(report))  # or it would speak for the next stall
             return None  # it went on after all
         reports = []

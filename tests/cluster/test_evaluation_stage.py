@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import zipfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +33,10 @@ from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.drills.bench import SPEC
+from refinedet.pipeline.evaluation.chunks import Chunk, ChunkResult, write_chunk
 from refinedet.pipeline.evaluation.detection_job import DetectionJob, make_detection_job
-from refinedet.pipeline.evaluation.detection_results import write_results
+from refinedet.pipeline.evaluation.detection_results import conclude
+from refinedet.pipeline.evaluation.detection_worker import ChunkAnswer
 from refinedet.pipeline.evaluation.diagnose import diagnose
 from refinedet.pipeline.evaluation.metrics import evaluate
 from refinedet.pipeline.evaluation.server_files import ROW_SCHEMA
@@ -177,6 +180,16 @@ def test_a_killed_worker_and_a_cut_file_cost_a_piece_each_and_no_digit(
     assert disturbed.metrics.to_json() == undisturbed.metrics.to_json()
 
 
+def conclude_with(run: Run, job: DetectionJob, rows: list[dict[str, Any]]) -> Sequence[str]:
+    """The files of a stage whose only chunk found `rows`."""
+    chunk = Chunk(0, 0, len(job.image_ids))
+    write_chunk(job.folder, chunk, ChunkResult(DetectionTable.of(rows)), fingerprint=job.fingerprint)
+    found = conclude(job, run.spec.model, None, {chunk: ChunkAnswer()}, ())
+    assert found.num_detections == len(rows)
+    assert storage.read_json(job.detections) == rows
+    return found.files
+
+
 def write_voc(root: Path, year: str = "VOC2007", *, annotated: bool = True) -> None:
     """Six images in VOC's layout with bright rectangles, one of them difficult."""
     for folder in ("ImageSets/Main", "JPEGImages", "Annotations")[: 2 + annotated]:
@@ -269,7 +282,7 @@ def test_other_voc_shards_are_measured_and_sent_as_their_own_year(tmp_path: Path
     truth = json.loads(Path(job.truth).read_text())
     assert (len(truth["images"]), truth["annotations"]) == (6, [])
     rows = [{"image_id": image, "category_id": 12, "bbox": [1, 2, 30, 40], "score": 0.5} for image in job.image_ids]
-    _, files = write_results(job, [DetectionTable.of(rows)], None, {})
+    files = list(conclude_with(run, job, rows))
     folder = "submission/single/results/VOC2012/Main"
     assert {f"{folder}/comp4_det_test_dog.txt", f"{folder}/comp4_det_test_cat.txt"} < set(files)
     lines = (tmp_path / "out" / folder / "comp4_det_test_dog.txt").read_text().splitlines()
@@ -300,7 +313,7 @@ def test_a_set_without_annotations_gives_what_its_server_takes(tmp_path: Path) -
     truth = json.loads(Path(job.truth).read_text())
     assert truth["annotations"] == []
     rows = [{"image_id": image, "category_id": 90, "bbox": [1, 2, 3, 4.04], "score": 0.5} for image in job.image_ids]
-    _, files = write_results(job, [DetectionTable.of(rows)], None, {})
+    files = conclude_with(run, job, rows)
     assert not Path(run.file("metrics.json")).exists()
     name = "detections_test-dev2017_test-dev_results"
     assert files == ["detections/single.json", f"submission/single/{name}.zip"]

@@ -3,16 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from refinedet.model import DetectionBatch, RefineDetConfig, inference
-from refinedet.pipeline.config.recipes import RECIPES, describe_cost, estimate_cost, resolve_merge, resolve_passes
-from refinedet.pipeline.config.spec import Evaluation, MergeRule, Multiscale, Pass
+from refinedet.pipeline.config.recipes import (
+    RECIPES,
+    describe_cost,
+    describe_source,
+    estimate_cost,
+    resolve_merge,
+    resolve_passes,
+    resolve_selection,
+    resolved_settings,
+)
+from refinedet.pipeline.config.spec import Evaluation, MergeRule, Multiscale, Pass, Selection
 from refinedet.pipeline.data.samples import Category, Sample
 from refinedet.pipeline.inference.detect import detect_samples
-from refinedet.pipeline.inference.multiscale import detect_samples_by_rules
+from refinedet.pipeline.inference.multiscale import detect_in_views, detect_samples_by_rules
 from refinedet.pipeline.runs.errors import UserError
 from torch import Tensor, nn
 
@@ -115,6 +125,10 @@ def test_published_recipes_resolve():
         config = RefineDetConfig(input_size=recipe.input_size)
         assert resolve_passes(Multiscale(recipe=name), config) == recipe.passes
         assert resolve_merge(Multiscale(recipe=name)).method == ("vote" if "voc" in name else "soft_vote")
+        view = resolve_selection(Multiscale(recipe=name), config)
+        assert (view.pre_nms_top_k, view.pre_nms_scope, view.max_detections) == (1000, "class", 500)
+        source = describe_source(Multiscale(recipe=name))
+        assert source.startswith("coco1024: ours" if name == "coco1024" else f"{name}: sizes, limits of sides and merg")
     assert resolve_merge(Multiscale(passes=(Pass(size=64),))).method == "soft_vote"
     cost = estimate_cost(RECIPES["coco320"].passes, input_size=320, num_images=5000)
     assert cost["views"] == 18
@@ -122,6 +136,28 @@ def test_published_recipes_resolve():
     assert "18 views of each of 5000 images" in describe_cost(
         RECIPES["coco320"].passes, input_size=320, num_images=5000
     )
+
+
+def test_what_each_view_keeps_is_part_of_the_recipe_and_can_be_set(model):
+    own = Multiscale(passes=(Pass(size=64),))
+    assert resolve_selection(own, CONFIG) == CONFIG
+    few = own.model_copy(update={"selection": Selection(max_detections=1)})
+    assert resolve_selection(few, CONFIG) == replace(CONFIG, max_detections=1)
+    assert resolved_settings(few, CONFIG) != resolved_settings(own, CONFIG), "a test of its own, with its own digest"
+    merge = {"merge": MergeRule()}
+    assert describe_source(Multiscale(recipe="voc320", **merge)).endswith("; merge of the job")
+    rules = {"nms": MergeRule()}
+    counts = [len(detect_samples_by_rules(model, PICTURES, CATEGORIES, one, rules)["nms"]) for one in (own, few)]
+    assert counts[1] <= 2 * len(PICTURES)
+    assert counts[1] <= counts[0]
+
+
+def test_a_square_image_is_turned_as_a_portrait_one(model):
+    """The release compares `h < w`."""
+    multiscale = Multiscale(passes=(Pass(size=(64, 128), flip=False),))
+    shapes = ((50, 70), (70, 50), (60, 60))
+    detect_in_views(model.eval(), [np.zeros((*shape, 3), np.uint8) for shape in shapes], multiscale)
+    assert sorted(size for size in model.sizes) == [(1, 3, 64, 128), (2, 3, 128, 64)]
 
 
 def test_passes_that_do_not_fit_are_named():

@@ -9,12 +9,14 @@ from pathlib import Path
 
 import pytest
 from refinedet.model.config import RefineDetConfig
-from refinedet.model.cost import ModelCost
+from refinedet.model.cost import ModelCost, count_cost
 from refinedet.pipeline.config.batches import plan_batches
 from refinedet.pipeline.config.checks import check_spec
+from refinedet.pipeline.config.recipes import RECIPES, estimate_cost
 from refinedet.pipeline.config.spec import Training
 from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.planning.plan import DEVICES, Device, estimate, print_plan
+from refinedet.pipeline.runs.durations import describe_duration
 from refinedet.pipeline.runs.errors import UserError
 from rich.console import Console
 
@@ -189,3 +191,14 @@ def test_between_nodes_a_gradient_goes_through_the_network_of_a_node() -> None:
     weights = 400
     assert one.communication_s == pytest.approx(2 * weights * 7 / 8 / 1e3)
     assert four.communication_s == pytest.approx(2 * weights * 1 / 2 / 1e3 + 2 * weights * 3 / 4 / 2e3)
+
+
+def test_the_time_of_evaluation_and_multiscale_is_printed() -> None:
+    spec = load_spec(str(JOBS / "coco_refinedet512_resnet101.yaml"), ["data.val.0.count=5000"])
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(spec, device="A100", nodes=1, gpus_per_node=1, console=console)
+    text = console.file.getvalue()
+    seconds = 5000 * count_cost(spec.model).total_gflops / (312e3 * 0.25)
+    assert f"Evaluation   {describe_duration(seconds)} for 5,000 images on 1 workers, one view of each" in text
+    relative = estimate_cost(RECIPES["coco512"].passes, input_size=512, num_images=1)["relative"]
+    assert f"Multi-scale  {describe_duration(seconds * relative)}, 18 views of each image; coco512: sizes" in text

@@ -143,6 +143,20 @@ def test_a_slow_step_leaves_no_report_behind(world: World, tmp_path: Path) -> No
     assert not told
 
 
+def test_a_rank_that_hangs_in_validation_is_named_once_its_limit_is_over(world: World, tmp_path: Path) -> None:
+    told: list[StallVerdict] = []
+    clock = StepClock(world.device)
+    began = time.monotonic()
+    watchdog = Watchdog(str(tmp_path), world, clock, 0.2, told.append)
+    watchdog.allow(1.0)  # what a validation may take
+    with clock.measure("validation"):
+        while not told:
+            time.sleep(0.01)
+    watchdog.close()
+    assert time.monotonic() - began > 1.2
+    assert "in validation for" in str(told[0])
+
+
 def test_goodput_adds_up_what_was_useful_lost_and_waited_for(tmp_path: Path) -> None:
     crashed = {
         "started_at": 100.0,
