@@ -251,7 +251,7 @@ def _print_schedule(console: Console, spec: JobSpec, step_s: float) -> None:
 
 
 def _print_evaluation(console: Console, spec: JobSpec, device: Device, workers: int) -> None:
-    """Time of the stages evaluate and multiscale: the forward passes, all anchors computed, decoding hidden."""
+    """Time of the stages evaluate and multiscale: the forward passes, with all anchors computed."""
     if not spec.data.val:
         return
     shards = find_parts(Run(spec).shards).get("val")
@@ -262,12 +262,17 @@ def _print_evaluation(console: Console, spec: JobSpec, device: Device, workers: 
     speed = device.tflops * (1.0 if half else device.fp32_share) * device.utilization * 1e3 * workers
     seconds = counted * count_cost(spec.model).total_gflops / speed
     per = f"{images:,} images" if images else f"each {_UNKNOWN_IMAGES:,} images (no `count` in data.val)"
-    console.print(f"Evaluation   {describe_duration(seconds)} for {per} on {workers} workers, one view of each")
+    duration = describe_duration(seconds)
+    console.print(
+        f"Evaluation   {duration} of forward passes for {per} on {workers} workers; decoding, NMS and the start of the "
+        "workers are not counted"
+    )
     if spec.multiscale is not None:
         passes = resolve_passes(spec.multiscale, spec.model)
         cost = estimate_cost(passes, input_size=spec.model.input_size, num_images=counted)
+        duration = describe_duration(seconds * cost["relative"])
         console.print(
-            f"Multi-scale  {describe_duration(seconds * cost['relative'])}, {cost['views']:.0f} views of each image; "
+            f"Multi-scale  {duration} of forward passes, {cost['views']:.0f} views of each image; "
             f"{describe_source(spec.multiscale)}"
         )
 
