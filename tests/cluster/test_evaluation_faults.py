@@ -21,13 +21,13 @@ import psutil
 import pytest
 from refinedet.pipeline.cluster import detection_stage, dispatcher
 from refinedet.pipeline.cluster.evaluate import detect_and_measure
-from refinedet.pipeline.cluster.progress import ProgressDisplay
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.drills.bench import Bench
 from refinedet.pipeline.evaluation.chunks import Chunk, ChunkResult
 from refinedet.pipeline.evaluation.detection_job import DetectionJob, make_detection_job
 from refinedet.pipeline.evaluation.detection_worker import DetectionWorker
 from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.progress import ProgressDisplay
 from rich.console import Console
 
 from .test_evaluation_stage import detect, make_run, pieces_begun
