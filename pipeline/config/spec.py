@@ -306,12 +306,15 @@ class Selection(Section):
     """What each view keeps of an image before the views are merged; None: as the model's own inference."""
 
     score_threshold: FractionBelowOne | None = None
+    """detections below are dropped"""
     pre_nms_top_k: PositiveInt | None = None
     """candidates before NMS"""
     pre_nms_scope: Literal["image", "class"] | None = None
     """whether that count is by image or by class"""
     nms_iou: Fraction | None = None
+    """overlap from which NMS drops the less confident of two boxes of a class"""
     max_detections: PositiveInt | None = None
+    """detections of an image that are kept"""
 
 
 class Multiscale(Section):
