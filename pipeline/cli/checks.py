@@ -26,9 +26,12 @@ def plan(
 
     Needs no cluster and no GPU. Example: refinedet plan coco_refinedet1024_resnet101 --nodes 2 --device A100
     """
-    from refinedet.pipeline.planning.plan import print_plan  # torch, for seconds
+    from refinedet.pipeline.planning.plan import check_data, print_plan  # torch, for seconds
 
-    print_plan(load_spec(job, overrides or ()), device=device, nodes=nodes, gpus_per_node=gpus_per_node)
+    spec = load_spec(job, overrides or ())
+    print_plan(spec, device=device, nodes=nodes, gpus_per_node=gpus_per_node)
+    if not (device or nodes or gpus_per_node):  # a plan for other machines, which may see other data
+        check_data(spec)
 
 
 @app.command()

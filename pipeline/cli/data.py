@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 from refinedet.pipeline.cli.arguments import Job, Overrides
+from refinedet.pipeline.config.batches import training_sizes
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.runs import storage
@@ -88,7 +89,10 @@ def data_show(
     run = Run(load_spec(job, overrides or ()))
     spec, shards = run.spec, open_shards(storage.join(run.shards, part))
     plain = plain or part == "val"
-    show_samples(shards, output, spec.data, input_size=spec.model.input_size, seed=spec.seed, plain=plain, count=count)
+    sizes, batch = training_sizes(spec), spec.training.global_batch
+    if plain:
+        sizes = (spec.model.input_size,)
+    show_samples(shards, output, spec.data, sizes=sizes, global_batch=batch, seed=spec.seed, plain=plain, count=count)
     typer.echo(output)
     for path in show_classes(shards, classes, seed=spec.seed) if classes else ():
         typer.echo(path)

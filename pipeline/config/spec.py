@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from refinedet.model.config import RefineDetConfig
 
 PositiveInt = Annotated[int, Field(gt=0)]
@@ -31,7 +31,7 @@ _SPLIT_NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "shapes": (("count",), "`count`, the number of images to draw"),
     "coco": (("annotations", "image_info"), "`images` and `annotations` (or `image_info`)"),
     "lvis": (("annotations",), "`annotations`"),
-    "voc": (("set",), "`set`, for example VOC2007/trainval"),
+    "voc": (("set", "images"), "`set`, for example VOC2007/trainval, or `images`"),
     "yolo": (("set", "images"), "`set`, a key of data.yaml such as train, or `images`"),
     "labelme": (("images",), "`images`, the directory of the images and their JSON files"),
     "cvat": (("annotations",), "`annotations`, the XML file, and `images`"),
@@ -44,9 +44,9 @@ class Split(Section):
     """One data set, or part of one; which fields apply depends on its format."""
 
     images: str = ""
-    """coco, lvis, yolo, labelme, cvat: directory of the images; webdataset: pattern of the tars; under the root"""
+    """coco, lvis, voc, yolo, labelme, cvat: directory of the images; webdataset: pattern of the tars; under the root"""
     annotations: str | None = None
-    """coco, lvis: instances JSON; cvat: annotations XML; under the root"""
+    """coco, lvis: instances JSON; cvat: annotations XML; voc: directory of the XML files; under the root"""
     image_info: str | None = None
     """coco: JSON that lists images without annotations (test-dev)"""
     ids: str | None = None
@@ -61,6 +61,16 @@ class Split(Section):
     """default: data.root"""
     weight: PositiveFloat = 1.0
     """data.train: how often each image is drawn in an epoch, on average; 1: once"""
+    share: tuple[float, float] = (0.0, 1.0)
+    """keep the images from one share to another, in an order drawn by their names: [0, 0.9] to train on and [0.9, 1]
+    to validate on have no image in common"""
+
+    @field_validator("share")
+    @classmethod
+    def _ascending(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 <= value[0] < value[1] <= 1:
+            raise ValueError(f"`share` must be two ascending numbers from 0 to 1, received {list(value)}")
+        return value
 
 
 class Augmentation(Section):

@@ -19,6 +19,7 @@ from refinedet.pipeline.config.spec import Split
 from refinedet.pipeline.data.annotations import Annotation, Record, Source, as_number, fault_of_box, whole_number
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.json_arrays import iterate_members
+from refinedet.pipeline.data.remote import read_file
 from refinedet.pipeline.data.samples import BadSample, Category
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -51,7 +52,7 @@ def read_coco(root: str, split: Split, faults: FaultLog) -> Source:
         if name not in sizes:
             faults.add(BadSample(file, name, f"image {image_id} has no file in {folder}"))
             continue
-        load = partial(storage.read_bytes, storage.join(folder, name))
+        load = partial(read_file, storage.join(folder, name))
         annotations = tuple(objects.get(image_id, ()))
         records.append(Record(image_id, name, load, sizes[name], annotations, image.get("width"), image.get("height")))
     return Source(tuple(sorted(content.categories.values())), tuple(records), file, fixed_ids=True)

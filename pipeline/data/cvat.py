@@ -14,6 +14,7 @@ from refinedet.pipeline.config.spec import Split
 from refinedet.pipeline.data.annotations import Record, Source, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.image_files import list_images
+from refinedet.pipeline.data.remote import read_file
 from refinedet.pipeline.data.samples import BadSample
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -41,7 +42,7 @@ def read_cvat(root: str, split: Split, faults: FaultLog) -> Source:
         if name not in sizes:
             faults.add(BadSample(file, name, f"no such image exists in {directory}; left out"))
             continue
-        load = partial(storage.read_bytes, storage.join(directory, name))
+        load = partial(read_file, storage.join(directory, name))
         records.append(Record(image_id, name, load, sizes[name], (), *size))
         objects.append(found)
         for kind in ("points", "polyline"):

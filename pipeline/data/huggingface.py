@@ -16,7 +16,7 @@ from typing import Any
 from refinedet.pipeline.config.spec import Split
 from refinedet.pipeline.data.annotations import Record, Source, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
-from refinedet.pipeline.runs import storage
+from refinedet.pipeline.data.remote import read_file
 from refinedet.pipeline.runs.errors import UserError
 
 _CLASS_KEYS = ("category", "label", "category_id", "labels", "categories", "class")
@@ -121,7 +121,7 @@ def _record(root: str, path: str, row: int, content: dict[str, Any], image_id: i
         size = len(stored)
     else:
         file = os.path.join(root, image.get("path") or "")
-        load = partial(storage.read_bytes, file)
+        load = partial(read_file, file)
         size = os.path.getsize(file) if os.path.isfile(file) else 0
     return Record(image_id, name, load, size, (), content.get("width"), content.get("height"))
 

@@ -17,6 +17,7 @@ from refinedet.pipeline.data.annotations import Record, Source, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.image_files import list_sizes
 from refinedet.pipeline.data.images import SUFFIXES
+from refinedet.pipeline.data.remote import read_file
 from refinedet.pipeline.data.samples import BadSample
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -37,7 +38,7 @@ def read_labelme(root: str, split: Split, faults: FaultLog) -> Source:
         size, found = ((None, None), [])
         if label in files:
             size, found = _read_labels(storage.join(directory, label), split.images, name, faults)
-        load = partial(storage.read_bytes, storage.join(directory, name))
+        load = partial(read_file, storage.join(directory, name))
         records.append(Record(image_id, name, load, files[name], (), *size))
         objects.append(found)
     return number_classes(split.images, records, objects, faults)

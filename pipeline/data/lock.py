@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
+from refinedet.pipeline.data.remote import reach, read_file
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import JobError
 
@@ -43,7 +44,7 @@ class WriterLock:
         self._ended.set()
         self._renewal.join()
         if (_read(self.path) or {}).get("owner") == self.owner:
-            storage.remove(self.path)
+            reach(lambda: storage.remove(self.path), self.path)
 
     def _renew(self) -> None:
         while not self._ended.wait(EXPIRY_S / 4):
@@ -59,13 +60,15 @@ def writer_lock(directory: str) -> Iterator[WriterLock]:
     owner = f"{socket.gethostname()}/{os.getpid()}/{uuid.uuid4().hex[:8]}"
     storage.make_folder(directory)
     told = None
-    while not _create(path, _state(owner)):
+    while not reach(lambda: _create(path, _state(owner)), path):
         held = _read(path)
         if held is None:
             continue  # released meanwhile
+        if held.get("owner") == owner:
+            break  # the store created it, and its answer was lost
         if _is_over(held):
             logger.warning("%s of %s has expired and is taken over", path, held.get("owner"))
-            storage.remove(path)
+            reach(lambda: storage.remove(path), path)
             continue
         if told != held["owner"]:
             told = held["owner"]
@@ -85,7 +88,7 @@ def _state(owner: str) -> bytes:
 
 def _read(path: str) -> dict[str, Any] | None:
     try:
-        return json.loads(storage.read_bytes(path))
+        return json.loads(read_file(path))
     except FileNotFoundError:
         return None
     except ValueError:

@@ -20,10 +20,11 @@ from refinedet.pipeline.data.cvat import cvat_lists, read_cvat
 from refinedet.pipeline.data.huggingface import huggingface_lists, read_huggingface
 from refinedet.pipeline.data.image_tars import image_tar_lists, read_image_tars
 from refinedet.pipeline.data.labelme import labelme_lists, read_labelme
+from refinedet.pipeline.data.randomness import keyed_integer
+from refinedet.pipeline.data.remote import exists
 from refinedet.pipeline.data.samples import BadSample, Category
 from refinedet.pipeline.data.voc import read_voc, voc_lists
 from refinedet.pipeline.data.yolo import read_yolo, yolo_lists
-from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,7 @@ READERS: dict[DataFormat, Reader] = {
 def root_of(data: Data, split: Split) -> str:
     """Root directory of a split's data set; UserError where it does not exist."""
     root = split.root or data.root or ""
-    if root and not storage.exists(root):
+    if root and not exists(root):
         raise UserError(f"data.root {root} does not exist: give the directory of the data set")
     return root
 
@@ -120,8 +121,22 @@ def _read_split(data: Data, part: str, split: Split, faults: FaultLog) -> Source
 
         splits = {"train": data.train, "val": data.val}[part]
         first = sum(other.count or 0 for other in splits[: splits.index(split)] if format_of(data, other) == "shapes")
-        return read_shapes(data, part, first, split)
-    return READERS[format_of(data, split)].read(root_of(data, split), split, faults)
+        return _keep_share(read_shapes(data, part, first, split), split.share)
+    return _keep_share(READERS[format_of(data, split)].read(root_of(data, split), split, faults), split.share)
+
+
+def _keep_share(source: Source, share: tuple[float, float]) -> Source:
+    """The records in a share of an order drawn by file names; they stay in the order of the source.
+
+    A phase drawn by the source's name makes the shares of many small splits right on average.
+    """
+    if share == (0.0, 1.0):
+        return source
+    key = [keyed_integer(2**64, "share", record.file_name) for record in source.records]
+    drawn = sorted(range(len(key)), key=lambda at: (key[at], at))
+    phase = keyed_integer(2**32, "share", source.name) / 2**32
+    kept = [at for place, at in enumerate(drawn) if share[0] <= (place + phase) / len(drawn) < share[1]]
+    return replace(source, records=tuple(source.records[at] for at in sorted(kept)))
 
 
 def _choose_categories(data: Data, part: str, sources: list[Source]) -> tuple[Category, ...]:

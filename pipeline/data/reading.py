@@ -17,7 +17,7 @@ from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.cache import ShardCache
 from refinedet.pipeline.data.images import EXTENSIONS, decode_image
 from refinedet.pipeline.data.index import SampleEntry, ShardSet
-from refinedet.pipeline.data.remote import read_range
+from refinedet.pipeline.data.remote import exists, read_json, read_range, write_json
 from refinedet.pipeline.data.samples import BadSample, Sample
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -224,7 +224,7 @@ def write_coco_annotations(shards: ShardSet, path: str) -> None:
     Category and image ids are the data set's own. Masks are not in the shards, so there are no segmentations; areas are
     those of the masks all the same.
     """
-    if storage.exists(path) and storage.read_json(path).get("info", {}).get("shards") == shards.digest:
+    if exists(path) and read_json(path).get("info", {}).get("shards") == shards.digest:
         return
     images, annotations = [], []
     for facts in read_facts(shards):
@@ -232,4 +232,4 @@ def write_coco_annotations(shards: ShardSet, path: str) -> None:
         annotations.extend({"image_id": facts["image_id"], **entry} for entry in facts["objects"])
     categories = [{"id": category.id, "name": category.name} for category in shards.categories]
     truth = {"info": {"shards": shards.digest}, "images": images, "annotations": annotations, "categories": categories}
-    storage.write_json(path, truth)
+    write_json(path, truth)

@@ -25,6 +25,7 @@ _TRAINING = ("trainval", "train", "training")
 _DEPTH = 4  # directories below the root that are looked into
 _HEAD = 4 * 2**20  # bytes of a JSON or XML file that tell what it is
 _STRING = r'("(?:[^"\\]|\\.)*")'
+_YOLO_LINE = re.compile(r"\d+( [\d.e-]+){4,}\s*$", re.MULTILINE)
 _COCO_ARRAY = re.compile(r'"(images|annotations|categories)"\s*:\s*\[')
 _OTHER_COCO = ("captions", "keypoints", "panoptic", "stuff", "image_info", "densepose")
 
@@ -48,6 +49,11 @@ def recognise(root: str) -> Recognised:
         found = recogniser(root)
         if found and found.train:
             return found
+    if label := next((path for path in _files(root, (".txt",)) if _YOLO_LINE.match(_read_head(path))), None):
+        raise UserError(
+            f"{root} has YOLO labels ({os.path.relpath(label, root)}) and no data.yaml or {NAMES_FILE}: write "
+            f"{os.path.join(root, NAMES_FILE)} with the name of each class on a line, in the order of their numbers"
+        )
     count = sum(1 for _ in _files(root, SUFFIXES))
     raise UserError(
         f"{root} has {count} image files and is no data set of a known format ({', '.join(RECOGNISERS)}): give the "
@@ -63,7 +69,8 @@ def _yolo(root: str) -> Recognised | None:
         return Recognised("yolo", root, train, val)
     if not os.path.exists(os.path.join(root, NAMES_FILE)):
         return None
-    images = [name for name in _directories(root) if _holds(os.path.join(root, name), SUFFIXES)]
+    images = ["."] if _holds(root, SUFFIXES) else []
+    images = images or [name for name in _directories(root) if _holds(os.path.join(root, name), SUFFIXES)]
     return Recognised("yolo", root, *_choose({name: Split(images=name) for name in images}))
 
 
@@ -85,11 +92,29 @@ def _voc(root: str) -> Recognised | None:
             if "_" not in stem:  # aeroplane_train is VOC's list of one class
                 found[f"{year}/{stem}".lstrip("/")] = Split(set=f"{year}/{stem}".lstrip("/"))
     if not found:
-        return None
+        return _voc_without_lists(root)
     # VOC2012/val names its year, and with it the metric: the root is the directory that holds the years.
     above = os.path.commonpath([os.path.dirname(os.path.dirname(name)) or "." for name in found])
     splits = {name: Split(set=os.path.relpath(name, above)) for name in found}
     return Recognised("voc", os.path.normpath(os.path.join(root, above)), *_choose(splits))
+
+
+def _voc_without_lists(root: str) -> Recognised | None:
+    """Directories of images with XML files of the same names beside them, or in another directory."""
+    directories = [".", *_directories(root)]
+    stems: dict[str, set[str]] = {}
+    for name in directories:
+        labels = [entry.name for entry in _entries(os.path.join(root, name)) if entry.name.endswith(".xml")]
+        if labels and re.search(r"<annotation\b", _read_head(os.path.join(root, name, min(labels)))):
+            stems[name] = {os.path.splitext(label)[0] for label in labels}
+    found: dict[str, Split] = {}
+    for name in directories if stems else ():
+        files = [entry.name for entry in _entries(os.path.join(root, name))]
+        images = {os.path.splitext(file)[0] for file in files if file.lower().endswith(SUFFIXES)}
+        labels = max(stems, key=lambda other: (len(images & stems[other]), other == name))
+        if images & stems[labels]:
+            found[name] = Split(images=name, annotations=None if labels == name else labels)
+    return Recognised("voc", root, *_choose(found)) if found else None
 
 
 def _coco(root: str) -> Recognised | None:

@@ -1,13 +1,20 @@
-"""Reads from stores that may be out of reach for a while, by the one retry of `runs.storage`."""
+"""Reads and writes of stores that may be out of reach for a while, by the one retry of `runs.storage`.
+
+Local files are read and written once: what a disk refuses it refuses again.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import uuid
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from refinedet.pipeline.runs import storage
+
+T = TypeVar("T")
 
 
 def read_range(url: str, offset: int, size: int) -> bytes:
@@ -18,8 +25,30 @@ def read_range(url: str, offset: int, size: int) -> bytes:
 
 
 def read_file(url: str) -> bytes:
-    """A whole file; retried where it is remote."""
-    return storage.read_bytes(url) if storage.is_local(url) else storage.retry(lambda: storage.read_bytes(url), url)
+    """A whole file."""
+    return reach(lambda: storage.read_bytes(url), url)
+
+
+def read_json(url: str) -> Any:
+    return json.loads(read_file(url))
+
+
+def exists(url: str) -> bool:
+    return reach(lambda: storage.exists(url), url)
+
+
+def write_file(url: str, content: bytes) -> None:
+    """Write a file that others see whole or not at all."""
+    reach(lambda: storage.write_bytes(url, content), url)
+
+
+def write_json(url: str, value: Any) -> None:
+    reach(lambda: storage.write_json(url, value), url)
+
+
+def reach(call: Callable[[], T], url: str) -> T:
+    """The result of a call that reads or writes `url`, repeated until the store answers."""
+    return call() if storage.is_local(url) else storage.retry(call, url)
 
 
 def read_file_cached(url: str, copy: str, sha256: str) -> bytes:

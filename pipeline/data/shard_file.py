@@ -17,6 +17,7 @@ from refinedet.pipeline.data.annotations import Annotation, Record, fault_of_box
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.images import decode_image, encode_image, read_header, turn_upright
 from refinedet.pipeline.data.index import contents_name, format_key
+from refinedet.pipeline.data.remote import exists, reach, read_file, write_file
 from refinedet.pipeline.data.samples import BadSample
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -107,8 +108,8 @@ def write_shard(
     }
     encoded = columns.encode(metadata)
     try:
-        storage.write_bytes(path, content)
-        storage.write_bytes(contents_path, encoded)
+        write_file(path, content)
+        write_file(contents_path, encoded)
     except OSError as error:
         if error.errno not in storage.NO_ROOM:
             raise
@@ -121,16 +122,16 @@ def write_shard(
 
 def _find_shard(path: str, contents_path: str, asked: str) -> dict[str, Any] | None:
     """A shard of an earlier call that was cut off, where it is whole and what is wanted now."""
-    if not storage.exists(contents_path):
+    if not exists(contents_path):
         return None
-    encoded = storage.read_bytes(contents_path)
+    encoded = read_file(contents_path)
     try:
         with np.load(io.BytesIO(encoded), allow_pickle=False) as columns:
             metadata = json.loads(columns["metadata"].tobytes())
     except (ValueError, KeyError, OSError):
         return None
     fs, inner = storage.filesystem(path)
-    if metadata["asked"] != asked or not fs.exists(inner) or fs.size(inner) != metadata["bytes"]:
+    if metadata["asked"] != asked or not exists(path) or reach(lambda: fs.size(inner), path) != metadata["bytes"]:
         return None
     return {"faults": metadata["faults"], "line": _line(posixpath.basename(path), metadata, encoded)}
 

@@ -23,6 +23,7 @@ from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.index import FORMAT_VERSION, INDEX, ShardSet, open_shards
 from refinedet.pipeline.data.lock import LOCK, WriterLock, writer_lock
 from refinedet.pipeline.data.readers import Part, format_of, list_files, read_part
+from refinedet.pipeline.data.remote import exists, reach, read_json, write_json
 from refinedet.pipeline.data.shard_file import write_shard
 from refinedet.pipeline.data.statistics import STATISTICS, part_statistics
 from refinedet.pipeline.runs import storage
@@ -63,7 +64,7 @@ def prepare_shards(
         _remove_partials(destination)
         faults = FaultLog(data.max_bad_samples, f"data.{part}")
         source = read_part(data, part, faults)
-        storage.write_json(storage.join(destination, REQUEST), {"request": request})
+        write_json(storage.join(destination, REQUEST), {"request": request})
         lines = _write_shards(data, destination, source.records, request, faults, lock, threads, on_progress)
         lock.check()
         sets = [split.set for split in splits if split.set] if data.format == "voc" else []
@@ -92,7 +93,7 @@ def _list_digests(data: Data, part: str, splits: tuple[Split, ...], destination:
     Complete shards remember those they were written from: where they are used, the data set need not exist.
     """
     index = storage.join(destination, INDEX)
-    remembered: dict[str, str] = storage.read_json(index).get("lists", {}) if storage.exists(index) else {}
+    remembered: dict[str, str] = read_json(index).get("lists", {}) if exists(index) else {}
     found = {}
     for number, split in enumerate(splits):
         name = f"{number} {split.set or split.annotations or split.image_info or split.images}"
@@ -118,7 +119,12 @@ def _request(data: Data, part: str, splits: tuple[Split, ...], lists: Mapping[st
         "version": FORMAT_VERSION,
         "part": part,
         "splits": [
-            split.model_dump(exclude={"weight", "root"} | (set() if split in drawn else {"count"})) for split in splits
+            split.model_dump(
+                exclude={"weight", "root"}
+                | (set() if split in drawn else {"count"})
+                | ({"share"} if split.share == (0.0, 1.0) else set())
+            )
+            for split in splits
         ],
         "lists": lists,
         "data": data.model_dump(
@@ -133,8 +139,8 @@ def _is_complete(destination: str, request: str) -> bool:
     """Whether the shards of a request exist; UserError where another data set's do."""
     for name, complete in ((INDEX, True), (REQUEST, False)):
         path = storage.join(destination, name)
-        if storage.exists(path):
-            if storage.read_json(path).get("request") != request:
+        if exists(path):
+            if read_json(path).get("request") != request:
                 raise UserError(
                     f"{destination} holds shards of another data set, of other settings or of an earlier release: "
                     "remove it, or choose another directory with data.shards"
@@ -147,7 +153,7 @@ def _is_complete(destination: str, request: str) -> bool:
 
 def _remove_partials(destination: str) -> None:
     """Remove what a writer that was killed has left half written."""
-    for name in storage.list_folder(destination):
+    for name in reach(lambda: storage.list_folder(destination), destination):
         if name.endswith(".partial"):
             try:
                 storage.remove(storage.join(destination, name))
@@ -237,5 +243,5 @@ def _write_index(
         "shards": table,
     }
     statistics = part_statistics(ShardSet(destination, whole))
-    storage.write_json(storage.join(destination, STATISTICS), statistics)
-    storage.write_json(storage.join(destination, INDEX), whole)
+    write_json(storage.join(destination, STATISTICS), statistics)
+    write_json(storage.join(destination, INDEX), whole)

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 from refinedet.pipeline.config.spec import Data
 from refinedet.pipeline.data.index import ShardSet
+from refinedet.pipeline.data.order import batch_bounds, count_batches
 from refinedet.pipeline.data.randomness import keyed_permutation
 from refinedet.pipeline.data.reading import SampleReader
 from refinedet.pipeline.data.samples import Sample
@@ -29,14 +30,18 @@ def show_samples(
     output: str,
     data: Data,
     *,
-    input_size: int,
+    sizes: tuple[int, ...],
+    global_batch: int,
     seed: int = 0,
     plain: bool = False,
     count: int = 20,
     columns: int = 5,
 ) -> None:
-    """Write a sheet (PNG) of the first samples of a job's first epoch, views, sizes and order as in training.
+    """Write a sheet (PNG) of samples of a job's first epoch, views, sizes and order as in training.
 
+    They are the first of the epoch; where global batches have several `sizes`, each row holds the first of another.
+
+    sizes  of the views, pixels: of each global batch one
     seed   the job's
     plain  the resized images without augmentation, as evaluation sees them
     """
@@ -44,15 +49,26 @@ def show_samples(
     draws = EpochDraws(
         shards.sizes, repeats, seed=seed, epoch=0, window=data.shuffle_window, streams=data.canonical_streams
     )
-    view = Augmenter((input_size,), seed, None if plain else data.augmentation, data.include_difficult)
+    view = Augmenter(sizes, seed, None if plain else data.augmentation, data.include_difficult)
     reader = SampleReader(shards)
     tiles = []
-    for position, occurrence in zip(*draws.stretch(0, min(count, draws.num_draws)), strict=True):
-        sample = reader.read(int(position))
-        found = view((Turn(int(position), 0, 0, 0, last=True, occurrence=int(occurrence)), sample))
+    for turn in _first_turns(draws, global_batch, count, columns if len(sizes) > 1 else count):
+        sample = reader.read(turn.position)
+        found = view((turn, sample))
         image = _draw_boxes(found.image, found.boxes, found.labels, shards)
         tiles.append(_caption(image, f"{sample.key}  {sample.file_name}"))
     _write_sheet(output, tiles, columns)
+
+
+def _first_turns(draws: EpochDraws, global_batch: int, count: int, per_batch: int) -> Iterator[Turn]:
+    """`count` turns of an epoch, of each global batch the first `per_batch`."""
+    num_batches = count_batches(draws.num_draws, global_batch)
+    for index in range(num_batches):
+        start, stop = batch_bounds(index, draws.num_draws, num_batches)
+        stop = min(stop, start + per_batch, start + count)
+        for position, occurrence in zip(*draws.stretch(start, stop), strict=True):
+            yield Turn(int(position), draws.epoch, index, 0, last=True, occurrence=int(occurrence))
+        count -= stop - start
 
 
 def show_classes(shards: ShardSet, directory: str, *, seed: int = 0, count: int = 48, columns: int = 8) -> list[str]:
@@ -129,8 +145,19 @@ def _caption(image: np.ndarray, text: str) -> np.ndarray:
 
 def _write_sheet(output: str, tiles: list[np.ndarray], columns: int) -> None:
     columns = min(columns, len(tiles))
+    tiles = _of_one_size(tiles)
     sheet = np.vstack([np.hstack(row) for row in _rows(tiles, columns)])
     storage.write_bytes(output, cv2.imencode(".png", cv2.cvtColor(sheet, cv2.COLOR_RGB2BGR))[1].tobytes())
+
+
+def _of_one_size(tiles: list[np.ndarray]) -> list[np.ndarray]:
+    height, width = (max(tile.shape[axis] for tile in tiles) for axis in (0, 1))
+
+    def border(tile: np.ndarray) -> np.ndarray:
+        edges = (0, height - tile.shape[0], 0, width - tile.shape[1])
+        return cv2.copyMakeBorder(tile, *edges, cv2.BORDER_CONSTANT, value=(_WHITE,) * 3)
+
+    return [border(tile) for tile in tiles]
 
 
 def _rows(tiles: list[np.ndarray], columns: int) -> Iterator[list[np.ndarray]]:

@@ -13,6 +13,7 @@ import numpy as np
 from refinedet.model.anchors import ASPECTS, SCALE
 from refinedet.model.config import RefineDetConfig
 from refinedet.pipeline.data.index import ShardSet, format_key
+from refinedet.pipeline.data.remote import exists, read_json
 from refinedet.pipeline.runs import storage
 
 STATISTICS = "statistics.json"
@@ -25,8 +26,8 @@ ELONGATED = 3.0
 def read_statistics(shards: ShardSet) -> dict[str, Any]:
     """The statistics beside the shards; computed where there are none, as of shards of an earlier release."""
     path = storage.join(shards.url, STATISTICS)
-    if storage.exists(path):
-        found = storage.read_json(path)
+    if exists(path):
+        found = read_json(path)
         if found.get("digest") == shards.digest:
             return found
     return part_statistics(shards)

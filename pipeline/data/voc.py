@@ -2,7 +2,8 @@
 
 VOC counts pixels from 1 and includes both corners; boxes are kept continuous, (xmin - 1, ymin - 1, xmax, ymax).
 An image's id is its place in the lists, from 1; its file name keeps VOC's own name. Directory names are found whatever
-their case, images whatever their suffix.
+their case, images whatever their suffix. Where there are no lists, as annotation tools export it, a split's `images`
+and `annotations` name the directories, and every image is in it.
 """
 
 from __future__ import annotations
@@ -16,42 +17,57 @@ from refinedet.pipeline.config.spec import Split
 from refinedet.pipeline.data.annotations import Record, Source, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.image_files import list_images
+from refinedet.pipeline.data.remote import read_file
 from refinedet.pipeline.data.samples import BadSample
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
 
 def read_voc(root: str, split: Split, faults: FaultLog) -> Source:
-    """Records of the list of a split."""
-    directory = _directory(root, split)
-    name = split.set or ""
-    images = list_images(_child(directory, "JPEGImages"))
+    """Records of the list of a split, or of its directory of images."""
+    name = split.set or split.images
+    pictures, folder = _directories(root, split)
+    images = list_images(pictures)
     by_stem = {os.path.splitext(image)[0]: image for image in images}
-    annotations = set(storage.list_folder(folder)) if (folder := _find_child(directory, "Annotations")) else set()
+    annotations = {entry for entry in storage.list_folder(folder) if entry.endswith(".xml")} if folder else set()
     records, objects = [], []
     for image_id, stem in enumerate(_stems(root, split), start=1):
         image = by_stem.get(stem)
         if image is None:
-            faults.add(BadSample(name, stem, f"no image of this name exists in {directory}; left out"))
+            faults.add(BadSample(name, stem, f"no image of this name exists in {pictures}; left out"))
             continue
         if annotations and f"{stem}.xml" not in annotations:
             faults.add(BadSample(name, stem, f"{stem}.xml does not exist, while others do; left out"))
             continue
         size, found = _parse(storage.join(folder, f"{stem}.xml")) if folder and annotations else ((None, None), [])
-        load = partial(storage.read_bytes, storage.join(_child(directory, "JPEGImages"), image))
+        load = partial(read_file, storage.join(pictures, image))
         records.append(Record(image_id, image, load, images[image], (), *size))
         objects.append(found)
     return number_classes(name, records, objects, faults)
 
 
 def voc_lists(root: str, split: Split) -> Iterator[tuple[str, str]]:
-    """The list of a split and the annotation files that it names."""
-    yield split.set or "", _list_path(root, split)
-    folder = _find_child(_directory(root, split), "Annotations")
+    """The list of a split, where it has one, and the annotation files of its images."""
+    if split.set:
+        yield split.set, _list_path(root, split)
+    folder = _directories(root, split)[1]
     for stem in _stems(root, split) if folder else ():
         path = storage.join(folder or "", f"{stem}.xml")
         if storage.exists(path):
-            yield f"{split.set}/{stem}.xml", path
+            yield f"{split.set or split.images}/{stem}.xml", path
+
+
+def _directories(root: str, split: Split) -> tuple[str, str | None]:
+    """The directory of the images, and that of the annotations, or None where there is none."""
+    if split.set:
+        directory = _directory(root, split)
+        return _child(directory, "JPEGImages"), _find_child(directory, "Annotations")
+    pictures = storage.join(root, split.images)
+    folder = pictures if split.annotations is None else storage.join(root, split.annotations)
+    for path in (pictures, folder):
+        if not storage.exists(path):
+            raise UserError(f"{path} does not exist: check data.root, and the split's `images` and `annotations`")
+    return pictures, folder
 
 
 def _directory(root: str, split: Split) -> str:
@@ -82,6 +98,9 @@ def _list_path(root: str, split: Split) -> str:
 
 
 def _stems(root: str, split: Split) -> list[str]:
+    """Names, without their suffix, of the images of a split."""
+    if not split.set:
+        return [os.path.splitext(image)[0] for image in list_images(storage.join(root, split.images))]
     path = _list_path(root, split)
     if not storage.exists(path):
         raise UserError(f"VOC list {path} does not exist: set data.root to the directory that holds {split.set}")

@@ -19,6 +19,7 @@ from refinedet.pipeline.data.annotations import Record, Source, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.image_files import list_sizes
 from refinedet.pipeline.data.images import SUFFIXES, read_header
+from refinedet.pipeline.data.remote import read_file
 from refinedet.pipeline.data.samples import BadSample
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -40,7 +41,7 @@ def read_yolo(root: str, split: Split, faults: FaultLog) -> Source:
         if file not in sizes[directory]:
             faults.add(BadSample(name, file, f"{path} does not exist; left out"))
             continue
-        load = partial(storage.read_bytes, path)
+        load = partial(read_file, path)
         labels = _label_path(path)
         found: list[tuple[str, tuple[float, ...], int]] = []
         size: tuple[int | None, int | None] = (None, None)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import yaml
@@ -19,6 +19,10 @@ _MANY = 2**62
 _SMALLEST_ANCHOR = 32  # pixels
 _REACHED = 0.75
 """share of the objects that should be as large as half of the smallest anchor's area"""
+_TRAINED_ON = 0.9
+"""share of the images that is trained on where the data set has no validation split"""
+_FEWEST_DIVIDED = 10
+"""images from which a data set without a validation split is divided"""
 _SAMPLED = 200  # images whose headers tell the size where annotations do not
 
 
@@ -47,10 +51,12 @@ def propose_job(root: str, hardware: Hardware, name: str | None = None, file: st
     file  path that the spec will have, for its comments; default: NAME.yaml
     """
     found = recognise(root)
-    data = Data.model_validate({"format": found.format, "root": found.root, "train": found.train, "val": found.val})
     faults = FaultLog(_MANY, found.root, silent=True)
-    train = read_part(data, "train", faults)
-    num_val = len(read_part(data, "val", faults).records) if found.val else 0
+    held_out = not found.val and len(_read(found, "train", faults).records) >= _FEWEST_DIVIDED
+    if held_out:
+        found = _hold_out(found)
+    train = _read(found, "train", faults)
+    num_val = len(_read(found, "val", faults).records) if found.val else 0
     classes = [category.name for category in train.categories]
     name = name or re.sub(r"[^A-Za-z0-9._-]+", "-", os.path.basename(found.root)).strip("-._") or "job"
     size = _input_size(train, hardware)
@@ -69,8 +75,23 @@ def propose_job(root: str, hardware: Hardware, name: str | None = None, file: st
     )
     if len(faults):
         summary += f"; {len(faults)} faults, the first: {faults.faults[0]}"
+    if held_out:
+        summary += " (no validation split was found: every tenth image is held out)"
     file = file or f"{name}.yaml"
-    return InitialJob(name, file, _comments(summary, file, num_val, hardware) + _dump(values), summary)
+    return InitialJob(name, file, _comments(summary, file, num_val, held_out, hardware) + _dump(values), summary)
+
+
+def _read(found: Recognised, part: str, faults: FaultLog) -> Part:
+    data = {"format": found.format, "root": found.root, "train": found.train, "val": found.val}
+    return read_part(Data.model_validate(data), part, faults)
+
+
+def _hold_out(found: Recognised) -> Recognised:
+    """The data set with a tenth of its images to validate on."""
+    train = tuple(split.model_copy(update={"share": (0.0, _TRAINED_ON)}) for split in found.train)
+    return replace(
+        found, train=train, val=tuple(split.model_copy(update={"share": (_TRAINED_ON, 1.0)}) for split in train)
+    )
 
 
 def _data_section(
@@ -145,7 +166,7 @@ def _input_size(train: Part, hardware: Hardware) -> int:
     return next((size for size in fitting if size >= needed), fitting[-1])
 
 
-def _comments(summary: str, file: str, num_val: int, hardware: Hardware) -> str:
+def _comments(summary: str, file: str, num_val: int, held_out: bool, hardware: Hardware) -> str:
     lines = [
         f"# {summary}",
         "#",
@@ -156,7 +177,13 @@ def _comments(summary: str, file: str, num_val: int, hardware: Hardware) -> str:
         "# Training starts from random weights. With few images, start from ImageNet weights of the backbone:",
         "# training.init_weights=timm (downloaded by timm), or training.init_weights=FILE.",
     ]
-    if not num_val:
+    if held_out:
+        lines += [
+            "#",
+            "# `share` divides the images by their names. Frames of one video look alike: keep them in one directory,",
+            "# and name other directories in data.val.",
+        ]
+    elif not num_val:
         lines += ["#", "# No validation split was found, so nothing is measured: name one in data.val."]
     if not hardware.gpus:
         lines += ["#", "# No GPU was found: a small backbone, small images and a short schedule."]

@@ -17,7 +17,9 @@ from refinedet.pipeline.config.recipes import describe_source, estimate_cost, re
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.schedule import make_schedule
 from refinedet.pipeline.config.spec import JobSpec, Training
+from refinedet.pipeline.data.index import INDEX
 from refinedet.pipeline.data.job_statistics import find_parts, job_statistics
+from refinedet.pipeline.data.readers import format_of, root_of
 from refinedet.pipeline.data.sampling import expected_repeats
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.durations import describe_duration
@@ -208,13 +210,25 @@ def _print_assumptions(console: Console, known: Device, machines: int) -> None:
     )
 
 
+def check_data(spec: JobSpec) -> None:
+    """UserError where neither the shards of a job nor the data sets that they are written from exist here."""
+    for part in ("train", "val"):
+        if not storage.exists(storage.join(Run(spec).shards, part, INDEX)):
+            for split in getattr(spec.data, part):
+                root_of(spec.data, split)
+
+
 def _print_data(console: Console, spec: JobSpec) -> None:
-    """Print what is striking in the shards, where they exist; else whether the data set does."""
-    parts = find_parts(Run(spec).shards)
-    for finding in job_statistics(parts, spec.model)["findings"]:
+    """Print what is striking in the shards, where they exist, and in the splits."""
+    read = [split for split in spec.data.val if format_of(spec.data, split) != "shapes"]  # drawn anew for each part
+    if same := [split for split in read if split in spec.data.train]:
+        name = same[0].set or same[0].annotations or same[0].images
+        console.print(
+            f"[yellow]Data         data.val and data.train both name {escape(name)}: its metrics are of images that "
+            "were trained on[/]"
+        )
+    for finding in job_statistics(find_parts(Run(spec).shards), spec.model)["findings"]:
         console.print(f"[yellow]Data         {escape(finding)}[/]")
-    if "train" not in parts and spec.data.root and not storage.exists(spec.data.root):
-        console.print(f"[yellow]Data         data.root {spec.data.root} does not exist here: nothing of it was read[/]")
 
 
 def _saving_interval(spec: JobSpec) -> str:

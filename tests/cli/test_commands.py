@@ -66,7 +66,7 @@ def test_help_holds_one_sentence_for_every_command() -> None:
     "arguments",
     [
         ["plan", "quickstart"],
-        ["plan", "ablation/table2_1_full"],
+        ["plan", "ablation/table2_1_full", "--nodes", "1"],
         ["schema"],
         ["shard", "quickstart", "data.train=[{count: 3}]", "data.val=[{count: 2}]"],
         ["evaluate", "--detections", "found.json", "--annotations", "truth.json"],
@@ -104,6 +104,7 @@ def test_the_doctor_misses_ray_in_a_sentence(tmp_path: Path) -> None:
     [
         (["plan", "nowhere.yaml"], "There is no job spec 'nowhere.yaml'"),
         (["plan", "."], "cannot be read"),
+        (["plan", "coco_mini"], "data.root datasets/coco-mini does not exist: give the directory of the data set"),
         (["data", "check", "nowhere"], "nowhere"),
         (["report", "nowhere"], "nowhere"),
         (["evaluate", "--detections", "nowhere.json", "--annotations", "nowhere.json"], "nowhere.json"),

@@ -171,6 +171,23 @@ def test_two_copy_the_same_shard_once(remote: ShardSet, tmp_path: Path, monkeypa
     assert second == [False]
 
 
+def test_a_full_disk_is_said_once_and_the_store_is_read(
+    remote: ShardSet, shapes_shards: ShardSet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    downloads = []
+
+    def fill(*_: Any, **__: Any) -> None:
+        downloads.append(1)
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(type(fsspec.filesystem("memory")), "get_file", fill)
+    assert batches(remote, cache_dir=str(tmp_path), cache_bytes=2**30) == batches(shapes_shards)
+    assert caplog.text.count("is full (No space left on device): no more shards are copied to it") == 1
+    assert 1 <= len(downloads) <= 4  # those that had begun
+    assert not list(tmp_path.rglob("*.partial"))
+
+
 def test_prefetch_passes_everything_on_in_order(remote: ShardSet, tmp_path: Path) -> None:
     held = ShardCache(remote, str(tmp_path), 2**30)
     turns = list(range(200))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -79,6 +80,23 @@ def write_voc(root: Path, images: dict[str, bytes]) -> tuple[str, Split]:
     return "voc", Split(set="all")
 
 
+def write_voc_export(root: Path, images: dict[str, bytes]) -> tuple[str, Split]:
+    """Without lists, as annotation tools write it; the XML files lie elsewhere than in VOC."""
+    write_voc(root / "voc", images)
+    (root / "voc" / "JPEGImages").rename(root / "images")
+    (root / "voc" / "Annotations").rename(root / "xml")
+    shutil.rmtree(root / "voc")
+    return "voc", Split(images="images", annotations="xml")
+
+
+def write_voc_beside(root: Path, images: dict[str, bytes]) -> tuple[str, Split]:
+    write_voc_export(root, images)
+    for path in (root / "xml").iterdir():
+        path.rename(root / "images" / path.name)
+    (root / "xml").rmdir()
+    return "voc", Split(images="images")
+
+
 def yolo_lines(objects: list[tuple[str, tuple[float, float, float, float]]]) -> str:
     return "\n".join(
         f"{['owl', 'fox'].index(label)} {(x + w / 2) / SIZE[0]} {(y + h / 2) / SIZE[1]} {w / SIZE[0]} {h / SIZE[1]}"
@@ -94,6 +112,18 @@ def write_yolo(root: Path, images: dict[str, bytes]) -> tuple[str, Split]:
             (root / "labels" / "train" / f"{name.split('.')[0]}.txt").write_text(yolo_lines(objects))
     (root / "data.yaml").write_text("path: .\ntrain: images/train\nnames: {0: owl, 1: fox}\n")
     return "yolo", Split(set="train")
+
+
+def write_yolo_flat(root: Path, images: dict[str, bytes]) -> tuple[str, Split]:
+    """Photos, labels and classes.txt in one directory."""
+    write_yolo(root, images)
+    for path in [*(root / "images" / "train").iterdir(), *(root / "labels" / "train").iterdir()]:
+        path.rename(root / path.name)
+    for name in ("images", "labels"):
+        shutil.rmtree(root / name)
+    (root / "data.yaml").unlink()
+    (root / "classes.txt").write_text("owl\nfox\n")
+    return "yolo", Split(images=".")
 
 
 def write_yolo_export(root: Path, images: dict[str, bytes]) -> tuple[str, Split]:
@@ -196,8 +226,11 @@ WRITERS = [
     write_coco,
     write_lvis,
     write_voc,
+    write_voc_export,
+    write_voc_beside,
     write_yolo,
     write_yolo_export,
+    write_yolo_flat,
     write_labelme,
     write_cvat,
     write_parquet,
@@ -246,3 +279,20 @@ def test_a_yolo_line_that_cannot_be_is_named(tmp_path: Path, images: dict[str, b
     data = Data.model_validate({"format": name, "root": str(tmp_path / "set"), "train": (split,)})
     with pytest.raises(UserError, match=rf"c\.txt, line 2.*{message}"):
         prepare_shards(data, "train", str(tmp_path / "shards"))
+
+
+def test_shares_divide_a_data_set(tmp_path: Path, images: dict[str, bytes]) -> None:
+    for number in range(40):
+        write_labelme(tmp_path / "all" / f"{number}", images)
+    parts = {"train": (0.0, 0.9), "val": (0.9, 1.0)}
+    splits = {part: (Split(images="all", share=share),) for part, share in parts.items()}
+    data = Data(format="labelme", root=str(tmp_path), **splits)
+    names = {}
+    for part in parts:
+        shards = prepare_shards(data, part, str(tmp_path / part))
+        names[part] = [sample.file_name for sample in EvaluationSamples(shards)]
+        assert [category.name for category in shards.categories] == ["fox", "owl"]
+    assert [len(names["train"]), len(names["val"])] == [108, 12]
+    assert len({*names["train"], *names["val"]}) == 120
+    with pytest.raises(ValueError, match="two ascending numbers from 0 to 1"):
+        Split(images="all", share=(0.5, 0.5))

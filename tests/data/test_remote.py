@@ -37,8 +37,9 @@ class Store:
             self.port = free.getsockname()[1]
         self.process: subprocess.Popen[bytes] | None = None
 
-    def start(self, folder: Path) -> None:
-        command = [sys.executable, str(HERE / "object_store.py"), str(self.port), str(folder)]
+    def start(self, folder: Path, *dying: str) -> None:
+        """Serve the files of a folder. dying: suffix and number of the answer in which it dies."""
+        command = [sys.executable, str(HERE / "object_store.py"), str(self.port), str(folder), *dying]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
@@ -134,6 +135,47 @@ def test_a_store_that_dies_is_waited_for(
     assert batches == expected_batches(local)
     copies = [path for path in (tmp_path / "cache").rglob("*") if path.suffix in (".tar", ".partial")]
     assert sum(path.stat().st_size for path in copies) <= 2 * max(remote.num_bytes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("suffix", "count", "warm"),
+    [
+        ("index.json", 1, False),
+        ("index.json", 1, True),
+        (".npz", 1, False),
+        (".npz", 3, False),
+        (".tar", 1, False),
+        (".tar", 20, False),
+        (".tar", 1, True),
+    ],
+)
+def test_a_store_that_dies_in_an_answer_is_waited_for(
+    store: Store,
+    start_training: Callable[..., subprocess.Popen[str]],
+    tmp_path: Path,
+    suffix: str,
+    count: int,
+    warm: bool,
+) -> None:
+    """For 20 s, in the middle of the index, of contents or of a tar; warm: contents and some tars lie on the node."""
+    data = Data(format="shapes", image_size=64, train=(Split(count=160),), shard_bytes=40_000)
+    local = prepare_shards(data, "train", str(tmp_path / "local" / "train"))
+    room = 2 * max(local.num_bytes) if warm and suffix == ".tar" else 2**30
+    options = {"workers": 2, "pause": 0.0, "cache_dir": str(tmp_path / "cache"), "cache_bytes": room}
+    if warm:
+        store.start(tmp_path / "local")
+        assert list(lines(start_training("s3://bucket/train", **options)))[1:] == expected_batches(local)
+        store.kill()
+    store.start(tmp_path / "local", suffix, str(count))
+    process = start_training("s3://bucket/train", **options)
+    assert store.process
+    store.process.wait(120)
+    time.sleep(20)
+    assert process.poll() is None, "the training did not wait"
+    store.start(tmp_path / "local")
+    assert list(lines(process))[1:] == expected_batches(local)
+    assert process.wait() == 0
 
 
 def test_workers_end_with_a_training_process_that_is_killed(

@@ -18,9 +18,12 @@ from refinedet.pipeline.config.spec_files import dump_spec
 from refinedet.pipeline.data.images import decode_image
 from refinedet.pipeline.data.index import open_shards
 from refinedet.pipeline.data.job_statistics import job_statistics
+from refinedet.pipeline.data.order import batch_bounds
+from refinedet.pipeline.data.sampling import EpochDraws
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.data.sheets import show_samples
 from refinedet.pipeline.data.statistics import best_overlaps, read_statistics
+from refinedet.pipeline.data.stream import TrainingStream
 from typer.testing import CliRunner
 
 
@@ -89,14 +92,37 @@ def test_the_sheet_shows_what_training_is_given(job: JobSpec, tmp_path: Path) ->
         command = ["data", "show", str(tmp_path / "job.yaml"), *override, "--output", str(shown), *option]
         assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
         data = job.data.model_copy(update=changes)
-        show_samples(shards, str(expected), data, input_size=64, seed=3, plain=bool(option))
+        show_samples(shards, str(expected), data, sizes=(64,), global_batch=32, seed=3, plain=bool(option))
         assert shown.read_bytes() == expected.read_bytes()
         sheets.append(shown.read_bytes())
     assert len(set(sheets)) == 3
-    show_samples(shards, str(tmp_path / "small.png"), job.data, input_size=128, count=7, columns=3)
+    show_samples(shards, str(tmp_path / "small.png"), job.data, sizes=(128,), global_batch=4, count=7, columns=3)
     sheet, _ = decode_image((tmp_path / "small.png").read_bytes())
     assert sheet is not None
     assert sheet.shape == (3 * (128 + 22), 3 * 132, 3)
+
+
+def test_the_sheet_of_multi_scale_training_shows_the_sizes_of_its_batches(job: JobSpec, tmp_path: Path) -> None:
+    command = ["data", "show", str(tmp_path / "job.yaml"), "training.input_sizes=[64,128]", "training.global_batch=8",
+               "--count", "15", "--output", str(tmp_path / "shown.png")]  # fmt: skip
+    assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
+    shards = open_shards(str(tmp_path / "runs" / "job" / "shards" / "train"))
+    window, streams = job.data.shuffle_window, job.data.canonical_streams
+    options = {"seed": 3, "global_batch": 8, "epochs": 1, "shuffle_window": window, "canonical_streams": streams}
+    stream = TrainingStream(shards, input_size=(64, 128), augmentation=Augmentation(), **options)
+    draws = EpochDraws(shards.sizes, None, seed=3, epoch=0, window=window, streams=streams)
+    sheet, _ = decode_image((tmp_path / "shown.png").read_bytes())
+    assert sheet is not None
+    sides = set()
+    for row, batch in zip(range(3), stream, strict=False):
+        side = batch.images.shape[-1]
+        sides.add(side)
+        top = row * (128 + 22) + 2
+        start, _ = batch_bounds(row, draws.num_draws, stream.batches_per_epoch)
+        first = batch.images[batch.keys.index(shards.key(int(draws.stretch(start, start + 1)[0][0])))]
+        shown = sheet[top : top + side, 2 : side + 2].astype(int)
+        assert (np.abs(shown - first.permute(1, 2, 0).numpy()).max(-1) > 0).mean() < 0.5  # but for drawn boxes
+    assert sides == {64, 128}
 
 
 def test_each_class_has_its_contact_sheet(job: JobSpec, tmp_path: Path) -> None:

@@ -90,6 +90,24 @@ def test_init_writes_a_file_once(tmp_path: Path, images: dict[str, bytes], monke
         CliRunner().invoke(app, ["init", "my photos"], catch_exceptions=False)
 
 
+def test_a_tenth_is_held_out_where_there_is_no_validation_split(tmp_path: Path, images: dict[str, bytes]) -> None:
+    for number in range(10):
+        formats.write_labelme(tmp_path / "set" / f"{number}", images)
+    job = propose_job(str(tmp_path / "set"), CPU)
+    assert "to validate on (no validation split was found: every tenth image is held out)" in job.summary
+    spec = parse_spec(yaml.safe_load(job.text), source="init")
+    counts = [prepare_shards(spec.data, part, str(tmp_path / part)).num_samples for part in ("train", "val")]
+    assert sum(counts) == 30
+    assert 1 <= counts[1] <= 8  # ten directories, each divided by itself
+
+
+def test_labels_without_names_of_classes_are_said(tmp_path: Path, images: dict[str, bytes]) -> None:
+    formats.write_yolo_flat(tmp_path / "set", images)
+    (tmp_path / "set" / "classes.txt").unlink()
+    with pytest.raises(UserError, match=r"has YOLO labels \(a\.txt\).*: write .*classes\.txt with the name of"):
+        recognise(str(tmp_path / "set"))
+
+
 def test_what_is_no_data_set_is_said(tmp_path: Path, images: dict[str, bytes]) -> None:
     formats.write_images(tmp_path / "photos", images)
     with pytest.raises(UserError, match="has 3 image files and is no data set of a known format"):

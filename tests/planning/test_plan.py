@@ -14,7 +14,7 @@ from refinedet.pipeline.config.batches import plan_batches
 from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.recipes import RECIPES, estimate_cost
 from refinedet.pipeline.config.spec import Training
-from refinedet.pipeline.config.spec_files import load_spec
+from refinedet.pipeline.config.spec_files import load_spec, parse_spec
 from refinedet.pipeline.planning.plan import DEVICES, Device, estimate, print_plan
 from refinedet.pipeline.runs.durations import describe_duration
 from refinedet.pipeline.runs.errors import UserError
@@ -121,6 +121,15 @@ def test_the_largest_job_of_the_paper_is_resolved() -> None:
 def test_a_device_that_is_not_known_is_said() -> None:
     with pytest.raises(UserError, match="choose one of CPU"):
         print_plan(load_spec(f"{JOBS}/quickstart.yaml"), device="abacus")
+
+
+def test_splits_that_are_trained_and_validated_on_are_said(tmp_path: Path) -> None:
+    split = {"images": "photos", "annotations": "all.json"}
+    spec = parse_spec({"name": "job", "runs": str(tmp_path), "data": {"root": str(tmp_path), "train": [split],
+                      "val": [split]}}, source="test")  # fmt: skip
+    console = Console(file=io.StringIO(), width=200)
+    print_plan(spec, console=console)
+    assert "data.val and data.train both name all.json: its metrics are of images that were" in console.file.getvalue()
 
 
 def header_of(path: Path) -> dict[str, str]:
