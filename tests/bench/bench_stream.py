@@ -1,11 +1,12 @@
-"""The training stream beside torchvision, plain JPEG decoding and webdataset's own loader, in one run, one core each.
+"""The training stream beside torchvision, albumentations, plain JPEG decoding and webdataset's own loader, in one run.
 
     python tests/bench/bench_stream.py [--coco FOLDER] [--size 512] [--rounds 5] [--turns 8] [--json OUT]
 
 FOLDER is laid out as COCO 2017 (default: ../shared/data/coco-mini). Every contender goes through the same photos in
 one process with one thread, in turns, and is given images for each second of CPU time: what other processes of the
-machine do disturbs that least. Also measured: the stream with two workers by the clock, a cold start, and an index of
-ten million samples in ten thousand shards (opening, seeking, memory).
+machine do disturbs that least. albumentations takes part where it can be imported. Also measured: the stream with two
+workers by the clock, a cold start, and an index of ten million samples in ten thousand shards (opening, seeking,
+memory).
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +36,7 @@ import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import webdataset as wds  # noqa: E402
 from refinedet.pipeline.config.spec import Augmentation, Data, Split  # noqa: E402
-from refinedet.pipeline.data.augmentation import MEAN_RGB, augment  # noqa: E402
+from refinedet.pipeline.data.augmentation import INTERPOLATIONS, MEAN_RGB, augment  # noqa: E402
 from refinedet.pipeline.data.images import stack_images  # noqa: E402
 from refinedet.pipeline.data.index import FORMAT_VERSION, ShardSet, contents_name, open_shards  # noqa: E402
 from refinedet.pipeline.data.order import EpochOrder  # noqa: E402
@@ -108,6 +110,41 @@ def torchvision_images(folder: Path, size: int) -> Iterator[int]:
                 images = []
 
 
+def albumentations_images(folder: Path, size: int) -> Iterator[int]:
+    """OpenCV's decoding and the nearest of albumentations' transforms; its crop keeps all boxes, ours any."""
+    import albumentations
+
+    crop = albumentations.RandomSizedBBoxSafeCrop(size, size, erosion_rate=0.3, p=6 / 7)
+    recipe: list[Any] = [
+        albumentations.RandomBrightnessContrast(brightness_limit=0.125, contrast_limit=0.5, p=0.75),
+        albumentations.HueSaturationValue(hue_shift_limit=18, sat_shift_limit=60, val_shift_limit=0, p=0.75),
+        albumentations.CropAndPad(percent=(0, 1.5), keep_size=False, fill=MEAN_RGB, p=0.5),
+        crop,
+        albumentations.OneOf([albumentations.Resize(size, size, each) for each in INTERPOLATIONS], p=1),
+        albumentations.HorizontalFlip(p=0.5),
+    ]
+    boxes = albumentations.BboxParams("coco", label_fields=["labels"], min_area=1, clip=True)
+    transform = albumentations.Compose(recipe, bbox_params=boxes)
+    truth = json.loads((folder / "annotations" / "instances_train2017.json").read_text())
+    objects: dict[int, list[dict[str, Any]]] = {image["id"]: [] for image in truth["images"]}
+    for annotation in truth["annotations"]:
+        objects[annotation["image_id"]].append(annotation)
+    order = np.random.default_rng(0)
+    while True:
+        views = []
+        for index in order.permutation(len(truth["images"])):
+            image = truth["images"][index]
+            pixels = cv2.cvtColor(cv2.imread(str(folder / "train2017" / image["file_name"])), cv2.COLOR_BGR2RGB)
+            own = objects[image["id"]]
+            labels = [annotation["category_id"] for annotation in own]
+            view = transform(image=pixels, bboxes=[annotation["bbox"] for annotation in own], labels=labels)
+            views.append(view["image"])
+            if len(views) == BATCH:
+                stack_images(views)
+                yield len(views)
+                views = []
+
+
 def decoded_images(folder: Path) -> Iterator[int]:
     contents = [path.read_bytes() for path in sorted((folder / "train2017").glob("*.jpg"))]
     while True:
@@ -135,6 +172,8 @@ def compare(folder: Path, shards: ShardSet, size: int, rounds: int, turns: int) 
         "torchvision CocoDetection + v2": torchvision_images(folder, size),
         "plain JPEG decoding": decoded_images(folder),
     }
+    if find_spec("albumentations"):
+        sources["albumentations, nearest recipe"] = albumentations_images(folder, size)
     for source in sources.values():
         next(source)
     rates: dict[str, list[float]] = {name: [] for name in sources}

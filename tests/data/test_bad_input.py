@@ -9,8 +9,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from refinedet.pipeline.config.spec import Data
+from refinedet.pipeline.data.annotations import are_learnable, fault_of_box
 from refinedet.pipeline.data.index import ShardSet, check_same_categories
 from refinedet.pipeline.data.inspection import check_shards
 from refinedet.pipeline.data.reading import EvaluationSamples, expand_tar, write_coco_annotations
@@ -58,7 +60,16 @@ def test_a_bad_box_is_named_and_not_learnt(
     assert bool(check_shards(str(tmp_path / "shards")).faults) == stays
 
 
-@pytest.mark.parametrize("sides", [(60_000, 60_000), (0, 64)])
+def test_boxes_are_judged_alike_one_by_one_and_together() -> None:
+    rng = np.random.default_rng(0)
+    odd = [0.0, -1.0, 1e-7, 33.3, 64.0, 48.0, 1e30, 1e308, float("inf"), float("nan")]
+    boxes = np.concatenate([rng.uniform(-40, 80, (500, 4)), rng.choice(odd, (3000, 4))])
+    judged = [fault_of_box(tuple(box), 64, 48) is None for box in boxes.tolist()]
+    assert 100 < sum(judged) < 3000
+    assert are_learnable(boxes, 64, 48).tolist() == judged
+
+
+@pytest.mark.parametrize("sides", [(16_000, 16_000), (60_000, 60_000), (0, 64)])
 def test_a_header_that_claims_the_impossible_is_not_believed(
     coco_folder: Write, tmp_path: Path, sides: tuple[int, int]
 ) -> None:
@@ -245,7 +256,7 @@ def test_names_that_point_out_of_the_tar_are_found_and_never_followed(coco_folde
     faults = check_shards(str(tmp_path / "shards")).faults
     assert {"../x.jpg", "/etc/x.json"} <= {fault.key for fault in faults}
     assert not (tmp_path / "x.jpg").exists()
-    assert expand_tar(file.getvalue(), "x")["__key__"] == "../x"
+    assert expand_tar(file.getvalue())["__key__"] == "../x"
     with pytest.raises(UserError, match="is damaged"):  # the bytes are not where the index says, and not what it says
         list(EvaluationSamples(shards))
 

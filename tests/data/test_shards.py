@@ -15,6 +15,7 @@ import webdataset
 from refinedet.pipeline.config.spec import Data, Split
 from refinedet.pipeline.data.index import open_shards
 from refinedet.pipeline.data.inspection import check_shards
+from refinedet.pipeline.data.reading import SampleReader, expand_tar
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -44,6 +45,18 @@ def test_webdataset_reads_the_shards_without_our_code(coco_folder: Write, tmp_pa
         assert facts["objects"][0]["category_id"] == 7
     assert [(category.id, category.name) for category in shards.categories] == [(7, "train"), (90, "brush")]
     assert (shards.label(7), shards.label(90), shards.category_id(2)) == (1, 2, 90)
+
+
+def test_a_sample_is_read_as_webdataset_reads_it(shapes: Data, tmp_path: Path) -> None:
+    shards = prepare_shards(shapes, "train", str(tmp_path / "shards"))
+    urls = [shards.shard_url(shard) for shard in range(len(shards))]
+    dataset = list(webdataset.WebDataset(urls, shardshuffle=False))  # type: ignore[attr-defined]
+    reader = SampleReader(shards)
+    for position, theirs in enumerate(dataset):
+        ours = expand_tar(reader.read_bytes(shards.entry(position)))
+        assert ours == {name: value for name, value in theirs.items() if name in ours}
+        assert ours.keys() == {"__key__", "jpg", "json"}
+    assert len(dataset) == shards.num_samples
 
 
 def test_same_input_same_bytes_however_many_threads(shapes: Data, tmp_path: Path) -> None:
