@@ -18,7 +18,14 @@ def keyed_permutation(size: int, *key: int | str) -> np.ndarray:
     It sorts the generator's raw output, which numpy keeps the same for ever; `Generator.permutation` may change.
     """
     raw = np.random.Philox(key=_digest(key)).random_raw(size)
-    return np.argsort(np.atleast_1d(raw), kind="stable")
+    return stable_order(np.atleast_1d(raw))
+
+
+def stable_order(values: np.ndarray) -> np.ndarray:
+    """`np.argsort(values, kind="stable")`, in half the time where no two values are equal, as they hardly ever are."""
+    order = np.argsort(values)
+    ascending = values[order]
+    return np.argsort(values, kind="stable") if (ascending[1:] == ascending[:-1]).any() else order
 
 
 def keyed_integer(stop: int, *key: int | str) -> int:

@@ -128,14 +128,18 @@ def _read_split(data: Data, part: str, split: Split, faults: FaultLog) -> Source
 def _keep_share(source: Source, share: tuple[float, float]) -> Source:
     """The records in a share of an order drawn by file names; they stay in the order of the source.
 
-    A phase drawn by the source's name makes the shares of many small splits right on average.
+    Images with and without objects are divided alike. A phase drawn by the source's name makes the shares of many small
+    splits right on average.
     """
     if share == (0.0, 1.0):
         return source
     key = [keyed_integer(2**64, "share", record.file_name) for record in source.records]
-    drawn = sorted(range(len(key)), key=lambda at: (key[at], at))
     phase = keyed_integer(2**32, "share", source.name) / 2**32
-    kept = [at for place, at in enumerate(drawn) if share[0] <= (place + phase) / len(drawn) < share[1]]
+    kept: list[int] = []
+    for shown in (True, False):
+        group = [at for at, record in enumerate(source.records) if bool(record.annotations) == shown]
+        group.sort(key=lambda at: (key[at], at))
+        kept += [at for place, at in enumerate(group) if share[0] <= (place + phase) / len(group) < share[1]]
     return replace(source, records=tuple(source.records[at] for at in sorted(kept)))
 
 

@@ -20,7 +20,8 @@ from refinedet.pipeline.data.order import EpochOrder
 from refinedet.pipeline.data.randomness import keyed_integer, keyed_permutation
 from refinedet.pipeline.runs.errors import UserError
 
-_ONE = 2**20  # a repeat of 1 in fixed point
+_ONE_BITS = 20
+_ONE = 2**_ONE_BITS  # a repeat of 1 in fixed point
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class Repeats:
         """How often each sample occurs in an epoch, the floor or the ceiling of its repeats; int64 [N], sum T."""
         order = keyed_permutation(len(self.fixed), "sampling", seed, epoch)
         phase = keyed_integer(_ONE, "sampling phase", seed, epoch)
-        passed = (np.cumsum(self.fixed[order]) + phase) // _ONE
+        passed = (np.cumsum(self.fixed[order]) + phase) >> _ONE_BITS
         counts = np.empty_like(passed)
         counts[order] = np.diff(passed, prepend=0)
         return counts

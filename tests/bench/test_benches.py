@@ -14,7 +14,15 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", ["bench_align_conv", "bench_detector", "bench_merge", "bench_multiscale", "bench_evaluation_memory"]
+    "name",
+    [
+        "bench_align_conv",
+        "bench_detector",
+        "bench_merge",
+        "bench_multiscale",
+        "bench_evaluation_memory",
+        "bench_shards",
+    ],
 )
 def test_a_benchmark_runs_to_its_end(tmp_path: Path, name: str) -> None:
     command = [sys.executable, "-m", f"tests.bench.{name}", "--quick", "--json", str(tmp_path / "report.json")]

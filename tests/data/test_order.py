@@ -13,6 +13,7 @@ from refinedet.pipeline.config.batches import divide_batch
 from refinedet.pipeline.config.spec import Data, Split
 from refinedet.pipeline.data import stream_steps
 from refinedet.pipeline.data.order import EpochOrder, micro_batch_of_share, share_of_rank
+from refinedet.pipeline.data.randomness import stable_order
 from refinedet.pipeline.data.samples import Cursor
 from refinedet.pipeline.data.sampling import Repeats, fix_repeats
 from refinedet.pipeline.data.stream_steps import Plan, Turn, TurnSchedule
@@ -188,6 +189,12 @@ def test_micro_batches_partition_a_share(share: int, data: st.DataObject) -> Non
     assert np.concatenate(parts).tolist() == list(range(share))
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     assert min(map(len, parts)) >= 1
+
+
+@given(values=st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 3), max_size=40))
+def test_equal_numbers_keep_their_order(values: list[int]) -> None:
+    array = np.array(values, np.uint64)
+    assert stable_order(array).tolist() == sorted(range(len(values)), key=lambda at: (values[at], at))
 
 
 def test_ten_million_samples_are_within_reach() -> None:
