@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import itertools
 import json
 import shutil
 import threading
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import webdataset
 from refinedet.pipeline.config.spec import Data, Split
@@ -91,6 +93,36 @@ def test_a_write_that_was_cut_off_goes_on_where_it_stopped(
     prepare_shards(shapes, "train", str(folder))
     assert files_of(folder) == files_of(whole)
     assert kept == {name: (folder / name).stat().st_mtime_ns for name in kept}
+
+
+def test_a_store_that_fails_now_and_then_is_written_to(
+    shapes: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = prepare_shards(shapes, "train", str(tmp_path / "shards"))
+    memory = type(fsspec.filesystem("memory"))
+    failed = []
+
+    def failing(method: Callable[..., Any]) -> Callable[..., Any]:
+        calls = itertools.count(1)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            if next(calls) in (1, 3):
+                failed.append(method.__name__)
+                raise ConnectionError("the store is away")
+            return method(*arguments, **options)
+
+        return call
+
+    methods = ("_open", "cat_file", "exists", "pipe_file", "ls")
+    for name in methods:
+        monkeypatch.setattr(memory, name, failing(getattr(memory, name)))
+    remote = prepare_shards(shapes, "train", "memory://written")
+    assert remote.digest == local.digest
+    assert set(failed) == set(methods)
+    monkeypatch.undo()
+    for name, content in files_of(tmp_path / "shards").items():
+        assert fsspec.filesystem("memory").cat(f"/written/{name}") == content
+    fsspec.filesystem("memory").rm("/written", recursive=True)
 
 
 def test_a_shard_lost_before_the_index_is_written_again(shapes: Data, tmp_path: Path) -> None:
