@@ -140,6 +140,26 @@ def test_each_global_batch_has_one_of_the_sizes_on_all_ranks(shapes_shards: Shar
 
 
 @pytest.mark.parametrize("workers", [0, 1])
+def test_a_window_as_large_as_the_set_reads_each_contents_file_once(
+    shapes_shards: ShardSet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards = open_shards(shapes_shards.url)
+    read, method = [], ShardSet.read_columns
+
+    def count(self: ShardSet, shard: int, *names: str) -> dict[str, np.ndarray]:
+        read.append(shard)
+        return method(self, shard, *names)
+
+    monkeypatch.setattr(ShardSet, "read_columns", count)
+    window = shards.num_samples
+    list(
+        TrainingStream(
+            shards, input_size=64, augmentation=None, seed=0, global_batch=20, epochs=2, shuffle_window=window
+        )
+    )
+    assert sorted(read) == list(range(len(shards)))
+
+
 def test_a_stream_draws_no_random_numbers_of_the_training(shapes_shards: ShardSet, workers: int) -> None:
     torch.manual_seed(5)
     expected = torch.rand(1)
