@@ -47,7 +47,7 @@ def test_help_lists_every_command_and_starts_nothing_heavy(tmp_path: Path) -> No
     names = "launch submit resume status list logs stop render plan doctor schema shard data predict report evaluate"
     for name in f"{names} multiscale drill".split():
         assert f"\n  {name} " in done.stdout
-    assert "..." not in done.stdout, "a line of help is cut"
+    assert "..." not in done.stdout.replace("[ARGS]...", ""), "a line of help is cut"
     program = (
         "import sys, refinedet.pipeline.cli.main; print(*sorted({'ray', 'torch', 'mlflow', 'cv2'} & {*sys.modules}))"
     )
