@@ -11,12 +11,12 @@ from multiprocessing.context import BaseContext
 
 import torch
 from refinedet.pipeline.config.batches import divide_batch
-from refinedet.pipeline.config.spec import Augmentation
+from refinedet.pipeline.config.spec import Data
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.cache import node_cache
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.samples import BadSample, Batch, Cursor
-from refinedet.pipeline.data.sampling import Repeats
+from refinedet.pipeline.data.sampling import expected_repeats
 from refinedet.pipeline.data.stream_steps import (
     Augmenter,
     Packed,
@@ -40,56 +40,51 @@ class TrainingStream:
 
     Iterating yields `Batch`es ordered by (epoch, index, part); iterating again, or in another process with
     `start=stream.cursor`, goes on with exactly what has not been delivered, at any world size and number of workers.
-    Every sample occurs once in every epoch, or as often as `repeats` says. Where the global batch does not divide the
-    epoch, some batches have one sample less and a blank in its place (`refinedet.pipeline.data.order`).
+    Every sample occurs once in every epoch, or as often as `data.sampling` and the splits' weights say. Where the
+    global batch does not divide the epoch, some batches have one sample less and a blank in its place
+    (`refinedet.pipeline.data.order`).
 
     Samples that cannot be decoded become grey images without objects, which add nothing to the loss, and are named;
-    more than `max_bad_samples` of them on this rank raise `UserError`.
+    more than `data.max_bad_samples` of them on this rank raise `UserError`.
 
-    Local shards are read in place; remote ones through a cache of `cache_bytes` in `cache_dir`, which all processes of
-    a node share (`refinedet.pipeline.data.cache`).
+    Local shards are read in place; remote ones through a cache of `data.cache_bytes` in `data.cache_dir`, which all
+    processes of a node share (`refinedet.pipeline.data.cache`).
 
+    Decoding processes (`data.loader_workers`; 0 decodes in this process) are started by a fork server, a clean process
+    without threads: Ray's actors and torch run threads whose locks a plain fork would copy in whatever state they are,
+    and spawning would import torch anew for each. They end with this process, however it ends.
+
+    data        section of the spec
     input_size  of the views, pixels; several: each global batch has one of them, the same on all ranks
-    workers     decoding processes; 0 decodes in this process. They are started by a fork server, a clean process
-                without threads: Ray's actors and torch run threads whose locks a plain fork would copy in whatever
-                state they are, and spawning would import torch anew for each. They end with this process, however it
-                ends.
     """
 
     def __init__(
         self,
         shards: ShardSet,
+        data: Data,
         *,
         input_size: int | tuple[int, ...],
-        augmentation: Augmentation | None,
         seed: int,
         global_batch: int,
         micro_batch: int | None = None,
         rank: int = 0,
         world_size: int = 1,
-        workers: int = 0,
         start: Cursor = Cursor(0, 0),  # noqa: B008 (a tuple)
         epochs: int | None = None,
-        shuffle_window: int = 4096,
-        canonical_streams: int = 16,
-        cache_dir: str | None = None,
-        cache_bytes: int = 32 * 2**30,
-        max_bad_samples: int = 10,
-        include_difficult: bool = True,
-        repeats: Repeats | None = None,
     ) -> None:
         batch = divide_batch(global_batch, micro_batch, world_size)
-        self._plan = Plan(shards, seed, batch, rank, epochs, shuffle_window, canonical_streams, repeats)
+        repeats = expected_repeats(shards, data.train, data.sampling)
+        self._plan = Plan(shards, seed, batch, rank, epochs, data.shuffle_window, data.canonical_streams, repeats)
         if self._plan.draws_per_epoch < global_batch:
             raise UserError(
                 f"an epoch of {shards.url} has {self._plan.draws_per_epoch} images, fewer than one global batch of "
                 f"{global_batch}: lower training.global_batch"
             )
         sizes = (input_size,) if isinstance(input_size, int) else input_size
-        self._augment = Augmenter(sizes, seed, augmentation, include_difficult)
-        self._workers = workers
-        self._cache = node_cache(shards, cache_dir, cache_bytes)
-        self._faults = FaultLog(max_bad_samples, f"shards {shards.url}")
+        self._augment = Augmenter(sizes, seed, data.augmentation, data.include_difficult)
+        self._workers = data.loader_workers
+        self._cache = node_cache(shards, data.cache_dir, data.cache_bytes)
+        self._faults = FaultLog(data.max_bad_samples, f"shards {shards.url}")
         self._running: Iterator[Batch] | None = None
         self._cursor = self._normalised(Cursor(*start))
 

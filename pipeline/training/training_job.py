@@ -13,7 +13,6 @@ from refinedet.pipeline.config.batches import BatchPlan, training_sizes
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.samples import Cursor
-from refinedet.pipeline.data.sampling import expected_repeats
 from refinedet.pipeline.data.stream import TrainingStream
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -129,25 +128,16 @@ def _open_shards(run: Run) -> ShardSet | None:
 
 
 def _open_stream(run: Run, shards: ShardSet, world: World, start: Cursor, plan: BatchPlan) -> TrainingStream:
-    data = run.spec.data
     return TrainingStream(
         shards,
+        run.spec.data,
         input_size=training_sizes(run.spec),
-        augmentation=data.augmentation,
         seed=run.spec.seed,
         global_batch=plan.global_batch,
         micro_batch=plan.micro_batch,
         rank=world.rank,
         world_size=world.size,
-        workers=data.loader_workers,
         start=start,
-        shuffle_window=data.shuffle_window,
-        canonical_streams=data.canonical_streams,
-        cache_dir=data.cache_dir,
-        cache_bytes=data.cache_bytes,
-        max_bad_samples=data.max_bad_samples,
-        include_difficult=data.include_difficult,
-        repeats=expected_repeats(shards, data.train, data.sampling),
     )
 
 

@@ -140,14 +140,13 @@ def run_bare(spec_file: str, shards_folder: str, output: str) -> None:
         def make_stream(start: Cursor, plan: BatchPlan) -> TrainingStream:
             return TrainingStream(
                 shards,
+                spec.data,
                 input_size=spec.model.input_size,
-                augmentation=spec.data.augmentation,
                 seed=spec.seed,
                 global_batch=plan.global_batch,
                 micro_batch=plan.micro_batch,
                 rank=world.rank,
                 world_size=world.size,
-                workers=spec.data.loader_workers,
                 start=start,
             )
 

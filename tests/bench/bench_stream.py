@@ -43,17 +43,18 @@ from refinedet.pipeline.data.order import EpochOrder  # noqa: E402
 from refinedet.pipeline.data.reading import decode_sample  # noqa: E402
 from refinedet.pipeline.data.samples import Cursor  # noqa: E402
 from refinedet.pipeline.data.shards import prepare_shards  # noqa: E402
-from refinedet.pipeline.data.stream import TrainingStream  # noqa: E402
 from refinedet.pipeline.runs import storage  # noqa: E402
+
+from tests.data.streams import PLAIN, open_stream  # noqa: E402
 
 BATCH = 8
 STREAM = "stream, full SSD augmentation"
 NUM_SHARDS, PER_SHARD = 10_000, 1000
 
 
-def stream_images(shards: ShardSet, size: int, augmentation: Augmentation | None, workers: int = 0) -> Iterator[int]:
-    stream = TrainingStream(
-        shards, input_size=size, augmentation=augmentation, seed=0, global_batch=BATCH, workers=workers
+def stream_images(shards: ShardSet, size: int, augmentation: Augmentation, workers: int = 0) -> Iterator[int]:
+    stream = open_stream(
+        shards, input_size=size, augmentation=augmentation, seed=0, global_batch=BATCH, loader_workers=workers
     )
     for batch in stream:
         yield len(batch)
@@ -167,7 +168,7 @@ def compare(folder: Path, shards: ShardSet, size: int, rounds: int, turns: int) 
     """
     sources = {
         STREAM: stream_images(shards, size, Augmentation()),
-        "stream, plain resize": stream_images(shards, size, None),
+        "stream, plain resize": stream_images(shards, size, PLAIN),
         "webdataset's loader, same work": webdataset_images(shards, size),
         "torchvision CocoDetection + v2": torchvision_images(folder, size),
         "plain JPEG decoding": decoded_images(folder),

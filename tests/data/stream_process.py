@@ -12,13 +12,14 @@ import time
 
 from refinedet.pipeline.config.spec import Augmentation
 from refinedet.pipeline.data.index import open_shards
-from refinedet.pipeline.data.stream import TrainingStream
+
+from tests.data.streams import open_stream
 
 
 def main() -> None:
     options = json.loads(sys.argv[1])
     url, pause = options.pop("url"), options.pop("pause")
-    stream = TrainingStream(open_shards(url), augmentation=Augmentation(), input_size=64, **options)
+    stream = open_stream(open_shards(url), augmentation=Augmentation(), input_size=64, **options)
     for number, batch in enumerate(stream):
         if not number:
             say([process.pid for process in multiprocessing.active_children()])

@@ -27,8 +27,9 @@ from refinedet.pipeline.data.augmentation import (
 )
 from refinedet.pipeline.data.randomness import keyed_generator
 
+from tests.data.streams import PLAIN
+
 HEIGHT, WIDTH, SIZE = 150, 210, 256
-PLAIN = Augmentation(distort=False, expand=False, crop=False, mirror=False, random_interpolation=False)
 
 
 def marked_image(box: tuple[int, int, int, int]) -> np.ndarray:

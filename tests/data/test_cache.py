@@ -16,9 +16,10 @@ from refinedet.pipeline.data.cache import ShardCache, node_cache, prefetch
 from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.reading import SampleReader
 from refinedet.pipeline.data.samples import Cursor
-from refinedet.pipeline.data.stream import TrainingStream
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import JobError, UserError
+
+from tests.data.streams import open_stream
 
 
 @pytest.fixture
@@ -36,7 +37,7 @@ def used(folder: Path) -> int:
 
 
 def batches(shards: ShardSet, **options: Any) -> list[Any]:
-    stream = TrainingStream(
+    stream = open_stream(
         shards,
         input_size=48,
         augmentation=Augmentation(),

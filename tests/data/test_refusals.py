@@ -23,8 +23,9 @@ from refinedet.pipeline.data.inspection import check_shards
 from refinedet.pipeline.data.lock import writer_lock
 from refinedet.pipeline.data.reading import EvaluationSamples
 from refinedet.pipeline.data.shards import prepare_shards
-from refinedet.pipeline.data.stream import TrainingStream
 from refinedet.pipeline.runs.errors import JobError, UserError
+
+from tests.data.streams import PLAIN, open_stream
 
 Write = Callable[..., Data]
 XML = (
@@ -146,7 +147,7 @@ def test_a_damaged_photo_in_shards_of_others_is_grey_in_the_stream(
     monkeypatch.setattr("refinedet.pipeline.data.shard_file.decode_image", lambda _: (tolerant, None))
     shards = prepare_shards(data, "train", str(tmp_path / "shards"))
     monkeypatch.undo()
-    stream = TrainingStream(shards, input_size=32, augmentation=None, seed=0, global_batch=4, epochs=1)
+    stream = open_stream(shards, input_size=32, augmentation=PLAIN, seed=0, global_batch=4, epochs=1)
     faults = [fault for batch in stream for fault in batch.faults]
     assert ["does not finish the image" in fault.reason for fault in faults] == [True]
     assert len(check_shards(shards.url).faults) == 1

@@ -19,7 +19,8 @@ from refinedet.pipeline.config.spec import Augmentation, Data, Split
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.inspection import check_shards
 from refinedet.pipeline.data.shards import prepare_shards
-from refinedet.pipeline.data.stream import TrainingStream
+
+from tests.data.streams import open_stream
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -95,7 +96,7 @@ def lines(process: subprocess.Popen[str]) -> Iterator[Any]:
 
 
 def expected_batches(shards: ShardSet) -> list[Any]:
-    stream = TrainingStream(shards, input_size=64, augmentation=Augmentation(), **OPTIONS)
+    stream = open_stream(shards, input_size=64, augmentation=Augmentation(), **OPTIONS)
     return [[batch.epoch, batch.index, sorted(batch.keys)] for batch in stream]
 
 
@@ -117,7 +118,7 @@ def test_a_store_that_dies_is_waited_for(
 
     process = start_training(
         "s3://bucket/train",
-        workers=2,
+        loader_workers=2,
         pause=0.3,
         cache_dir=str(tmp_path / "cache"),
         cache_bytes=2 * max(remote.num_bytes),  # most samples must come from the store
@@ -163,7 +164,7 @@ def test_a_store_that_dies_in_an_answer_is_waited_for(
     local = prepare_shards(data, "train", str(tmp_path / "local" / "train"))
     few = suffix == ".tar" and (warm or count > 1)  # copies, so that most samples come from the store
     room = 2 * max(local.num_bytes) if few else 2**30
-    options = {"workers": 2, "pause": 0.0, "cache_dir": str(tmp_path / "cache"), "cache_bytes": room}
+    options = {"loader_workers": 2, "pause": 0.0, "cache_dir": str(tmp_path / "cache"), "cache_bytes": room}
     if warm:
         store.start(tmp_path / "local")
         assert list(lines(start_training("s3://bucket/train", **options)))[1:] == expected_batches(local)
@@ -182,7 +183,7 @@ def test_a_store_that_dies_in_an_answer_is_waited_for(
 def test_workers_end_with_a_training_process_that_is_killed(
     shapes_shards: ShardSet, start_training: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    process = start_training(shapes_shards.url, workers=2, pause=0.1, epochs=None)
+    process = start_training(shapes_shards.url, loader_workers=2, pause=0.1, epochs=None)
     output = lines(process)
     workers = next(output)
     assert len(workers) == 2
@@ -206,7 +207,7 @@ def is_running(pid: int) -> bool:
 def test_a_worker_that_is_killed_is_an_error_not_a_hang(
     shapes_shards: ShardSet, start_training: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    process = start_training(shapes_shards.url, workers=2, pause=0.1, epochs=None)
+    process = start_training(shapes_shards.url, loader_workers=2, pause=0.1, epochs=None)
     output = lines(process)
     workers = next(output)
     next(output)

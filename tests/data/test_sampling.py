@@ -11,8 +11,9 @@ from refinedet.pipeline.config.spec import Augmentation, Data, Sampling, Split
 from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.sampling import balancing_factors, expected_repeats, fix_repeats, repeat_factors
 from refinedet.pipeline.data.shards import prepare_shards
-from refinedet.pipeline.data.stream import TrainingStream
 from refinedet.pipeline.runs.errors import UserError
+
+from tests.data.streams import open_stream
 
 
 def test_whole_repeats_are_met_exactly_and_others_on_average() -> None:
@@ -55,9 +56,8 @@ def two_splits(tmp_path_factory: pytest.TempPathFactory) -> tuple[Data, ShardSet
 
 def test_a_weight_repeats_its_split_in_every_epoch(two_splits: tuple[Data, ShardSet]) -> None:
     data, shards = two_splits
-    repeats = expected_repeats(shards, data.train, data.sampling)
-    stream = TrainingStream(
-        shards, input_size=64, augmentation=Augmentation(), seed=1, global_batch=16, epochs=2, repeats=repeats
+    stream = open_stream(
+        shards, input_size=64, augmentation=Augmentation(), seed=1, global_batch=16, epochs=2, train=data.train
     )
     assert stream.batches_per_epoch == 6  # 90 draws
     drawn: dict[int, Counter[str]] = {0: Counter(), 1: Counter()}

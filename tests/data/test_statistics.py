@@ -23,8 +23,9 @@ from refinedet.pipeline.data.sampling import EpochDraws
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.data.sheets import show_samples
 from refinedet.pipeline.data.statistics import best_overlaps, read_statistics
-from refinedet.pipeline.data.stream import TrainingStream
 from typer.testing import CliRunner
+
+from tests.data.streams import open_stream
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_the_sheet_of_multi_scale_training_shows_the_sizes_of_its_batches(job: J
     shards = open_shards(str(tmp_path / "runs" / "job" / "shards" / "train"))
     window, streams = job.data.shuffle_window, job.data.canonical_streams
     options = {"seed": 3, "global_batch": 8, "epochs": 1, "shuffle_window": window, "canonical_streams": streams}
-    stream = TrainingStream(shards, input_size=(64, 128), augmentation=Augmentation(), **options)
+    stream = open_stream(shards, input_size=(64, 128), augmentation=Augmentation(), **options)
     draws = EpochDraws(shards.sizes, None, seed=3, epoch=0, window=window, streams=streams)
     sheet, _ = decode_image((tmp_path / "shown.png").read_bytes())
     assert sheet is not None

@@ -18,6 +18,7 @@ from refinedet.pipeline.data.stream import TrainingStream
 from refinedet.pipeline.runs.errors import UserError
 
 from tests.data.conftest import NUM_SHAPES
+from tests.data.streams import PLAIN, open_stream
 
 BATCH = 24
 PER_EPOCH = -(-NUM_SHAPES // BATCH)
@@ -25,7 +26,7 @@ PER_EPOCH = -(-NUM_SHAPES // BATCH)
 
 def make_stream(shards: ShardSet, **changes: Any) -> TrainingStream:
     options: dict[str, Any] = {"input_size": 64, "augmentation": Augmentation(), "seed": 5, "global_batch": BATCH}
-    return TrainingStream(shards, **{**options, "epochs": 2, "shuffle_window": 64, **changes})
+    return open_stream(shards, **{**options, "epochs": 2, "shuffle_window": 64, **changes})
 
 
 def contents(batches: Iterator[Batch]) -> dict[Cursor, dict[str, str]]:
@@ -80,7 +81,7 @@ def test_same_global_batches_at_any_world_size_and_workers(
 ) -> None:
     micro_batch = {1: 6, 2: 4, 3: 3, 4: 3, 5: 2, 8: 3}[world_size]
     start = Cursor(0, PER_EPOCH - 2)  # across the end of an epoch
-    whole = merged(shapes_shards, world_size, workers=workers, start=start, micro_batch=micro_batch)
+    whole = merged(shapes_shards, world_size, loader_workers=workers, start=start, micro_batch=micro_batch)
     assert whole == {cursor: views for cursor, views in expected.items() if cursor >= start}
 
 
@@ -93,7 +94,7 @@ def test_views_differ_between_epochs(expected: dict[Cursor, dict[str, str]]) -> 
 
 
 def test_iterating_again_goes_on_at_the_cursor(shapes_shards: ShardSet, expected: dict[Cursor, dict[str, str]]) -> None:
-    stream = make_stream(shapes_shards, micro_batch=12, workers=2)
+    stream = make_stream(shapes_shards, micro_batch=12, loader_workers=2)
     batches = iter(stream)
     for _ in range(3):
         next(batches)
@@ -152,9 +153,7 @@ def test_a_window_as_large_as_the_set_reads_each_contents_file_once(
     monkeypatch.setattr(ShardSet, "read_columns", count)
     window = shards.num_samples
     list(
-        TrainingStream(
-            shards, input_size=64, augmentation=None, seed=0, global_batch=20, epochs=2, shuffle_window=window
-        )
+        open_stream(shards, input_size=64, augmentation=PLAIN, seed=0, global_batch=20, epochs=2, shuffle_window=window)
     )
     assert sorted(read) == list(range(len(shards)))
 
@@ -164,14 +163,14 @@ def test_a_stream_draws_no_random_numbers_of_the_training(shapes_shards: ShardSe
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    stream = make_stream(shapes_shards, workers=workers, epochs=None)
+    stream = make_stream(shapes_shards, loader_workers=workers, epochs=None)
     next(iter(stream))
     stream.close()
     assert torch.equal(torch.rand(1), expected)
 
 
 def test_workers_end_with_the_stream(shapes_shards: ShardSet) -> None:
-    stream = make_stream(shapes_shards, workers=2, epochs=None)
+    stream = make_stream(shapes_shards, loader_workers=2, epochs=None)
     next(iter(stream))
     assert len(multiprocessing.active_children()) == 2
     stream.close()
@@ -183,7 +182,7 @@ def test_a_missing_shard_is_an_error_that_names_it(shapes_shards: ShardSet, tmp_
     copy = shutil.copytree(shapes_shards.url, tmp_path / "copy")
     (copy / shapes_shards.names[2]).unlink()
     with pytest.raises(UserError, match=shapes_shards.names[2]):
-        list(make_stream(open_shards(str(copy)), workers=workers))
+        list(make_stream(open_shards(str(copy)), loader_workers=workers))
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -199,7 +198,7 @@ def test_damaged_samples_are_grey_and_named_up_to_the_limit(
         content[entry.offset + 700] ^= 4
         path.write_bytes(content)
 
-    stream = make_stream(shards, workers=workers, max_bad_samples=3)
+    stream = make_stream(shards, loader_workers=workers, max_bad_samples=3)
     faults = {}
     for batch in stream:
         for fault in batch.faults:
@@ -211,7 +210,7 @@ def test_damaged_samples_are_grey_and_named_up_to_the_limit(
     assert len(stream.bad_samples) == 3  # the second epoch met them again
 
     with pytest.raises(UserError, match=r"more than 2 faults.*shard-\d+\.tar, 0000.*checksum"):
-        list(make_stream(shards, workers=workers, max_bad_samples=2))
+        list(make_stream(shards, loader_workers=workers, max_bad_samples=2))
 
 
 def test_a_truncated_shard_names_what_it_lost(shapes_shards: ShardSet, tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ from refinedet.pipeline.config.spec import Augmentation
 from refinedet.pipeline.data.index import open_shards
 from refinedet.pipeline.data.order import count_batches
 from refinedet.pipeline.data.samples import Cursor
-from refinedet.pipeline.data.stream import TrainingStream
 
 from tests.bench.peers.models import PEERS, Peer, build_peer
+from tests.data.streams import open_stream
 
 logger = logging.getLogger("peers")
 
@@ -49,7 +49,15 @@ def main() -> None:
     options: dict[str, Any] = {"num_classes": 80, "tcb_channels": 128, "prediction_block": False}
     config = RefineDetConfig(backbone=args.backbone, input_size=args.size, **{**options, **json.loads(args.model)})
     peer = build_peer(args.peer, config, weights).to(memory_format=torch.channels_last)
-    optimizer = torch.optim.SGD(peer.parameters(), lr=1.0, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
+    pretrained = {parameter for name, parameter in peer.named_parameters() if ".body." in name}
+    if args.backbone_rate == 0:
+        for parameter in pretrained:
+            parameter.requires_grad_(False)
+    groups: list[dict[str, Any]] = [
+        {"params": [one for one in peer.parameters() if one not in pretrained], "factor": 1.0},
+        {"params": [one for one in peer.parameters() if one in pretrained], "factor": args.backbone_rate},
+    ]
+    optimizer = torch.optim.SGD(groups, lr=1.0, momentum=MOMENTUM, weight_decay=WEIGHT_DECAY)
     checkpoint = args.output / "checkpoint.pt"
     args.output.mkdir(parents=True, exist_ok=True)
     step, seconds = 0, 0.0
@@ -60,7 +68,7 @@ def main() -> None:
         step, seconds = saved["step"], saved["seconds"]
     shards = open_shards(str(args.shards))
     per_epoch = count_batches(shards.num_samples, BATCH)
-    stream = TrainingStream(
+    stream = open_stream(
         shards, input_size=args.size, augmentation=Augmentation(expand=args.expand), seed=0, global_batch=BATCH,
         start=Cursor(*divmod(step, per_epoch)), epochs=args.epochs,
     )  # fmt: skip
@@ -69,7 +77,7 @@ def main() -> None:
     for batch in stream:
         began = time.monotonic()
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step / per_epoch, args.epochs, args.learning_rate)
+            group["lr"] = group["factor"] * learning_rate(step / per_epoch, args.epochs, args.learning_rate)
         losses = peer.losses(batch.images, batch.targets)
         optimizer.zero_grad()
         sum(losses.values()).backward()  # type: ignore[union-attr]
@@ -160,6 +168,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--backbone-rate", type=float, default=1.0, help="of pretrained weights, relative; 0: fixed")
     parser.add_argument("--clip", type=float, default=CLIP, help="largest gradient norm; 0: none")
     parser.add_argument("--expand", action="store_true", help="with SSD's expansion of the canvas")
     parser.add_argument("--model", default="{}", help="fields of RefineDetConfig, as JSON")
