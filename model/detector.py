@@ -5,7 +5,7 @@ B images, A anchors an image, H W pixels, multiples of the coarsest stride, N ro
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +149,10 @@ class RefineDet(nn.Module):
         self._require_evaluation()
         size = (self.config.input_size, self.config.input_size)
         return detect_images(self, (image.to(self.mean.device) for image in images), size, self.config)
+
+    def pretrained_parameters(self) -> Iterator[nn.Parameter]:
+        """Parameters of the backbone that weights of a classifier hold; the layers that detection adds are not."""
+        return (one for name, one in self.backbone.named_parameters() if name.startswith(self.backbone.trained))
 
     @classmethod
     def from_pretrained(cls, source: str | Path, **hub_options: Any) -> RefineDet:

@@ -74,6 +74,9 @@ class Training(Section):
     """of SGD"""
     weight_decay: NonNegativeFloat = 5e-4
     """L2 penalty of all weights, biases with `bias_decay_multiplier`"""
+    backbone_lr_multiplier: NonNegativeFloat = 1.0
+    """of the backbone's pretrained layers; 0: they stay as they are, which suits few images, and a step takes half as
+    long. Below 1 use `model.norm: frozen`"""
     bias_lr_multiplier: PositiveFloat = 1.0
     """2 in the Caffe release"""
     bias_decay_multiplier: NonNegativeFloat = 1.0

@@ -7,39 +7,40 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from refinedet.model import RefineDet
 from refinedet.pipeline.config.spec import Training
 from refinedet.pipeline.runs.errors import UserError
 from torch import nn
 
 
 def group_parameters(module: nn.Module, spec: Training) -> list[dict[str, Any]]:
-    """Trainable parameters; biases apart where the spec gives them multipliers of their own.
+    """Trainable parameters, in groups of one learning rate and one weight decay.
 
-    As in the Caffe release, what a normalisation adds is none of them: its gain and shift are treated alike. Every
-    group holds `lr_multiplier`, which the learning rate of a step is multiplied with.
+    Pretrained layers of the backbone and biases have groups of their own where the spec gives them multipliers. As in
+    the Caffe release, what a normalisation adds is no bias: its gain and shift are treated alike. Every group holds
+    `lr_multiplier`, with which the learning rate of a step is multiplied.
     """
-    shifts = set()
+    shifts, pretrained = set(), set()
     for child in module.modules():
         own = dict(child.named_parameters(recurse=False))
         if "bias" in own and "weight" in own and own["weight"].dim() == 1:
             shifts.add(own["bias"])
-    weights, biases = [], []
+        if isinstance(child, RefineDet):
+            pretrained |= set(child.pretrained_parameters())
+    groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            is_bias = name.endswith(".bias") or ".biases." in name
-            (biases if is_bias and parameter not in shifts else weights).append(parameter)
-    if spec.bias_lr_multiplier == 1 and spec.bias_decay_multiplier == 1:
-        order = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        return [{"params": order, "weight_decay": spec.weight_decay, "lr_multiplier": 1.0}]
-    groups = [
-        {"params": weights, "weight_decay": spec.weight_decay, "lr_multiplier": 1.0},
-        {
-            "params": biases,
-            "weight_decay": spec.weight_decay * spec.bias_decay_multiplier,
-            "lr_multiplier": spec.bias_lr_multiplier,
-        },
+        if not parameter.requires_grad:
+            continue
+        is_bias = (name.endswith(".bias") or ".biases." in name) and parameter not in shifts
+        rate = spec.bias_lr_multiplier if is_bias else 1.0
+        if parameter in pretrained:
+            rate *= spec.backbone_lr_multiplier
+        decay = spec.weight_decay * (spec.bias_decay_multiplier if is_bias else 1.0)
+        groups.setdefault((rate, decay), []).append(parameter)
+    return [
+        {"params": parameters, "weight_decay": decay, "lr_multiplier": rate}
+        for (rate, decay), parameters in groups.items()
     ]
-    return [group for group in groups if group["params"]]
 
 
 def make_optimizer(groups: Iterable[dict[str, Any]], spec: Training, device: torch.device) -> torch.optim.Optimizer:

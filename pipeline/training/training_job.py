@@ -89,6 +89,9 @@ def train_job(
     check_classes(run, shards)
     torch.manual_seed(spec.seed)
     detector = RefineDet(spec.model, categories=[category.name for category in shards.categories])
+    if spec.training.backbone_lr_multiplier == 0:
+        for parameter in detector.pretrained_parameters():
+            parameter.requires_grad_(False)
     initial = spec.training.init_weights
     task = Task(
         detector,

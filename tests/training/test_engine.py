@@ -144,6 +144,24 @@ def test_biases_have_their_own_group_where_the_spec_says_so() -> None:
     assert len(weights["params"]) + len(biases["params"]) == len(together["params"])
 
 
+@pytest.mark.parametrize("backbone", ["resnet18", "vgg16_reduced", "tf_efficientnet_lite0"])
+def test_pretrained_layers_have_a_rate_of_their_own(backbone: str) -> None:
+    with torch.device("meta"):
+        detector = RefineDet(RefineDetConfig(backbone=backbone, input_size=64))
+    groups = group_parameters(detector, Training(backbone_lr_multiplier=0.1, bias_lr_multiplier=2))
+    rates = {id(parameter): group["lr_multiplier"] for group in groups for parameter in group["params"]}
+    assert {0.1, 1, 2} <= {*rates.values()} <= {0.1, 0.2, 1, 2}
+    assert len(rates) == len(list(detector.parameters()))
+    slow = {name for name, parameter in detector.named_parameters() if rates[id(parameter)] in (0.1, 0.2)}
+    assert all(name.startswith(("backbone.body.", "backbone.stages.")) for name in slow)
+    assert not any(name.startswith("backbone.stages.6") for name in slow), "VGG's extra stages are new"
+    assert any(name.startswith("backbone.norms") or ".extra" in name for name in rates_of(detector, rates, 1.0))
+
+
+def rates_of(detector: nn.Module, rates: dict[int, float], rate: float) -> set[str]:
+    return {name for name, parameter in detector.named_parameters() if rates[id(parameter)] == rate}
+
+
 @pytest.mark.parametrize("options", [{}, {"backbone": "vgg16_reduced"}, {"backbone": "convnext_atto"}])
 def test_the_biases_are_those_of_convolutions_not_of_norms(options: dict[str, Any]) -> None:
     """In the Caffe release gain and shift of a norm have the multipliers of weights."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from refinedet.model import RefineDet
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.data.shards import prepare_shards
@@ -13,6 +15,7 @@ from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.training.records import Event, StepRecord
 from refinedet.pipeline.training.training_job import Attempt, check_job, train_job
 from refinedet.pipeline.training.world import World
+from safetensors.torch import load_file
 
 
 class ListLink:
@@ -66,6 +69,24 @@ def test_a_job_runs_to_its_end_and_tells_of_it(world: World, run: Run) -> None:
         assert 0 < record.shares["rows"] <= 1
         assert record.line()["shares"] == record.shares
     assert [event.kind for event in again.events] == ["preflight", "resumed", "validated", "saved"]
+
+
+def test_pretrained_layers_stay_as_they_are_where_their_rate_is_0(world: World, run: Run) -> None:
+    training = run.spec.training.model_copy(update={"backbone_lr_multiplier": 0.0})
+    fixed = Run(run.spec.model_copy(update={"training": training}))
+    torch.manual_seed(fixed.spec.seed)
+    before = RefineDet(fixed.spec.model).state_dict()
+    validate = {"validate": lambda detector, epochs: {"AP": 0.5}}
+    assert train_job(fixed, world, ListLink(stop_at=3), **validate).status == "stopped"
+    assert train_job(fixed, world, ListLink(), attempt=Attempt(1), **validate).status == "finished"
+    after = load_file(fixed.weights)
+    assert after.keys() == before.keys()
+    for name, value in before.items():
+        if name.startswith("backbone.body."):
+            assert torch.equal(after[name], value), name
+    assert not any(
+        torch.equal(after[name], before[name]) for name in before if name.startswith("adm.") and "weight" in name
+    )
 
 
 def test_a_fault_of_the_preflight_is_the_users_at_the_first_start_only(world: World, run: Run) -> None:
