@@ -13,8 +13,13 @@ from refinedet.pipeline.runs.errors import JobError, UserError
 from refinedet.pipeline.runs.progress import ProgressDisplay
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from refinedet.pipeline.evaluation.diagnosis import Diagnosis
     from refinedet.pipeline.evaluation.protocols import Metrics
+    from refinedet.pipeline.inference.predict import Choice
+    from refinedet.pipeline.inference.predictor import Predictor
+    from refinedet.pipeline.inference.sources import Source
 
 # Torch, Ray and matplotlib are loaded inside the commands that need them: each takes seconds.
 
@@ -66,7 +71,7 @@ def predict(
 
     found = find_sources(sources, leave_out=str(output))
     from refinedet.pipeline.config.spec import Multiscale, Pass
-    from refinedet.pipeline.inference.predict import Choice, Tally, predict_sources
+    from refinedet.pipeline.inference.predict import Choice
     from refinedet.pipeline.inference.predictor import Predictor
 
     predictor = Predictor.load(
@@ -76,8 +81,14 @@ def predict(
         batch_size=batch_size,
         multiscale=Multiscale(passes=tuple(Pass(size=one) for one in size)) if size else None,
     )
-    choice = Choice(output, formats, threshold, category or ())
-    total = sum(source.count for source in found)
+    _predict(predictor, found, Choice(output, formats, threshold, category or ()))
+
+
+def _predict(predictor: Predictor, sources: Sequence[Source], choice: Choice) -> None:
+    """Detect and write, with a bar; JobError at the end where images could not be read."""
+    from refinedet.pipeline.inference.predict import Tally, predict_sources
+
+    total = sum(source.count for source in sources)
     with ProgressDisplay() as display:
         display.stage("predict", total, "images")
 
@@ -86,12 +97,12 @@ def predict(
 
         tally = predict_sources(
             predictor,
-            found,
+            sources,
             choice,
             on_progress=on_progress,
             on_fault=lambda name, fault: display.warn(f"{name}: {fault}; passed over"),
         )
-        display.done(f"{tally.objects} objects in {tally.images} images, in {output}")
+        display.done(f"{tally.objects} objects in {tally.images} images, in {choice.output}")
     if tally.unreadable:
         raise JobError(f"{tally.unreadable} of {tally.unreadable + tally.images} images could not be read.")
 

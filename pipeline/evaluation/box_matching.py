@@ -21,7 +21,7 @@ _PAIRS_AT_ONCE = 2**20  # bounds the memory of the IoUs, about 100 bytes a pair
 
 @dataclass(frozen=True)
 class MatchedDetections:
-    """What accumulation needs of the detections of some images.
+    """Matches of the detections of some images, as accumulation needs them.
 
     images      image ids that were matched
     positives   [K, A] int64 objects that count
@@ -62,9 +62,7 @@ def match_boxes(
     """
     images = truth.image_ids if image_ids is None else np.unique(np.asarray(image_ids, np.int64))
     check_known(truth, images, detections)
-    num_categories = len(truth.category_ids)
     low, high = np.array([area[1:] for area in protocol.areas], np.float64).T
-    bits = protocol.bits
 
     def cell_of(image_id: np.ndarray, category_id: np.ndarray) -> np.ndarray:
         category = np.searchsorted(truth.category_ids, category_id)
@@ -77,7 +75,7 @@ def match_boxes(
     area, crowd = truth.area[objects], crowd[objects]
     outside = (area[:, None] < low) | (area[:, None] > high)
     skipped_object = (crowd | ignored[objects])[:, None] | outside  # [G, A]
-    positives = np.zeros((num_categories, len(low)), np.int64)
+    positives = np.zeros((len(truth.category_ids), len(low)), np.int64)
     np.add.at(positives, object_cell // max(len(images), 1), ~skipped_object)
 
     cell = cell_of(detections.image_id, detections.category_id)
@@ -95,15 +93,9 @@ def match_boxes(
     punished = ~((area[:, None] < low) | (area[:, None] > high))  # [D, A]
     if unpunished is not None:
         punished &= ~unpunished[order][:, None]
-    true = np.zeros(len(boxes), np.uint64)
-    false = (punished * bits.sum(1)).sum(1, dtype=np.uint64)  # as if nothing was found; replaced below
-    if len(contenders):
-        # The COCO API marks a match by the object's id, so that an object with the id 0 counts as not found.
-        found = (taken >= 0) & (truth.annotation_id[objects][taken] != 0)
-        skipped = (taken >= 0) & skipped_object[taken, np.arange(len(low))[:, None]]
-        skipped |= ~found & ~punished[contenders][:, :, None]
-        true[contenders] = ((found & ~skipped) * bits).sum((1, 2), dtype=np.uint64)
-        false[contenders] = ((~found & ~skipped) * bits).sum((1, 2), dtype=np.uint64)
+    # The COCO API marks a match by the object's id, so that an object with the id 0 counts as not found.
+    countable = truth.annotation_id[objects] != 0
+    true, false = _mark_detections(protocol.bits, contenders, taken, punished, skipped_object, countable)
     return MatchedDetections(
         images=images,
         positives=positives,
@@ -197,7 +189,7 @@ def _take_objects(
     crowd: np.ndarray,
     ious: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which object each contending detection takes.
+    """Return the object that each contending detection takes.
 
     returns  contenders [D'] detections with a pair, and [D', A, T] the object each takes, -1 for none
     """
@@ -223,3 +215,28 @@ def _take_objects(
         _, area, threshold = indices = np.nonzero(choice >= 0)
         free[choice[indices], area, threshold] = False
     return contenders, taken
+
+
+def _mark_detections(
+    bits: np.ndarray,
+    contenders: np.ndarray,
+    taken: np.ndarray,
+    punished: np.ndarray,
+    skipped_object: np.ndarray,
+    countable: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the bits of true and of false positives, both uint64 [D]; see `MatchedDetections`.
+
+    punished        [D, A] detections that are wrong where they find nothing
+    skipped_object  [G, A] objects whose finders are ignored
+    countable       [G] objects that can be found at all
+    """
+    true = np.zeros(len(punished), np.uint64)
+    false = (punished * bits.sum(1)).sum(1, dtype=np.uint64)  # as if nothing was found
+    if len(contenders):
+        found = (taken >= 0) & countable[taken]
+        skipped = (taken >= 0) & skipped_object[taken, np.arange(bits.shape[0])[:, None]]
+        skipped |= ~found & ~punished[contenders][:, :, None]
+        true[contenders] = ((found & ~skipped) * bits).sum((1, 2), dtype=np.uint64)
+        false[contenders] = ((~found & ~skipped) * bits).sum((1, 2), dtype=np.uint64)
+    return true, false
