@@ -38,8 +38,6 @@ class RefineDetConfig:
                               vector scaled to a learned length; None: "l2" for VGG's finest two (P), else "batch"
     prediction_block          a bottleneck, 256-256-1024, before every ARM and ADM predictor; P says nothing of it, C
                               has it for ResNet; None: on for all but VGG
-    predictor_init            "xavier" (C), or "prior": classes start at the frequencies that mining presents, and the
-                              loss at their entropy; P says nothing of it
     tcb_norm                  BN in the TCBs; None: on for all but VGG (C)
     arm_iou, adm_iou          (negative below, positive from); P (0.5, 0.5), later advice for the ARM (0.3, 0.7)
     negatives_per_positive    hard negative mining ratio (IV-E)
@@ -67,7 +65,6 @@ class RefineDetConfig:
     normalization: Literal["backbone", "caffe"] = "backbone"
     map_norm: MapNorm | None = None
     prediction_block: bool | None = None
-    predictor_init: Literal["xavier", "prior"] = "xavier"
     tcb_norm: bool | None = None
     arm_iou: tuple[float, float] = (0.5, 0.5)
     adm_iou: tuple[float, float] = (0.5, 0.5)

@@ -64,10 +64,6 @@ class RefineDet(nn.Module):
             block=block,
             strides=config.strides,
         )
-        if config.predictor_init == "prior":
-            for head in (self.arm, self.adm):
-                if head is not None:
-                    head.init_prior_(config.negatives_per_positive)
         caffe = config.normalization == "caffe"
         mean, std = (CAFFE_MEAN, CAFFE_STD) if caffe else (self.backbone.mean, self.backbone.std)
         self.register_buffer("mean", torch.tensor(mean)[:, None, None], persistent=False)

@@ -6,7 +6,6 @@ O outputs an anchor (4 deltas, then the classes, background first), N chosen anc
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from typing import cast
 
@@ -22,7 +21,6 @@ from .portable import align_conv_portable
 from .structures import Rows
 
 NUM_ASPECTS = len(ASPECTS)
-PRIOR_GAIN = 0.1  # of xavier's weights beside the prior, which they must not drown
 BLOCK_WIDTH, BLOCK_CHANNELS = 256, 1024  # the Caffe release's bottleneck before each ResNet predictor
 
 
@@ -42,19 +40,6 @@ class Head(nn.Module):
         self.widths = [BLOCK_CHANNELS if block else width for width in in_channels]
         self.cls = nn.ModuleList(build_conv(width, NUM_ASPECTS * num_classes, kernel_size) for width in self.widths)
         self.box = nn.ModuleList(build_conv(width, NUM_ASPECTS * 4, kernel_size) for width in self.widths)
-
-    @torch.no_grad()
-    def init_prior_(self, negatives_per_positive: float) -> None:
-        """Start from the class frequencies that hard negative mining presents, the same for every location.
-
-        Background has `negatives_per_positive` times the probability of all objects, which share theirs equally. The
-        loss then begins near the entropy of these frequencies, and its gradients fit under a clip from the first step.
-        """
-        for conv in cast(Iterable[nn.Conv2d], (*self.cls, *self.box)):
-            conv.weight.mul_(PRIOR_GAIN)
-        for conv in cast(Iterable[nn.Conv2d], self.cls):
-            by_aspect = cast(Tensor, conv.bias).view(NUM_ASPECTS, -1)
-            by_aspect[:, 0] = math.log(negatives_per_positive * (by_aspect.shape[1] - 1))
 
     def transform(self, features: Sequence[Tensor]) -> list[Tensor]:
         return [block(x) for block, x in zip(self.blocks, features, strict=True)]

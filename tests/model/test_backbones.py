@@ -67,18 +67,6 @@ def test_the_loss_begins_near_a_guess(build, name):
     assert losses.arm_box.item() + losses.adm_box.item() < 12
 
 
-@pytest.mark.parametrize("name", ["vgg16_reduced", *FAMILIES])
-@pytest.mark.parametrize("block", [False, True])
-def test_with_a_prior_the_loss_begins_at_the_entropy_of_what_mining_presents(build, name, block):
-    generator = torch.Generator().manual_seed(3)
-    targets = [random_targets(generator, 3, num_classes=80) for _ in range(4)]
-    model = build(backbone=name, num_classes=80, predictor_init="prior", prediction_block=block)
-    losses = detection_loss(model(random_images(generator, 4), targets), targets, model.config)
-    entropy = -math.log(1 / 4) - 3 * math.log(3 / 4)  # of one object and three negatives
-    assert losses.arm_class.item() == pytest.approx(entropy, rel=0.25)
-    assert losses.adm_class.item() == pytest.approx(entropy + math.log(80), rel=0.15)
-
-
 def test_the_norms_of_the_paper_and_of_the_others(build):
     vgg, other = build(backbone="vgg16_reduced"), build(backbone="tf_efficientnet_lite0")
     assert [type(norm).__name__ for norm in vgg.backbone.norms] == ["L2Norm", "L2Norm", "Identity", "Identity"]
