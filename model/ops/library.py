@@ -101,9 +101,9 @@ def find() -> Path | None:
 def _places() -> list[Path]:
     """Possible paths of the library, best first.
 
-    An editable install puts it into site-packages, not beside this file. The code of a job that
-    was submitted to a cluster lies in a folder of its own: there, the library that the node's image was built with, for
-    its GPUs, comes before the one that travelled.
+    An editable install puts it into site-packages, not beside this file. The code of a job that was submitted to a
+    cluster lies in a directory of its own: there, the library that the node's image was built with, for its GPUs, comes
+    before the one that travelled.
     """
     own = [Path(__file__).parent]
     installed = [Path(place) / "refinedet" / "model" / "ops" for place in sys.path]

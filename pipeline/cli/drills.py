@@ -42,4 +42,4 @@ def drill(
             typer.echo(f"  {mark} {check.what}: expected {check.expected}; seen {check.seen}")
 
     if not run_drills({name: DRILLS[name] for name in names}, report):
-        raise JobError("a drill failed; its runs are kept in the temporary folder refinedet-drill-*")
+        raise JobError("a drill failed; its runs are kept in the temporary directory refinedet-drill-*")

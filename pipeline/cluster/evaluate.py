@@ -76,12 +76,12 @@ def evaluate_run(
     folder   of the run, here or behind an fsspec URI
     weights  other weights, file or URI; default: the run's
     shards   other shards; default: the run's validation shards
-    output   where the results go; default: the run's folder, unless weights, shards or overrides make it another thing
+    output   where the results go; default: the run directory, unless weights, shards or overrides make it another thing
     Raises UserError where the run, weights or shards are not there.
     """
     path = storage.join(folder, "spec.yaml")
     if storage.is_local(path) and not storage.exists(path):
-        raise UserError(f"{folder!r} is no run's folder (it has no spec.yaml); give one, as in runs/quickstart.")
+        raise UserError(f"{folder!r} is no run's directory (it has no spec.yaml); give one, as in runs/quickstart.")
     parent, _, name = storage.absolute(folder).rstrip("/").rpartition("/")
     spec = load_spec(path, [f"runs={parent}", f"name={name}", *overrides])
     if mode == "multiscale" and spec.multiscale is None:

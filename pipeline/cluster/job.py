@@ -150,7 +150,7 @@ class Job:
         if self._begun and not self.tracker.finish("FINISHED"):
             self.display.warn(
                 f"MLflow ({self.tracker.location}) did not take everything; {log_folder(self.run.path)} says what, and "
-                "the run's folder has it all"
+                "the run directory has it all"
             )
         self._print_summary()
 
@@ -185,7 +185,7 @@ class Job:
         for what, where in (
             ("report", self.run.file("report.html")),
             ("weights", self.run.weights),
-            ("model", f"in MLflow, and as a folder for mlflow.pyfunc.load_model: {self.model_folder}"),
+            ("model", f"in MLflow, and as a directory for mlflow.pyfunc.load_model: {self.model_folder}"),
             ("MLflow", self.tracker.location if self._begun else ""),
             ("logs", log_folder(self.run.path)),
         ):

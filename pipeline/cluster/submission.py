@@ -46,7 +46,7 @@ def described_spec(metadata: dict[str, str]) -> JobSpec | None:
 
 
 def stage_code(folder: Path, spec: JobSpec) -> None:
-    """Fill an empty folder with all that a job needs of this checkout."""
+    """Fill an empty directory with all that a job needs of this checkout."""
     from refinedet.model.ops import library
 
     ignore = shutil.ignore_patterns("__pycache__", "*.pyc", library.LIBRARY_NAME)

@@ -87,7 +87,7 @@ class Data(Section):
     format: DataFormat = "coco"
     """of all splits that name none of their own"""
     root: str | None = None
-    """folder of the data set; shapes draws its own and needs none"""
+    """directory of the data set; shapes draws its own and needs none"""
     classes: tuple[str, ...] | None = None
     """selects the classes and orders the labels; default: all that the data set has. Upper and lower case count where
     two classes differ in nothing else"""
@@ -106,7 +106,7 @@ class Data(Section):
     val: tuple[Split, ...] = ()
     """splits to validate and evaluate on"""
     shards: str | None = None
-    """folder or fsspec URI for the shards, shared by runs; default: shards/ in the run's folder"""
+    """directory or fsspec URI for the shards, shared by runs; default: shards/ in the run directory"""
     shard_bytes: PositiveInt = 64 * 2**20
     """a shard is closed once it holds this many bytes"""
     include_difficult: bool = True
@@ -122,7 +122,7 @@ class Data(Section):
     canonical_streams: PositiveInt = 16
     """parts the sample order is woven from; where the number of nodes divides it, a node reads its own shards only"""
     cache_dir: str | None = None
-    """where remote shards are kept; default: a temporary folder of the node"""
+    """where remote shards are kept; default: a temporary directory of the node"""
     cache_bytes: PositiveInt = 32 * 2**30
     """room for cached shards on each node"""
     max_bad_samples: NonNegativeInt = 10

@@ -141,7 +141,7 @@ class Training(Section):
 
 class Tracking(Section):
     uri: str | None = None
-    """MLflow tracking URI; default: sqlite in the runs folder"""
+    """MLflow tracking URI; default: sqlite in the runs directory"""
     experiment: str = "refinedet"
     """MLflow experiment"""
     registered_model: str | None = None
@@ -203,7 +203,7 @@ class JobSpec(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
     """a run's name and home: runs/<name>"""
     runs: str = "runs"
-    """folder or fsspec URI that holds the runs"""
+    """directory or fsspec URI that holds the runs"""
     seed: NonNegativeInt = 0
     """of the sample order, the augmentation and the new weights"""
     data: Data

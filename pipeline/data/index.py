@@ -179,7 +179,7 @@ def check_same_categories(first: ShardSet, second: ShardSet) -> None:
 
 
 def open_shards(url: str) -> ShardSet:
-    """Open the shards in a folder or at an fsspec URI."""
+    """Open the shards in a directory or at an fsspec URI."""
     path = storage.join(url, INDEX)
     try:
         index = json.loads(read_file(path))

@@ -92,7 +92,7 @@ def _check_shard(shards: ShardSet, shard: int, decode: bool) -> _Found:
     samples: dict[str, dict[str, bytes]] = {}
     for member, content in members:
         if member.startswith("/") or ".." in member.split("/"):
-            fault(member, "this name of a tar member points out of its folder")
+            fault(member, "this name of a tar member points out of its directory")
             continue
         key, _, extension = member.partition(".")
         samples.setdefault(key, {})[extension] = content

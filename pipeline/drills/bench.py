@@ -95,7 +95,7 @@ class Launched:
 
 @dataclass
 class Bench:
-    """A folder in which drills run their jobs, and what they see there."""
+    """A directory in which drills run their jobs, and what they see there."""
 
     folder: Path
     checks: list[Check] = field(default_factory=list)

@@ -90,14 +90,14 @@ def checkpoint_corruption(bench: Bench) -> None:
 
 
 def storage_outage(bench: Bench) -> None:
-    """Take the checkpoints' folder away for some seconds: saving fails and is said, training goes on, saving works."""
+    """Take the checkpoints' directory away for some seconds: a save fails and is reported, training continues."""
     name = "storage-outage"
     job = bench.launch(bench.write_spec(name))
     bench.wait_for(job, lambda: bench.commits(name))
     folder = bench.run(name) / "checkpoints"
     kept = folder.with_name("checkpoints.away")
     folder.rename(kept)
-    folder.write_text("an outage")  # a file where the folder was: every write fails
+    folder.write_text("an outage")  # a file where the directory was: every write fails
     bench.wait_for(job, lambda: bench.events(name, "save_failed"))
     failed = bench.events(name, "save_failed")
     folder.unlink()

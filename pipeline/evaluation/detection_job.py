@@ -28,9 +28,9 @@ class DetectionJob:
     """What is detected with what: everything that a piece depends on is in `fingerprint`.
 
     weights      file of a detector that the run's spec describes
-    shards       folder of the shards with the images
+    shards       directory of the shards with the images
     truth        COCO instances file of those images, in the shards' order
-    output       folder that detections/, metrics.json and the pieces come to lie in
+    output       directory that detections/, metrics.json and the pieces come to lie in
     protocol     how the detections are measured
     merge_rules  to be compared on the same passes, by name
     format       of the data set: coco, voc or shapes

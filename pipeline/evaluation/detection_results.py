@@ -142,7 +142,7 @@ def _committed(job: DetectionJob, chunk: Chunk) -> CommittedRows:
 
 
 def _write_for_server(job: DetectionJob, chunks: Sequence[Chunk]) -> list[str]:
-    """VOC's text files, in the folders that its server wants in the archive; COCO's zip for a set without truth."""
+    """VOC's text files, in the directories that its server wants in the archive; COCO's zip for a set without truth."""
     if job.format not in ("coco", "voc"):
         return []
     truth = storage.read_json(job.truth)

@@ -282,7 +282,7 @@ def _files(run: RunFolder) -> list[str]:
     """Files of the run that a reader may want, relative to the report."""
     names = ["spec.yaml", "metrics.json", "metrics.jsonl", "detections/single.json", "detections/multiscale.json"]
     names += ["ground_truth.json", "weights.safetensors", "ledger.json", "environment.json"]
-    for mode in MODES:  # what a server takes: a zip, or a folder of text files
+    for mode in MODES:  # what a server takes: a zip, or a directory of text files
         folder = f"submission/{mode}"
         names += [f"{folder}/{name}" for name in storage.list_folder(storage.join(run.path, folder))]
     return [name for name in names if storage.exists(storage.join(run.path, name))]

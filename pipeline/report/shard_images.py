@@ -10,7 +10,7 @@ import numpy as np
 class ShardImages:
     """Loads images by their id.
 
-    url        folder or URI of the shards
+    url        directory or URI of the shards
     image_ids  of all samples, in the order of the shards, as `ground_truth.json` lists them
     """
 

@@ -51,7 +51,7 @@ class RunDirectory:
         return not faults
 
     def commit_stage(self, stage: str, inputs: Mapping[str, Any], outputs: list[str]) -> None:
-        """Declare a stage done. `outputs` are files, relative to the run's folder."""
+        """Declare a stage done. `outputs` are files, relative to the run directory."""
         files = [storage.digest_file(self.file(name), name) for name in outputs]
         storage.write_manifest(self._manifest(stage), files, stage=stage, inputs=dict(inputs))
 

@@ -14,7 +14,7 @@ _FORMAT = "%(asctime)s %(levelname).1s {who} %(name)s: %(message)s"
 
 
 def log_folder(run_path: str) -> str:
-    """A local folder for the logs of a run on this machine: inside the run where that is local."""
+    """A local directory for the logs of a run on this machine: inside the run where that is local."""
     folder = run_path
     if not storage.is_local(run_path):
         name = f"{posixpath.basename(run_path)}-{storage.digest_json(run_path)[:8]}"

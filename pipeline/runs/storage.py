@@ -57,7 +57,7 @@ def is_local(path: str) -> bool:
 
 
 def absolute(path: str) -> str:
-    """URIs as they are, local paths absolute: workers run in folders of their own."""
+    """URIs as they are, local paths absolute: workers run in directories of their own."""
     path = path.removeprefix("file://")
     return os.path.abspath(os.path.expanduser(path)) if "://" not in path else path
 
@@ -85,7 +85,7 @@ def list_folder(path: str) -> list[str]:
 
 
 def remove(path: str) -> None:
-    """Remove a file or folder; nothing happens where there is none."""
+    """Remove a file or directory; nothing happens where there is none."""
     fs, name = filesystem(path)
     if fs.exists(name):
         fs.rm(name, recursive=True)
@@ -231,7 +231,7 @@ def write_manifest(path: str, files: Iterable[FileDigest], **facts: Any) -> None
 
 
 def verify_manifest(path: str, manifest: Mapping[str, Any]) -> list[str]:
-    """Faults of the files that a manifest in folder `path` names; an empty list means that all are as written."""
+    """Faults of the files that a manifest in directory `path` names; an empty list means that all are as written."""
     faults = []
     for entry in manifest["files"]:
         file = join(path, entry["name"])

@@ -112,7 +112,7 @@ class Outbox:
                 calls = ", ".join(item.what for item in self._queue if isinstance(item, _Call))
                 self.num_lost += self._num_points
                 logger.warning(
-                    "The tracking server did not come back: %d metric values%s were not delivered; the run's folder "
+                    "The tracking server did not come back: %d metric values%s were not delivered; the run directory "
                     "has them.",
                     self._num_points,
                     f" and {calls}" if calls else "",
@@ -133,7 +133,7 @@ class Outbox:
             self._said_full = True
             logger.warning(
                 "The tracking server is away and %d metric values are waiting: from now on the oldest are dropped. "
-                "The run's folder keeps them all.",
+                "The run's directory keeps them all.",
                 self._max_points,
             )
         self.num_lost += 1

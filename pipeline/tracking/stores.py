@@ -36,7 +36,7 @@ def quiet_mlflow() -> None:
 
 
 def tracking_uri(tracking: Tracking, runs: str) -> str:
-    """The MLflow tracking URI: the spec's, MLFLOW_TRACKING_URI, or a SQLite file in the runs folder, its path absolute.
+    """The MLflow tracking URI: the spec's, MLFLOW_TRACKING_URI, or a SQLite file in the runs directory, absolute.
 
     SQLite needs a local disk: where the runs live behind a URI, the file is under `~/.refinedet`.
     """
@@ -59,7 +59,7 @@ def artifact_location(uri: str, runs: str) -> str | None:
 
 
 def prepare_store(uri: str) -> None:
-    """Make the folder of a SQLite store, and let readers (the MLflow UI) and writers not wait for one another.
+    """Make the directory of a SQLite store, and let readers (the MLflow UI) and writers not wait for one another.
 
     Write-ahead logging is a property of the file, set once. It needs a local disk, as SQLite's locks do.
     """

@@ -1,4 +1,4 @@
-"""A ledger of where a run's time went, kept in its folder across restarts.
+"""A ledger of where a run's time went, kept in its directory across restarts.
 
 Every start writes `goodput/attempt-<n>.json`. What an attempt did after the checkpoint that the next one resumed from
 was lost.

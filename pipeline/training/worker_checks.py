@@ -53,7 +53,7 @@ class WorkerFacts:
     free_bytes: int
     free_disk_bytes: int
     storage_fault: str | None = None
-    """why this worker cannot use the run's folder, or None"""
+    """why this worker cannot use the run directory, or None"""
     shards_fault: str | None = None
     sampled_shards: tuple[int, ...] = ()
 
@@ -247,15 +247,15 @@ def _check_storage(run_dir: str, world: World) -> str | None:
     try:
         storage.write_bytes(path, content)
         if storage.read_bytes(path) != content:
-            fault = f"the run's folder {run_dir} gives back other bytes than were written; check the storage"
+            fault = f"the run's directory {run_dir} gives back other bytes than were written; check the storage"
     except OSError as error:
-        fault = f"the run's folder {run_dir} cannot be written ({error.strerror or error}); mount it or give its URI"
+        fault = f"the run's directory {run_dir} cannot be written ({error.strerror or error}); mount it or give its URI"
     written = world.broadcast_object(fault is None)
     first = storage.join(run_dir, f".preflight-0-{attempt}")
     if fault is None and written and not _sees(first):
         fault = (
-            f"the run's folder {run_dir} is not the one that rank 0 writes to; set runs= to a folder or URI that all "
-            "nodes share"
+            f"the run's directory {run_dir} is not the one that rank 0 writes to; set runs= to a directory or URI that "
+            "all nodes share"
         )
     world.barrier()
     with suppress(OSError):
@@ -288,7 +288,7 @@ def _check_shards(shards: ShardSet | None, rank: int) -> tuple[tuple[int, ...], 
 
 
 def _place(run_dir: str) -> str:
-    """The local folder that fills up: the run's, or where a run behind a URI keeps what is on its way."""
+    """The local directory that fills up: the run's, or where a run behind a URI keeps what is on its way."""
     return run_dir if storage.is_local(run_dir) else tempfile.gettempdir()
 
 

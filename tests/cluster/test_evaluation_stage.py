@@ -327,7 +327,7 @@ def test_a_set_without_annotations_gives_what_its_server_takes(tmp_path: Path) -
 def test_mistakes_are_met_before_a_worker_starts(shapes_run: Run, tmp_path: Path) -> None:
     """No fixture starts Ray here."""
     folder = shapes_run.path
-    with pytest.raises(UserError, match="no run's folder"):
+    with pytest.raises(UserError, match="no run's directory"):
         evaluate_run(str(tmp_path), "single")
     with pytest.raises(UserError, match=r"memory://nowhere/run/spec\.yaml"):
         evaluate_run("memory://nowhere/run", "single")

@@ -98,7 +98,7 @@ def test_a_damaged_shard_is_named_with_the_remedy(
 def test_a_folder_that_cannot_be_written_is_named(world: World, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     report = check_workers(world, str(tmp_path / "file" / "run"), None)
-    with pytest.raises(UserError, match=r"rank 0 on .* the run's folder .*/file/run cannot be written \(Not a dir"):
+    with pytest.raises(UserError, match=r"rank 0 on .* the run's directory .*/file/run cannot be written \(Not a dir"):
         report.raise_faults()
 
 
