@@ -185,7 +185,7 @@ class Dispatcher:
 
 
 def _answer_of(ping: ray.ObjectRef) -> str | None:
-    """What the worker waits for, or ""; None while there is no answer."""
+    """Return what the worker waits for, or ""; None while there is no answer."""
     try:
         return ray.get(ping, timeout=0)
     except GetTimeoutError:

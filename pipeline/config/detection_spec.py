@@ -78,7 +78,7 @@ class Pass(Section):
 
 
 class Selection(Section):
-    """What each view keeps of an image before the views are merged; None: as the model's own inference."""
+    """Limits of each view's detections before the views are merged; None: as the model's own inference."""
 
     score_threshold: FractionBelowOne | None = None
     """detections below are dropped"""

@@ -132,7 +132,7 @@ def resolved_settings(multiscale: Multiscale, config: RefineDetConfig) -> dict[s
 
 
 def describe_source(multiscale: Multiscale) -> str:
-    """Where the recipe's numbers are from, in one line."""
+    """Source of the recipe's numbers, in one line."""
     recipe = _recipe(multiscale)
     if recipe is None:
         return "multi-scale: the job's own passes"

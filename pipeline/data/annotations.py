@@ -1,4 +1,4 @@
-"""What a reader of a data set format gives: its categories, and one record an image."""
+"""Result of a data format's reader: the categories, and one record per image."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ def as_number(value: Any) -> float | None:
 
 
 def fault_of_box(bbox: tuple[float, ...], width: float = math.inf, height: float = math.inf) -> str | None:
-    """Why a box (x, y, width, height) cannot be learnt from, or None."""
+    """Return why a box (x, y, width, height) cannot be learnt from, or None."""
     if len(bbox) != 4 or not math.isfinite(sum(bbox)):  # NaN and infinity outlive a sum
         return f"box {list(bbox)} is not four finite numbers"
     x, y, w, h = bbox
@@ -125,7 +125,7 @@ def fault_of_box(bbox: tuple[float, ...], width: float = math.inf, height: float
 
 
 def are_learnable(boxes: np.ndarray, width: float, height: float) -> np.ndarray:
-    """Whether `fault_of_box` has no fault of each of the COCO boxes float64 [G, 4]; bool [G]."""
+    """Return which COCO boxes, float64 [G, 4], have no fault by `fault_of_box`; bool [G]."""
     with np.errstate(over="ignore", invalid="ignore"):
         finite = np.isfinite(boxes.sum(1))
         start, sides = boxes[:, :2], boxes[:, 2:]

@@ -49,7 +49,7 @@ class Window:
 
 @dataclass(frozen=True)
 class ViewPlan:
-    """What a training view will show of an image.
+    """Plan of a training view: the part of the image that it shows.
 
     image   uint8   [H, W, 3]  RGB
     boxes   float32 [G, 4]     xyxy, pixels of `image`

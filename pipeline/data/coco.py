@@ -29,7 +29,7 @@ _IMAGE = ("id", "file_name", "coco_url", "width", "height")
 
 
 class _Content(NamedTuple):
-    """What is needed of an annotation file; masks are passed over as it is read."""
+    """Contents of an annotation file, without masks, which are skipped as it is read."""
 
     images: list[dict[str, Any]]
     categories: dict[int, Category]

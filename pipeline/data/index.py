@@ -27,7 +27,7 @@ _KEPT_SAMPLES = 2**20  # whose places a process keeps: 40 MB
 
 
 class SampleEntry(NamedTuple):
-    """Where one sample lies: bytes [offset, offset + size) of a shard are a tar of its own."""
+    """Place of one sample: bytes [offset, offset + size) of a shard are a tar of its own."""
 
     shard: int
     key: str
@@ -40,7 +40,7 @@ class SampleEntry(NamedTuple):
 
 @dataclass(frozen=True)
 class ShardContents:
-    """Where the samples of one shard lie; columns of equal length."""
+    """Places of the samples of one shard; columns of equal length."""
 
     keys: np.ndarray
     offsets: np.ndarray
@@ -140,7 +140,7 @@ class ShardSet:
         return sum(len(contents.keys) for contents in self._contents.values())
 
     def entry(self, position: int) -> SampleEntry:
-        """Where the sample at a position 0 .. num_samples - 1 of the data set lies."""
+        """Return the place of the sample at a position 0 .. num_samples - 1 of the data set."""
         shard = int(np.searchsorted(self.first, position, side="right")) - 1
         at = position - int(self.first[shard])
         contents = self.contents(shard)

@@ -20,7 +20,7 @@ from refinedet.pipeline.runs import storage
 
 @dataclass(frozen=True)
 class CheckReport:
-    """What `check_shards` found; the shards are sound where there are no faults."""
+    """Findings of `check_shards`; the shards are sound if there are no faults."""
 
     num_shards: int
     num_samples: int

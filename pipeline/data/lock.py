@@ -96,7 +96,7 @@ def _read(path: str) -> dict[str, Any] | None:
 
 
 def _is_over(held: dict[str, Any]) -> bool:
-    """Whether a lock has expired, or its owner was a process of this machine that is gone."""
+    """Return whether a lock has expired, or its owner was a process of this machine that is gone."""
     host, _, rest = str(held.get("owner")).partition("/")
     process = rest.partition("/")[0]
     if host == socket.gethostname() and process.isdigit():

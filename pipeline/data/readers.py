@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Reader:
-    """How a format is read.
+    """Reader of one data format.
 
     read(root, split, faults) -> Source
         The images and objects of a split. Faults of single images and objects are added to `faults`, and what they

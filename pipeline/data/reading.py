@@ -77,7 +77,7 @@ class SampleReader:
 
 
 def _damage(content: bytes, entry: SampleEntry) -> str | None:
-    """Why these are not the bytes of a sample, or None."""
+    """Return why these are not the bytes of a sample, or None."""
     if len(content) != entry.size:
         return f"the shard ends early: {len(content)} of its {entry.size} bytes are there"
     if zlib.crc32(content) != entry.crc32:
@@ -211,7 +211,7 @@ class EvaluationSamples:
 def read_facts(
     shards: ShardSet, positions: Sequence[int] | None = None, *, threads: int = 4
 ) -> Iterator[dict[str, Any]]:
-    """What the shards say of each image, in order: image_id, file_name, width, height, objects.
+    """Yield the metadata of each image, in order: image_id, file_name, width, height, objects.
 
     positions  of the images; None: all of them
     """

@@ -40,7 +40,7 @@ def resize_bordered(
 
 
 def _is_slow(interpolation: int, bordered: bool, height: int, width: int, size: int) -> bool:
-    """Whether OpenCV would take longer, as measured."""
+    """Return whether OpenCV would take longer, as measured."""
     if interpolation == cv2.INTER_LANCZOS4:
         return True
     if interpolation == cv2.INTER_AREA:  # where a side grows, OpenCV takes a kind of linear interpolation instead
@@ -49,7 +49,7 @@ def _is_slow(interpolation: int, bordered: bool, height: int, width: int, size: 
 
 
 def find_taps(interpolation: int, size: int, extent: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which of `extent` lines make up each of `size`, and their relative weights: [S, K] both.
+    """Return which of `extent` lines make up each of `size`, and their relative weights: [S, K] both.
 
     Lines before the first and after the last stand for those.
     """
@@ -83,7 +83,7 @@ _KERNELS = {
 
 @dataclass(frozen=True)
 class _Lines:
-    """What the view's lines `first` .. `last` - 1 are sums of; those around them show border alone."""
+    """Sums for the view's lines `first` .. `last` - 1; those around them show border alone."""
 
     first: int
     last: int

@@ -1,4 +1,4 @@
-"""What the data part hands out: samples, batches, and the cursor that says where a stream stands.
+"""Samples, batches, and the cursor of a stream.
 
 G objects in one image, B images in a batch, H W S pixels. Boxes are xyxy pixels, continuous: the image's corner is
 (0, 0), pixel i covers [i, i + 1). Labels are 1..C, in the order of ascending category id; 0 is background.

@@ -1,4 +1,4 @@
-"""How often each sample occurs in an epoch: a pure function of (seed, epoch, data set, the sampling's settings).
+"""Occurrences of each sample in an epoch: a pure function of (seed, epoch, data set, the sampling's settings).
 
 A split's `weight` and the method of `data.sampling` give each sample its expected repeats, a real number. They are
 fixed-point numbers whose sum is a whole number T, so every epoch has exactly T draws. A keyed permutation for each
@@ -39,7 +39,7 @@ class Repeats:
         return int(self.fixed.sum()) // _ONE
 
     def counts(self, seed: int, epoch: int) -> np.ndarray:
-        """How often each sample occurs in an epoch, the floor or the ceiling of its repeats; int64 [N], sum T."""
+        """Return the occurrences of each sample in an epoch, its repeats rounded down or up; int64 [N], sum T."""
         order = keyed_permutation(len(self.fixed), "sampling", seed, epoch)
         phase = keyed_integer(_ONE, "sampling phase", seed, epoch)
         passed = (np.cumsum(self.fixed[order]) + phase) >> _ONE_BITS

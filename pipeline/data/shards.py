@@ -136,7 +136,7 @@ def _request(data: Data, part: str, splits: tuple[Split, ...], lists: Mapping[st
 
 
 def _is_complete(destination: str, request: str) -> bool:
-    """Whether the shards of a request exist; UserError where another data set's do."""
+    """Return whether the shards of a request exist; UserError where another data set's do."""
     for name, complete in ((INDEX, True), (REQUEST, False)):
         path = storage.join(destination, name)
         if exists(path):

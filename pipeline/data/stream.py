@@ -167,7 +167,7 @@ def _as_it_is(packed: Packed) -> Packed:
 
 
 def _end_with_parent(worker: int) -> None:
-    """In a worker: end when the training process does, however it does.
+    """End this worker process when the training process ends, however it ends.
 
     torch looks whether the worker's parent has changed, but that is the fork server, and it stays as long as its
     children do: after a SIGKILL of the training process they would keep each other alive for ever.

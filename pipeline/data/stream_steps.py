@@ -37,7 +37,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 @dataclass(frozen=True)
 class Plan:
-    """What one rank reads, and how: everything the schedule is a function of."""
+    """Inputs of one rank's schedule, which is a function of them alone."""
 
     shards: ShardSet
     seed: int

@@ -35,7 +35,7 @@ class Chunk:
 
     @property
     def trace_name(self) -> str:
-        """Of the file with the objects that the diagnosis followed through the detector."""
+        """Name of the file with the objects that the diagnosis followed through the detector."""
         return f"trace-{self.index:05d}.json"
 
     @property
@@ -51,7 +51,7 @@ class Chunk:
 
 @dataclass(frozen=True)
 class ChunkResult:
-    """What was found in a chunk.
+    """Detections of a chunk.
 
     detections  by image in the data set's order, best first
     unreadable  images that could not be decoded; they have no detections

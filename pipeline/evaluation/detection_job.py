@@ -1,4 +1,4 @@
-"""What the evaluate and multiscale stages detect with what."""
+"""Inputs of the evaluate and multiscale stages."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ OWN_METHOD = ""
 
 @dataclass(frozen=True)
 class DetectionJob:
-    """What is detected with what: everything that a piece depends on is in `fingerprint`.
+    """Inputs of a detection: everything that a chunk depends on is in `fingerprint`.
 
     weights      file of a detector that the run's spec describes
     shards       directory of the shards with the images
     truth        COCO instances file of those images, in the shards' order
-    output       directory that detections/, metrics.json and the pieces come to lie in
+    output       directory that detections/, metrics.json and the chunks are written to
     protocol     how the detections are measured
     merge_rules  to be compared on the same passes, by name
     format       of the data set: coco, voc or shapes
@@ -56,11 +56,11 @@ class DetectionJob:
 
     @property
     def folder(self) -> str:
-        """Of the committed pieces."""
+        """Directory of the committed chunks."""
         return storage.join(self.output, "detections", self.mode)
 
     def rule_folder(self, name: str) -> str:
-        """Of the committed pieces of one of `merge_rules`."""
+        """Directory of the committed chunks of one of `merge_rules`."""
         return storage.join(self.folder, re.sub(r"[^a-z0-9.+]+", "-", name.lower()))
 
     def rule_fingerprint(self, name: str) -> str:

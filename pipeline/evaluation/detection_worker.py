@@ -40,7 +40,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class ChunkAnswer:
-    """What a worker returns for a committed chunk.
+    """Answer of a worker for a committed chunk.
 
     matches     by merge method; empty without truth
     damaged     file that existed, but was damaged or of another evaluation

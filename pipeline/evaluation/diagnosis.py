@@ -146,7 +146,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What an evaluation found besides its numbers.
+    """Findings of an evaluation besides its numbers.
 
     iou          overlap from which a detection is correct; `ap` is the mean over classes at this overlap
     errors       one of each of ERROR_KINDS, in that order

@@ -1,4 +1,4 @@
-"""What errors cost: TIDE's AP with the errors of one kind fixed, and the cost of single detections and objects.
+"""Cost of errors: TIDE's AP with the errors of one kind fixed, and the cost of single detections and objects.
 
 D detections, K categories. A fixed classification or localization error becomes correct where it is the best one about
 an object that nothing finds, and disappears otherwise. Other false detections disappear, missed objects do not count.

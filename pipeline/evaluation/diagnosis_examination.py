@@ -1,4 +1,4 @@
-"""What each detection and object of some images is, for the diagnosis: done where the detections are.
+"""Examination of each detection and object of some images, for the diagnosis; it runs where the detections are.
 
 D detections, G objects of the whole truth, P pairs. The categories of errors are TIDE's (Bolya et al., ECCV 2020), and
 so is the matching: of each image the best detections over all categories, best first; each takes the object of its
@@ -58,7 +58,7 @@ class Examination:
 
 
 def can_examine(truth: GroundTruth) -> bool:
-    """Whether the diagnosis has a rule for every mark of the truth: it has none for groups and federated truth."""
+    """Return whether the diagnosis has a rule for every mark of the truth; groups and federated truth have none."""
     return truth.marks <= {"crowd", "difficult"}
 
 

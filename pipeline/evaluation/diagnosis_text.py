@@ -8,7 +8,7 @@ _CONFUSED = 5  # pairs of classes that are named
 
 
 def describe_diagnosis(diagnosis: Diagnosis) -> str:
-    """What fixing each kind of error would give, and which classes are confused most; - where nothing is measured."""
+    """Yield the gain of fixing each kind of error, and the classes confused most; - where nothing is measured."""
     ap = "-" if diagnosis.ap is None else f"{diagnosis.ap:.6f}"
     lines = [f"AP at IoU {diagnosis.iou:g} is {ap}. Fixing all errors of one kind would add:"]
     lines += [f"  {error.kind:<14} {error.ap_cost:.6f}  {error.count:>7} errors" for error in diagnosis.errors]

@@ -1,4 +1,4 @@
-"""What every metric has: its protocol as data, its two functions, and the numbers that come out."""
+"""Parts of every metric: its protocol as data, its two functions, and the numbers that come out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _BITS = 64  # a detection's outcomes, one bit for each area range and IoU
 
 @dataclass(frozen=True)
 class Protocol:
-    """How detections are measured. A, T, M, R: number of area ranges, IoUs, limits of detections, recall levels.
+    """Protocol of a measurement. A, T, M, R: number of area ranges, IoUs, limits of detections, recall levels.
 
     metric          key of METRICS
     ious            overlaps from which a detection finds an object, ascending

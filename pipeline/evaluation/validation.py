@@ -29,7 +29,7 @@ from refinedet.pipeline.runs.errors import UserError
 
 @dataclass(frozen=True)
 class _Outcome:
-    """What a rank sends to the others: its matches, or why it has none."""
+    """Message of a rank to the others: its matches, or why it has none."""
 
     matches: Any = None
     unreadable: tuple[UnreadableImage, ...] = ()

@@ -140,7 +140,7 @@ def mean_of_eleven_points(recall: np.ndarray, precision: np.ndarray) -> float:
 def _compare(
     protocol: Protocol, detections: DetectionTable, rows: np.ndarray, truth: GroundTruth, objects: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Which detections, best first, are true [T, D] and false positives [T, D], and which reach the IoU [T, D].
+    """Return which detections, best first, are true [T, D] and false positives [T, D], and which reach the IoU [T, D].
 
     objects  ascending by image
     """

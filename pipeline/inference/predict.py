@@ -17,7 +17,7 @@ from refinedet.pipeline.runs.errors import UserError
 
 @dataclass(frozen=True)
 class Choice:
-    """What is written of what is found.
+    """Choice of what is written.
 
     output      directory
     formats     of `Outputs.FORMATS`

@@ -59,7 +59,7 @@ class Frame:
 
     @property
     def name(self) -> str:
-        """As in the results: the path, for a video with the frame's number."""
+        """Name in the results: the path, for a video with the frame's number."""
         return self.source.path if self.number is None else f"{self.source.path}#{self.number}"
 
     @property
