@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from refinedet.pipeline.config.recipes import resolved_settings, rules_to_compare
 from refinedet.pipeline.config.run import Run
-from refinedet.pipeline.config.spec import MergeRule
-from refinedet.pipeline.data.index import check_same_categories, open_shards
+from refinedet.pipeline.config.spec import JobSpec, MergeRule, Multiscale
+from refinedet.pipeline.data.index import ShardSet, check_same_categories, open_shards
 from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.evaluation.metrics import protocol_of
 from refinedet.pipeline.evaluation.protocols import Protocol
@@ -81,15 +81,7 @@ def make_detection_job(
     mean other categories than those of the training shards, where these are there.
     """
     spec = run.spec
-    found = open_shards(shards or storage.join(run.shards, "val"))
-    if found.num_classes != spec.model.num_classes:
-        raise UserError(
-            f"The shards {found.url} have {found.num_classes} categories, the model has {spec.model.num_classes}; "
-            "give shards of the data set that it was trained on."
-        )
-    trained_on = storage.join(run.shards, "train")
-    if storage.exists(storage.join(trained_on, "index.json")):
-        check_same_categories(open_shards(trained_on), found)
+    found = _open_matching_shards(run, shards or storage.join(run.shards, "val"))
     if weights:
         load_whole_detector(spec.model, weights, "--weights")
     elif not storage.exists(run.weights):
@@ -100,19 +92,10 @@ def make_detection_job(
     write_coco_annotations(found, truth)
     multiscale = spec.multiscale if mode == "multiscale" else None
     diagnose = spec.evaluation.diagnose
-    settings = {
-        # Without defaults: a key that a later version adds changes no digest.
-        **spec.model_dump(
-            mode="json",
-            include={"model": True, "evaluation": {"batch_size", "merge", "precision"}},
-            exclude_defaults=True,
-        ),
-        "multiscale": multiscale and resolved_settings(multiscale, spec.model),
-    }
     detected = {
         "weights": storage.digest_file(weights).sha256,
         "shards": found.digest,
-        "spec": storage.digest_json(settings),
+        "spec": storage.digest_json(_detection_settings(spec, multiscale)),
     }
     listed = spec.data.val[0].set if spec.data.val and not shards else None  # shards of earlier releases do not say
     image_set = found.sets[0] if found.sets else listed
@@ -140,3 +123,24 @@ def make_detection_job(
         "diagnosis": storage.digest_json([job.diagnose, job.trace_images]),
         "merge_rules": storage.digest_json(compared),
     }
+
+
+def _open_matching_shards(run: Run, url: str) -> ShardSet:
+    """Open the shards to detect in; UserError where their categories are not those that the model was trained on."""
+    found = open_shards(url)
+    if found.num_classes != run.spec.model.num_classes:
+        raise UserError(
+            f"The shards {found.url} have {found.num_classes} categories, the model has {run.spec.model.num_classes}; "
+            "give shards of the data set that it was trained on."
+        )
+    trained_on = storage.join(run.shards, "train")
+    if storage.exists(storage.join(trained_on, "index.json")):
+        check_same_categories(open_shards(trained_on), found)
+    return found
+
+
+def _detection_settings(spec: JobSpec, multiscale: Multiscale | None) -> dict[str, Any]:
+    """Settings that detections depend on. Without defaults: a key that a later version adds changes no digest."""
+    include: Any = {"model": True, "evaluation": {"batch_size", "merge", "precision"}}
+    settings = spec.model_dump(mode="json", include=include, exclude_defaults=True)
+    return {**settings, "multiscale": multiscale and resolved_settings(multiscale, spec.model)}
