@@ -20,6 +20,13 @@ def judge_by_pycocotools(
 
     pycocotools writes into its inputs: they are copied first, unless `keep` is false.
     """
+    return _named(evaluate_by_pycocotools(ground_truth, rows, keep=keep).stats)
+
+
+def evaluate_by_pycocotools(
+    ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, keep: bool = True
+) -> Any:
+    """pycocotools' evaluation: `stats`, and `eval` with precision [T, R, K, A, M] and recall [T, K, A, M]."""
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
@@ -34,7 +41,7 @@ def judge_by_pycocotools(
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()
-    return _named(evaluation.stats)
+    return evaluation
 
 
 def judge_by_faster_coco_eval(

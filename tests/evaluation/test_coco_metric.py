@@ -14,7 +14,7 @@ from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.runs.errors import UserError
 
-from .judges import judge_by_faster_coco_eval, judge_by_pycocotools
+from .judges import evaluate_by_pycocotools, judge_by_faster_coco_eval, judge_by_pycocotools
 from .random_truth import random_truth
 
 COCO = make_protocol("coco")
@@ -65,6 +65,23 @@ def test_random_truth_equals_pycocotools(seed):
     assert evaluate_in_parts(truth, rows, 3) == expected
     # faster-coco-eval sums in another order, so that its last digit may differ
     assert judge_by_faster_coco_eval(truth, rows) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_point_of_every_curve_equals_pycocotools(seed):
+    truth, rows = random_truth(seed, images=12, categories=1 + 2 * seed, detections=60, ties=seed % 2 == 0)
+    expected = evaluate_by_pycocotools(truth, rows).eval
+    known = GroundTruth.of(truth)
+    matches = [match_detections(COCO, known, DetectionTable.of(rows))]
+    precision, recall = curves.accumulate_curves(COCO, known, matches)
+    np.testing.assert_array_equal(precision, expected["precision"][..., -1])
+    np.testing.assert_array_equal(recall, expected["recall"])
+    metrics = evaluate("coco", truth, rows)
+    for iou, row in ((0.5, 0), (0.75, 5)):
+        for k, category in enumerate(sorted(truth["categories"], key=lambda one: one["id"])):
+            np.testing.assert_array_equal(
+                metrics.curves[iou][category["name"]], expected["precision"][row, :, k, 0, -1]
+            )
 
 
 @pytest.mark.parametrize("threads", [2, 3, 16])
