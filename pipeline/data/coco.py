@@ -10,13 +10,22 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from refinedet.pipeline.config.spec import Split
-from refinedet.pipeline.data.annotations import Annotation, Record, Source, as_number, fault_of_box, whole_number
+from refinedet.pipeline.data.annotations import (
+    Annotation,
+    Annotations,
+    Record,
+    Source,
+    as_number,
+    fault_of_box,
+    whole_number,
+)
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.json_arrays import iterate_members
 from refinedet.pipeline.data.remote import read_file
@@ -33,8 +42,37 @@ class _Content(NamedTuple):
 
     images: list[dict[str, Any]]
     categories: dict[int, Category]
-    annotations: list[Any]
-    """tuples of `_ANNOTATION`'s values, or what stands in the place of an object"""
+    annotations: _Entries
+
+
+class _Entries:
+    """Annotations of a file as they were read, in 73 bytes each; those of unexpected types as they are."""
+
+    _ROW = struct.Struct("<3q5db")
+
+    def __init__(self) -> None:
+        self._packed = bytearray()
+        self._odd: dict[int, Any] = {}
+        """by place: the values of `_ANNOTATION`, or a list of what stands in the place of an object"""
+        self._count = 0
+
+    def append(self, entry: Any) -> None:
+        values = tuple(map(entry.get, _ANNOTATION)) if isinstance(entry, dict) else [entry]
+        try:
+            number, image, category, box, area, crowd = values
+            numeric = (*cast(list[Any], box), 0.0 if area is None else area)
+            if not {*map(type, (number, image, category))} == {int} or not {*map(type, numeric)} <= {int, float}:
+                raise TypeError
+            area = math.nan if area is None else area
+            row = self._ROW.pack(number, image, category, *numeric[:-1], area, {None: 0, 0: 0, 1: 1}[crowd])
+        except (TypeError, ValueError, KeyError, struct.error, OverflowError):
+            self._odd[self._count], row = values, bytes(self._ROW.size)
+        self._packed += row
+        self._count += 1
+
+    def __iter__(self) -> Iterator[Any]:
+        for place, (number, image, category, x, y, w, h, area, crowd) in enumerate(self._ROW.iter_unpack(self._packed)):
+            yield self._odd.get(place) or (number, image, category, [x, y, w, h], area, crowd)
 
 
 def read_coco(root: str, split: Split, faults: FaultLog) -> Source:
@@ -53,7 +91,7 @@ def read_coco(root: str, split: Split, faults: FaultLog) -> Source:
             faults.add(BadSample(file, name, f"image {image_id} has no file in {folder}"))
             continue
         load = partial(read_file, storage.join(folder, name))
-        annotations = tuple(objects.get(image_id, ()))
+        annotations = objects.pop(image_id, None) or Annotations()
         records.append(Record(image_id, name, load, sizes[name], annotations, image.get("width"), image.get("height")))
     return Source(tuple(sorted(content.categories.values())), tuple(records), file, fixed_ids=True)
 
@@ -72,8 +110,7 @@ def _load_instances(path: str, file: str, *, with_annotations: bool) -> _Content
             if not element:
                 found[name] = value
             elif name == "annotations":
-                fields = tuple(map(value.get, _ANNOTATION)) if isinstance(value, dict) else value
-                found.setdefault(name, []).append(fields if isinstance(value, dict) else [value])
+                found.setdefault(name, _Entries()).append(value)
             elif name == "images":
                 kept = {key: value[key] for key in _IMAGE if key in value} if isinstance(value, dict) else value
                 found.setdefault(name, []).append(kept)
@@ -86,12 +123,14 @@ def _load_instances(path: str, file: str, *, with_annotations: bool) -> _Content
     except ValueError as error:
         raise UserError(f"annotation file {path} is not JSON ({error}): give a COCO instances file") from None
     wanted = ("images", "categories", "annotations") if with_annotations else ("images", "categories")
-    if not all(isinstance(found.get(key), list) for key in wanted):
+    if not all(isinstance(found.get(key), list | _Entries) for key in wanted):
         received = f"an object with {sorted(found)[:8]}"
         raise UserError(f"{path} is not a COCO file, received {received}: it needs the lists {', '.join(wanted)}")
     for image in found["images"]:
         _check_image(image, path)
-    return _Content(found["images"], _read_categories(found["categories"], file), found.get("annotations") or [])
+    return _Content(
+        found["images"], _read_categories(found["categories"], file), found.get("annotations") or _Entries()
+    )
 
 
 def _check_image(image: Any, path: str) -> None:
@@ -161,8 +200,8 @@ def read_ids(path: str) -> list[int]:
         raise UserError(f"{path} is not a list of image ids ({error}): give one id a line, or a JSON list") from None
 
 
-def _objects_by_image(content: _Content, faults: FaultLog, file: str) -> dict[int, list[Annotation]]:
-    objects: dict[int, list[Annotation]] = defaultdict(list)
+def _objects_by_image(content: _Content, faults: FaultLog, file: str) -> dict[int, Annotations]:
+    objects: dict[int, Annotations] = defaultdict(Annotations)
     images = {image["id"] for image in content.images}
     for place, entry in enumerate(content.annotations):
         if not isinstance(entry, tuple):
@@ -187,7 +226,6 @@ def _objects_by_image(content: _Content, faults: FaultLog, file: str) -> dict[in
         if area is None or not math.isfinite(area):
             area = bbox[2] * bbox[3]
         objects[image_id].append(Annotation(received_id, category_id, bbox, area, int(crowd or 0)))
-        content.annotations[place] = None  # the memory of millions
     return objects
 
 

@@ -11,7 +11,7 @@ from functools import partial
 from xml.etree import ElementTree
 
 from refinedet.pipeline.config.spec import Split
-from refinedet.pipeline.data.annotations import Record, Source, number_classes
+from refinedet.pipeline.data.annotations import Annotations, Record, Source, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.image_files import list_images
 from refinedet.pipeline.data.remote import read_file
@@ -43,7 +43,7 @@ def read_cvat(root: str, split: Split, faults: FaultLog) -> Source:
             faults.add(BadSample(file, name, f"no such image exists in {directory}; left out"))
             continue
         load = partial(read_file, storage.join(directory, name))
-        records.append(Record(image_id, name, load, sizes[name], (), *size))
+        records.append(Record(image_id, name, load, sizes[name], Annotations(), *size))
         objects.append(found)
         for kind in ("points", "polyline"):
             for _ in element.iter(kind):

@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 from refinedet.pipeline.config.spec import Split
-from refinedet.pipeline.data.annotations import Record, Source, number_classes
+from refinedet.pipeline.data.annotations import Annotations, Record, Source, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.remote import read_file
 from refinedet.pipeline.runs.errors import UserError
@@ -123,7 +123,7 @@ def _record(root: str, path: str, row: int, content: dict[str, Any], image_id: i
         file = os.path.join(root, image.get("path") or "")
         load = partial(read_file, file)
         size = os.path.getsize(file) if os.path.isfile(file) else 0
-    return Record(image_id, name, load, size, (), content.get("width"), content.get("height"))
+    return Record(image_id, name, load, size, Annotations(), content.get("width"), content.get("height"))
 
 
 def _load_row(path: str, row: int) -> bytes:

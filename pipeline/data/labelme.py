@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from refinedet.pipeline.config.spec import Split
-from refinedet.pipeline.data.annotations import Record, Source, number_classes
+from refinedet.pipeline.data.annotations import Annotations, Record, Source, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.image_files import list_sizes
 from refinedet.pipeline.data.images import SUFFIXES
@@ -39,7 +39,7 @@ def read_labelme(root: str, split: Split, faults: FaultLog) -> Source:
         if label in files:
             size, found = _read_labels(storage.join(directory, label), split.images, name, faults)
         load = partial(read_file, storage.join(directory, name))
-        records.append(Record(image_id, name, load, files[name], (), *size))
+        records.append(Record(image_id, name, load, files[name], Annotations(), *size))
         objects.append(found)
     return number_classes(split.images, records, objects, faults)
 

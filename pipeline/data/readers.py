@@ -10,10 +10,11 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import get_args
+from typing import Any, get_args
 
+import numpy as np
 from refinedet.pipeline.config.spec import Data, DataFormat, Split
-from refinedet.pipeline.data.annotations import Annotation, Record, Source, fault_of_box
+from refinedet.pipeline.data.annotations import Annotations, Record, Source, fault_of_box
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.coco import coco_lists, read_coco
 from refinedet.pipeline.data.cvat import cvat_lists, read_cvat
@@ -240,7 +241,7 @@ def _finish_record(
 ) -> Record:
     """The record with final category and annotation ids; boxes that cannot be learnt from are named, and stay."""
     names = numbers.names
-    kept: list[Annotation] = []
+    kept = Annotations()
     for annotation in record.annotations:
         name = names[annotation.category_id]
         match = aliases[name]
@@ -252,7 +253,7 @@ def _finish_record(
         if fault := fault_of_box(annotation.bbox, record.width or float("inf"), record.height or float("inf")):
             key = f"annotation {number}" if source.fixed_ids else f"{record.file_name}, object {annotation.id}"
             faults.add(BadSample(source.name, key, f"{fault}; it is not learnt from"))
-    return replace(record, annotations=tuple(kept))
+    return replace(record, annotations=kept)
 
 
 class _Numbers:
@@ -269,15 +270,32 @@ class _Numbers:
         self.names: dict[int, str] = {}
         self.number = 0
         self.images: dict[int, str] = {}
-        self.annotations: dict[int, int] = {}  # id -> the last split that had it
+        self.annotations: dict[int, int] = {}  # id -> the last split that had it; empty while ids are `plain`
+        self.plain: dict[int, np.ndarray] = {}
+        """ids of each split, by its number, as long as all are positive and none is there twice: 8 bytes each"""
         self.free = 2**40
         self.offset = self.last = self.last_annotation = 0
+        self.simple = False
 
     def next_source(self, source: Source) -> None:
         self.source = source
         self.names = {category.id: category.name for category in source.categories}
         self.number += 1
         self.offset = 0 if source.fixed_ids else self.last
+        self.simple = source.fixed_ids and not self.annotations and self._take_all(source)
+        if not self.simple:
+            for split, ids in self.plain.items():
+                self.annotations |= dict.fromkeys(ids.tolist(), split)
+            self.plain.clear()
+
+    def _take_all(self, source: Source) -> bool:
+        """Note the ids of a split at once; False where one of them needs attention."""
+        ids = np.concatenate([np.zeros(0, np.int64), *(record.annotations.ids() for record in source.records)])
+        every = np.sort(np.concatenate([*self.plain.values(), ids]))
+        if len(every) and (every[0] <= 0 or (every[1:] == every[:-1]).any()):
+            return False
+        self.plain[self.number] = ids
+        return True
 
     def take_image(self, image_id: int) -> int:
         image_id += self.offset
@@ -290,7 +308,9 @@ class _Numbers:
         self.last = max(self.last, image_id)
         return image_id
 
-    def take_annotation(self, received: object, source: Source) -> int:
+    def take_annotation(self, received: Any, source: Source) -> int:
+        if self.simple:
+            return received
         if not source.fixed_ids:
             self.last_annotation += 1
             received = self.last_annotation

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import cv2
 import numpy as np
 from refinedet.pipeline.config.spec import Data, Split
-from refinedet.pipeline.data.annotations import Annotation, Record, Source
+from refinedet.pipeline.data.annotations import Annotation, Annotations, Record, Source
 from refinedet.pipeline.data.randomness import keyed_generator
 from refinedet.pipeline.data.samples import Category
 
@@ -61,7 +61,7 @@ def read_shapes(data: Data, part: str, first: int, split: Split) -> Source:
         drawing = draw_shapes(data.seed, part, index, data.image_size)
         height, width, _ = drawing.image.shape
         content = _encode(drawing.image)
-        annotations = tuple(
+        annotations = Annotations(
             Annotation(index * 100 + at, entry["category_id"], tuple(entry["bbox"]), entry["area"], entry["iscrowd"])
             for at, entry in enumerate(drawing.annotations, start=1)
         )

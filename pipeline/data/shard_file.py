@@ -69,7 +69,9 @@ def write_shard(
     """
     name = f"shard-{number:06d}.tar"
     path, contents_path = storage.join(destination, name), storage.join(destination, contents_name(name))
-    asked = storage.digest_json([request, [(r.image_id, r.file_name, r.num_bytes, r.annotations) for r in records]])
+    asked = storage.digest_json(
+        [request, [(r.image_id, r.file_name, r.num_bytes, list(r.annotations)) for r in records]]
+    )
     written = _find_shard(path, contents_path, asked)
     if written:
         for fault in written["faults"]:
@@ -166,13 +168,13 @@ def _encode_sample(
             meant = "displayed" if data.exif == "stored" else "stored"
             hint = f", which is the {meant} picture of its EXIF rotation (data.exif={meant})"
         return fault(f"is {size[0]} x {size[1]} pixels, its annotations say {said[0]} x {said[1]}{hint}")
-    extension, annotations = header.extension, record.annotations
+    extension, annotations = header.extension, list(record.annotations)
     turned = header.orientation != 1 and data.exif == "displayed"
     scale = min(1.0, data.max_side / max(size)) if data.max_side else 1.0
     if turned or scale < 1:
         image = turn_upright(image, header.orientation) if turned else image
         size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-        annotations = tuple(_scale(annotation, size[0] / said[0], size[1] / said[1]) for annotation in annotations)
+        annotations = [_scale(annotation, size[0] / said[0], size[1] / said[1]) for annotation in annotations]
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image
         content, extension = encode_image(image), "jpg"
     facts = {

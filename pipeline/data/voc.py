@@ -14,7 +14,7 @@ from functools import partial
 from xml.etree import ElementTree
 
 from refinedet.pipeline.config.spec import Split
-from refinedet.pipeline.data.annotations import Record, Source, number_classes
+from refinedet.pipeline.data.annotations import Annotations, Record, Source, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.image_files import list_images
 from refinedet.pipeline.data.remote import read_file
@@ -41,7 +41,7 @@ def read_voc(root: str, split: Split, faults: FaultLog) -> Source:
             continue
         size, found = _parse(storage.join(folder, f"{stem}.xml")) if folder and annotations else ((None, None), [])
         load = partial(read_file, storage.join(pictures, image))
-        records.append(Record(image_id, image, load, images[image], (), *size))
+        records.append(Record(image_id, image, load, images[image], Annotations(), *size))
         objects.append(found)
     return number_classes(name, records, objects, faults)
 

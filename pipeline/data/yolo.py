@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 from refinedet.pipeline.config.spec import Split
-from refinedet.pipeline.data.annotations import Record, Source, number_classes
+from refinedet.pipeline.data.annotations import Annotations, Record, Source, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.image_files import list_sizes
 from refinedet.pipeline.data.images import SUFFIXES, read_header
@@ -51,7 +51,7 @@ def read_yolo(root: str, split: Split, faults: FaultLog) -> Source:
                 size = (header.width, header.height)
                 found = _read_labels(labels, names, size)
         file_name = os.path.relpath(path, root) if storage.is_local(root) else file
-        records.append(Record(image_id, file_name, load, sizes[directory][file], (), *size))
+        records.append(Record(image_id, file_name, load, sizes[directory][file], Annotations(), *size))
         objects.append(found)
     return number_classes(name, records, objects, faults, names)
 

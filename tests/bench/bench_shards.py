@@ -31,9 +31,9 @@ import torch  # noqa: E402
 from refinedet.pipeline.config.spec import Augmentation, Data, Sampling, Split  # noqa: E402
 from refinedet.pipeline.data.sampling import EpochDraws, fix_repeats  # noqa: E402
 from refinedet.pipeline.data.shards import prepare_shards  # noqa: E402
-from refinedet.pipeline.data.stream import TrainingStream  # noqa: E402
 
 from tests.bench.bench_stream import facts  # noqa: E402
+from tests.data.streams import open_stream  # noqa: E402
 
 OBJECTS, OUTLINE = 7, 60  # of an image; numbers of an object's outline: COCO's 860,001 objects and 470 MB
 CLASSES = 80
@@ -107,7 +107,7 @@ def measure_photos(count: int, rounds: int) -> dict[str, float]:
         for name, side in (("whole", None), ("max_side", LONGER_SIDE)):
             data = Data(format="coco", root=folder, train=(split,), val=(split,), max_side=side)
             shards = prepare_shards(data, "train", f"{folder}/{name}")
-            stream = TrainingStream(shards, input_size=512, augmentation=Augmentation(), seed=0, global_batch=BATCH)
+            stream = open_stream(shards, input_size=512, augmentation=Augmentation(), seed=0, global_batch=BATCH)
             sources[name] = iter(stream)
             next(sources[name])
         seconds = dict.fromkeys(sources, 0.0)
