@@ -100,7 +100,9 @@ def test_a_job_outlives_a_host(cluster: RayCluster, tmp_path: Path) -> None:
 
 def test_a_job_that_is_stopped_goes_on_with_no_step_lost(cluster: RayCluster, tmp_path: Path) -> None:
     run = tmp_path / "second"
-    submitted = cluster.outside("submit", *arguments(cluster, tmp_path, "second"))
+    epochs = 3 * EPOCHS  # long enough for two commands before it ends
+    spec = [*arguments(cluster, tmp_path, "second"), f"training.epochs={epochs}"]
+    submitted = cluster.outside("submit", *spec)
     assert submitted.returncode == 0, submitted.stderr
     job = submitted.stdout.strip()
 
@@ -110,17 +112,17 @@ def test_a_job_that_is_stopped_goes_on_with_no_step_lost(cluster: RayCluster, tm
     wait_until(
         lambda: (steps(run) or [0])[-1] >= STEPS_AN_EPOCH + 2, lambda: True, lambda: ask("logs", "second").stdout
     )
-    again = cluster.outside("submit", *arguments(cluster, tmp_path, "second"))
+    again = cluster.outside("submit", *spec)
     assert again.returncode == 2
     assert f"is being worked on by job {job}" in again.stderr
     stopped = ask("stop", "second")
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped" in stopped.stdout
     last = steps(run)[-1]
-    assert last < STEPS, "it ended before it was stopped"
+    assert last < epochs * STEPS_AN_EPOCH, "it ended before it was stopped"
     assert json.loads((run / "tracking.json").read_text())["status"] == "KILLED"
 
-    other = cluster.outside("submit", *arguments(cluster, tmp_path, "second"), "training.learning_rate=0.5")
+    other = cluster.outside("submit", *spec, "training.learning_rate=0.5")
     assert other.returncode == 2
     assert "training.learning_rate was 0.02, now 0.5" in other.stderr
 
@@ -129,5 +131,5 @@ def test_a_job_that_is_stopped_goes_on_with_no_step_lost(cluster: RayCluster, tm
     followed = ask("logs", "second", "--follow")
     assert followed.returncode == 0, followed.stdout
     assert [event["step"] for event in events(run, "resumed")] == [last]
-    assert steps(run) == list(range(1, STEPS + 1))
+    assert steps(run) == list(range(1, epochs * STEPS_AN_EPOCH + 1))
     assert ask("list").stdout.count("second-") == 2
