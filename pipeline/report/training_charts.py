@@ -89,7 +89,7 @@ def _survivor_chart(run: RunFolder) -> str:
     """Shares of the anchors that the ARM's negative filter leaves, by level, and that the ADM computes."""
     series = []
     window = max(5, len(run.steps) // 30)
-    names = {f"survivors_{level}": f"stride {4 * 2**level}" for level in range(1, 6)} | {"rows": "computed by the ADM"}
+    names = {f"survivors_{level}": f"stride {4 * 2**level}" for level in range(1, 6)} | {"rows": "ADM rows"}
     for colour, (key, name) in enumerate(names.items(), start=1):
         x, y = _line(run, key)
         if y:

@@ -71,7 +71,7 @@ def test_a_whole_run_is_told_on_one_page_that_needs_no_network(run):
     assert ">0.503<" in page
     assert ">0.524<" in page
     assert ">+0.021<" in page
-    assert all(f">{name}" in page for name in ("Anchors that survive the filter", "stride 8", "computed by the ADM"))
+    assert all(f">{name}" in page for name in ("Anchors that survive the filter", "stride 8", "ADM rows"))
     assert page.count("data:image/jpeg;base64,") == 6 * 3 + 3 + 6 + 6 + 4
     tags = _Tags()
     tags.feed(page)
