@@ -112,7 +112,7 @@ def estimate(
 
     State: fp32 weights, gradients and momentum, the last one (ZeRO 1) or two (ZeRO 2) shared by the workers, and the
     average of the weights where it is kept. Compute: FLOPs of the whole network, every anchor, forward and backward;
-    activation checkpointing repeats the backbone's forward. Precision: auto is bf16 on a GPU, fp32 on a CPU.
+    activation checkpointing repeats the backbone's forward, pretrained layers that stay as they are have no backward. Precision: auto is bf16 on a GPU, fp32 on a CPU.
     Communication: a ring over the workers of a node, then one over the nodes, through which every gradient goes once
     each way.
     """
@@ -123,7 +123,11 @@ def estimate(
     half = device.is_gpu and training.precision != "fp32"
     tflops = device.tflops * (1.0 if half else device.fp32_share)
     activations = cost.activation_bytes * batch.micro_batch * (_HALF_PRECISION_ACTIVATIONS if half else 1.0)
-    gflops = cost.total_gflops * (1 + _BACKWARD) + (cost.gflops["backbone"] if model.activation_checkpointing else 0.0)
+    gflops = cost.total_gflops * (1 + _BACKWARD)
+    if training.backbone_lr_multiplier == 0:
+        gflops -= cost.gflops["backbone"] * _BACKWARD
+    elif model.activation_checkpointing:
+        gflops += cost.gflops["backbone"]
     images = math.ceil(batch.global_batch / batch.world_size)
     communication = 0.0
     if batch.world_size > 1:

@@ -76,6 +76,11 @@ def test_activations_go_by_the_micro_batch() -> None:
     assert figures(precision="bf16", micro_batch=2).activation_bytes == pytest.approx(2 * 550)
 
 
+def test_pretrained_layers_that_stay_as_they_are_have_no_backward() -> None:
+    assert figures(backbone_lr_multiplier=0).compute_s == pytest.approx(8 * (6 + 3 * 4) / 500)
+    assert figures(backbone_lr_multiplier=0.1).compute_s == pytest.approx(8 * 30 / 500)
+
+
 def test_compute_is_three_forwards_and_a_fourth_of_the_backbone_when_it_is_recomputed() -> None:
     assert figures().compute_s == pytest.approx(8 * 30 / 500)
     recomputed = RefineDetConfig(activation_checkpointing=True)
