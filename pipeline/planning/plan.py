@@ -112,9 +112,9 @@ def estimate(
 
     State: fp32 weights, gradients and momentum, the last one (ZeRO 1) or two (ZeRO 2) shared by the workers, and the
     average of the weights where it is kept. Compute: FLOPs of the whole network, every anchor, forward and backward;
-    activation checkpointing repeats the backbone's forward, pretrained layers that stay as they are have no backward. Precision: auto is bf16 on a GPU, fp32 on a CPU.
-    Communication: a ring over the workers of a node, then one over the nodes, through which every gradient goes once
-    each way.
+    activation checkpointing repeats the backbone's forward; pretrained layers that stay as they are have no backward.
+    Precision: auto is bf16 on a GPU, fp32 on a CPU. Communication: a ring over the workers of a node, then one over
+    the nodes, through which every gradient goes once each way.
     """
     weights = 4.0 * cost.total_parameters
     momentum = weights / (batch.world_size if training.zero_stage >= 1 else 1)
