@@ -107,4 +107,4 @@ def _split_description(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return " ".join(text.split()).replace("|", "\\|").replace("<", "&lt;")

@@ -201,7 +201,7 @@ class Cluster(Section):
 
 class JobSpec(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,99}$")]
-    """a run's name and home: runs/<name>"""
+    """the run, whose directory is runs/NAME"""
     runs: str = "runs"
     """directory or fsspec URI that holds the runs"""
     seed: NonNegativeInt = 0
