@@ -18,7 +18,7 @@ ERROR_KINDS = ("classification", "localization", "both", "duplicate", "backgroun
 """TIDE's six, in its order: Cls, Loc, Both, Dupe, Bkg, Miss"""
 
 STAGES = ("found", "uncovered", "first_regression", "filter", "second_regression", "classification", "suppression")
-"""Where an object ends: detected, or the first step of the detector after which nothing of it is left.
+"""End of an object: detected, or the first step of the detector after which nothing of it is left.
 
 uncovered          no anchor overlaps it, before or after the ARM's regression
 first_regression   an anchor overlapped it, no refined anchor does

@@ -18,6 +18,7 @@ import numpy as np
 from PIL import Image
 from refinedet.pipeline.inference.pictures import Boxes, draw_detections
 from refinedet.pipeline.inference.sources import Frame
+from refinedet.pipeline.runs.errors import JobError
 
 _QUALITY = 90  # of pictures and crops
 
@@ -100,6 +101,8 @@ class Pictures(Output):
             path = str(self._file(f"{frame.source.stem}.mp4"))
             code = cv2.VideoWriter.fourcc(*"mp4v")
             self._video = frame.source.stem, cv2.VideoWriter(path, code, frame.rate, picture.size)
+            if not self._video[1].isOpened():
+                raise JobError(f"OpenCV cannot write the video {path}; leave out --format pictures.")
         self._video[1].write(cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
 
     def _end_video(self) -> None:

@@ -64,7 +64,7 @@ class Frame:
 
     @property
     def stem(self) -> str:
-        return self.source.stem if self.number is None else f"{self.source.stem}-{self.number:06d}"
+        return self.source.stem if self.number is None else f"{self.source.stem}#{self.number:06d}"  # as no stem has
 
 
 def find_sources(names: Sequence[str], *, leave_out: str) -> list[Source]:
@@ -136,7 +136,10 @@ def _lines(name: str) -> list[str]:
     if name == STANDARD_INPUT:
         lines = sys.stdin.read().splitlines()
     else:
-        lines = storage.read_bytes(name).decode("utf-8").splitlines()
+        try:
+            lines = storage.read_bytes(name).decode("utf-8").splitlines()
+        except UnicodeDecodeError:
+            raise UserError(f"{name!r} is no text file of names, one a line, in UTF-8; correct it.") from None
     return [line.strip() for line in lines if line.strip()]
 
 

@@ -72,11 +72,13 @@ def test_the_output_is_no_source(photos: Path) -> None:
         ("*.gif", "matches no file"),
         ("empty", "holds no image"),
         ("empty.txt", "no image"),
+        ("binary.txt", "no text file of names"),
     ],
 )
 def test_what_stands_for_nothing_is_refused(tmp_path: Path, name: str, said: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.txt").touch()
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match=said):
         found(tmp_path / name)
 
@@ -102,7 +104,7 @@ def test_a_video_is_its_frames(tmp_path: Path) -> None:
     broken, *frames = read_frames(sources, ahead=4)
     assert broken.fault == "no frame of the video can be decoded"
     assert [frame.number for frame in frames] == list(range(20))
-    assert [frame.stem for frame in frames[:2]] == ["clip-000000", "clip-000001"]
+    assert [frame.stem for frame in frames[:2]] == ["clip#000000", "clip#000001"]
     assert {frame.rate for frame in frames} == {12.0}
     means = [float(frame.image.mean()) for frame in frames if frame.image is not None]
     np.testing.assert_allclose(means, [10 * number for number in range(20)], atol=6)

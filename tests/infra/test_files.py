@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,9 @@ def test_the_image_is_built_for_both_generations_of_gpus_from_pinned_packages():
     kept = {line[1:] for line in ignored if line.startswith("!")}
     copied = {name for line in re.findall(r"^COPY (?!--from)(.+) \S+$", content, re.MULTILINE) for name in line.split()}
     assert copied == kept
+    project = tomllib.loads((INFRA.parent / "pyproject.toml").read_text())
+    packages = set(project["tool"]["scikit-build"]["wheel"]["packages"].values())
+    assert packages <= copied, "the wheel is built of these"
 
 
 @pytest.mark.parametrize("file", VM_FILES, ids=lambda file: file.name)
