@@ -15,7 +15,7 @@ from refinedet.pipeline.config.spec import Data
 from refinedet.pipeline.data.annotations import are_learnable, fault_of_box
 from refinedet.pipeline.data.index import ShardSet, check_same_categories
 from refinedet.pipeline.data.inspection import check_shards
-from refinedet.pipeline.data.reading import EvaluationSamples, expand_tar, write_coco_annotations
+from refinedet.pipeline.data.reading import EvaluationSamples, expand_tar, read_facts, write_coco_annotations
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.runs.errors import UserError
 
@@ -88,6 +88,31 @@ def test_a_box_that_reaches_over_the_edge_is_clipped(coco_folder: Write, tmp_pat
     shards, faults = prepared(coco_folder(3, set_box([-2, 40, 20, 30])), tmp_path)
     assert faults == []
     assert next(iter(EvaluationSamples(shards, [2]))).boxes.tolist() == [[0, 40, 18, 48]]
+
+
+def test_areas_that_are_missing_are_those_of_the_boxes(coco_folder: Write, tmp_path: Path) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        del content["annotations"][0]["area"]
+        content["annotations"][1]["area"] = float("nan")
+
+    shards, faults = prepared(coco_folder(3, edit), tmp_path)
+    assert faults == []
+    assert [facts["objects"][0]["area"] for facts in read_facts(shards)] == [200, 200, 150]
+
+
+@pytest.mark.parametrize("number", ["seven", None, 2.5, 2**70, True, 0, -3])
+def test_ids_that_are_no_positive_numbers_are_replaced_and_named_as_received(
+    coco_folder: Write, tmp_path: Path, number: Any
+) -> None:
+    def edit(content: dict[str, Any]) -> None:
+        content["annotations"][1]["id"] = number
+
+    shards, faults = prepared(coco_folder(3, edit), tmp_path)
+    (fault,) = faults
+    assert f"annotation {number!r}" in str(fault)
+    ids = [facts["objects"][0]["id"] for facts in read_facts(shards)]
+    assert (ids[0], ids[2]) == (1, 3)
+    assert ids[1] > 2**40
 
 
 def test_past_the_limit_is_an_error_that_names_the_first(coco_folder: Write, tmp_path: Path) -> None:

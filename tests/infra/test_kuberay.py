@@ -167,6 +167,8 @@ def test_a_pod_fills_a_node_and_has_shared_memory():
     assert container["resources"]["requests"]["cpu"] == "65"
     assert "cpu" not in container["resources"]["limits"]
     assert training["maxReplicas"] == 2
+    (toleration,) = training["template"]["spec"]["tolerations"]
+    assert toleration["key"] == "nvidia.com/gpu", "nodes with GPUs keep other pods away"
     volumes = {volume["name"]: volume for volume in training["template"]["spec"]["volumes"]}
     assert volumes["shared-memory"]["emptyDir"] == {"medium": "Memory", "sizeLimit": "64Gi"}
     assert {"name": "shared-memory", "mountPath": "/dev/shm"} in container["volumeMounts"]

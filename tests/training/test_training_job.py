@@ -76,9 +76,17 @@ def test_pretrained_layers_stay_as_they_are_where_their_rate_is_0(world: World, 
     fixed = Run(run.spec.model_copy(update={"training": training}))
     torch.manual_seed(fixed.spec.seed)
     before = RefineDet(fixed.spec.model).state_dict()
-    validate = {"validate": lambda detector, epochs: {"AP": 0.5}}
+    trained: list[bool] = []
+
+    def see(detector: RefineDet, epochs: int) -> dict[str, float]:
+        trained.extend(parameter.requires_grad for parameter in detector.pretrained_parameters())
+        return {"AP": 0.5}
+
+    validate = {"validate": see}
     assert train_job(fixed, world, ListLink(stop_at=3), **validate).status == "stopped"
     assert train_job(fixed, world, ListLink(), attempt=Attempt(1), **validate).status == "finished"
+    assert trained
+    assert not any(trained), "they have no backward pass"
     after = load_file(fixed.weights)
     assert after.keys() == before.keys()
     for name, value in before.items():
