@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from refinedet.pipeline.cli.arguments import Address, Dashboard, Job, Overrides, RunOrJob
+from refinedet.pipeline.cli.comparisons import print_sweep
 from refinedet.pipeline.config.spec_files import load_spec
+from refinedet.pipeline.config.sweep_spec import load_sweep
 from refinedet.pipeline.runs.durations import describe_duration
 from refinedet.pipeline.runs.errors import JobError, UserError
 
@@ -44,6 +47,28 @@ def launch(
             return
         chosen = {"stages": stages.split(",")} if stages is not None else {}
         launch(spec, address=address, display=display, **chosen)
+
+
+@app.command()
+def sweep(
+    path: Annotated[str, typer.Argument(metavar="SWEEP.yaml", help="variants of a job: a file or a URI")],
+    overrides: Overrides = None,
+    address: Address = None,
+) -> None:
+    """Run the variants of a job, each with several seeds, on one cluster, and compare them.
+
+    The same command resumes what stopped. Example: refinedet sweep jobs/sweeps/table2_drawn.yaml
+    """
+    from refinedet.pipeline.cluster.sweep import run_sweep
+    from refinedet.pipeline.runs.progress import ProgressDisplay
+
+    found = load_sweep(path, overrides or ())
+    try:
+        with ProgressDisplay() as display:
+            run_sweep(found, address=address, display=display)
+    finally:
+        with contextlib.suppress(UserError):  # nothing was evaluated yet
+            print_sweep(found)
 
 
 @app.command()

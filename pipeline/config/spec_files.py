@@ -30,9 +30,9 @@ def load_spec(job: str, overrides: Sequence[str] = ()) -> JobSpec:
     Raises UserError for whatever is wrong with them, naming the key, what was received and the remedy.
     """
     path = _find(job)
-    values = _read_with_bases(path, depth=0)
+    values = read_with_bases(path)
     for override in overrides:
-        _apply_override(values, override)
+        apply_override(values, override)
     return parse_spec(values, source=path)
 
 
@@ -41,7 +41,7 @@ def parse_spec(values: Mapping[str, Any], source: str) -> JobSpec:
     try:
         return JobSpec.model_validate(values)
     except ValidationError as error:
-        raise UserError(f"{source}: " + "; ".join(_explain_all(error))) from None
+        raise UserError(f"{source}: " + "; ".join(explain_faults(error, JobSpec))) from None
 
 
 def dump_spec(spec: JobSpec) -> str:
@@ -55,21 +55,23 @@ def _find(job: str) -> str:
     return str(shipped) if not os.path.exists(job) and "://" not in job and shipped.is_file() else job
 
 
-def _read_with_bases(path: str, depth: int) -> dict[str, Any]:
+def read_with_bases(path: str, depth: int = 0) -> dict[str, Any]:
+    """Plain values of a job spec, merged over those of its `base:`."""
     if depth > _MAX_BASES:
         raise UserError(
             f"{path}: more than {_MAX_BASES} files inherit from one another through `base:`; break the loop."
         )
-    values = _read_yaml(path)
+    values = read_yaml(path)
     base = values.pop("base", None)
     if base is None:
         return values
     if not isinstance(base, str):
         raise UserError(f"{path}: `base` must be the path of another job spec, received {base!r}.")
-    return _merged(_read_with_bases(os.path.join(os.path.dirname(path), base), depth + 1), values)
+    return merge_values(read_with_bases(os.path.join(os.path.dirname(path), base), depth + 1), values)
 
 
-def _read_yaml(path: str) -> dict[str, Any]:
+def read_yaml(path: str) -> dict[str, Any]:
+    """A YAML file or URI that holds a mapping; UserError for anything else."""
     try:
         values = yaml.safe_load(storage.read_bytes(path).decode())
     except FileNotFoundError:
@@ -84,18 +86,19 @@ def _read_yaml(path: str) -> dict[str, Any]:
     return values
 
 
-def _merged(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+def merge_values(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
     """Mappings are merged key by key; everything else, lists too, is replaced."""
     merged = dict(below)
     for key, value in above.items():
         if isinstance(value, Mapping) and isinstance(merged.get(key), Mapping):
-            merged[key] = _merged(merged[key], value)
+            merged[key] = merge_values(merged[key], value)
         else:
             merged[key] = value
     return merged
 
 
-def _apply_override(values: dict[str, Any], override: str) -> None:
+def apply_override(values: dict[str, Any], override: str) -> None:
+    """Set the key of "training.epochs=3" in `values`, in place."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise UserError(f"An override reads key=value, as in training.epochs=3; received {override!r}.")
@@ -112,7 +115,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     values[last] = value
 
 
-def _explain_all(error: ValidationError) -> list[str]:
+def explain_faults(error: ValidationError, top: type[BaseModel]) -> list[str]:
     """One clause a key, unknown keys first: a misspelt key often makes another one missing.
 
     Where a key takes one of several types, pydantic reports on each; only the one that was meant is explained.
@@ -122,7 +125,7 @@ def _explain_all(error: ValidationError) -> list[str]:
     for fault in faults:
         if fault["type"] == "int_type" and isinstance(fault.get("input"), (dict, list, tuple)) and len(faults) > 1:
             continue
-        clauses.setdefault(_key(fault), _explain(fault))
+        clauses.setdefault(_key(fault), _explain(fault, top))
     return list(clauses.values())
 
 
@@ -131,13 +134,13 @@ def _key(fault: Any) -> str:
     return ".".join(part for part in map(str, fault["loc"]) if re.fullmatch(r"[a-z0-9_]+", part))
 
 
-def _explain(fault: Any) -> str:
+def _explain(fault: Any, top: type[BaseModel]) -> str:
     """One pydantic fault as a clause: what, received, remedy."""
     location = [str(part) for part in fault["loc"]]
     key = _key(fault)
     kind, received = fault["type"], fault.get("input")
     if kind in _UNKNOWN_KEY:
-        known = _keys_beside(location)
+        known = _keys_beside(location, top)
         near = difflib.get_close_matches(location[-1], known, n=1)
         remedy = f"did you mean `{near[0]}`?" if near else f"known here: {', '.join(known)}"
         return f"there is no key `{key}`; {remedy}"
@@ -149,9 +152,9 @@ def _explain(fault: Any) -> str:
     return f"`{key}`: {message[0].lower()}{message[1:]}, received {received!r}"
 
 
-def _keys_beside(location: Sequence[str]) -> list[str]:
-    """The keys known where `location` ends, found by walking the spec's types."""
-    section: Any = JobSpec
+def _keys_beside(location: Sequence[str], top: type[BaseModel]) -> list[str]:
+    """The keys known where `location` ends, found by walking the types below `top`."""
+    section: Any = top
     for part in location[:-1]:
         fields = _fields(section)
         if part in fields:

@@ -118,11 +118,11 @@ def read_part(data: Data, part: str, faults: FaultLog) -> Part:
 
 def _read_split(data: Data, part: str, split: Split, faults: FaultLog) -> Source:
     if format_of(data, split) == "shapes":  # drawn from the data section's own seed and size
-        from refinedet.pipeline.data.shapes import read_shapes  # only here: it is not for data sets of users
+        from refinedet.pipeline.data.drawings import read_drawings  # only here: it is not for data sets of users
 
         splits = {"train": data.train, "val": data.val}[part]
         first = sum(other.count or 0 for other in splits[: splits.index(split)] if format_of(data, other) == "shapes")
-        return _keep_share(read_shapes(data, part, first, split), split.share)
+        return _keep_share(read_drawings(data, part, first, split), split.share)
     return _keep_share(READERS[format_of(data, split)].read(root_of(data, split), split, faults), split.share)
 
 

@@ -8,19 +8,16 @@ from __future__ import annotations
 
 import json
 import os
-from functools import partial
 from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
-from refinedet.pipeline.config.spec import Data, Split
-from refinedet.pipeline.data.annotations import Annotation, Annotations, Record, Source
 from refinedet.pipeline.data.randomness import keyed_generator
-from refinedet.pipeline.data.samples import Category
 
 
 class Shape(NamedTuple):
     name: str
+    outline: str
     hue: int
     """OpenCV's degrees, 0..179"""
     saturation: int
@@ -31,16 +28,16 @@ class Shape(NamedTuple):
 
 # By category id.
 SHAPES = {
-    1: Shape("disc", 0, 220, "plain"),
-    2: Shape("square", 112, 210, "checks"),
-    3: Shape("triangle", 60, 200, "stripes"),
-    5: Shape("star", 28, 230, "plain"),
-    7: Shape("ring", 140, 170, "plain"),
-    13: Shape("cross", 12, 230, "plain"),
-    17: Shape("bar", 92, 220, "bands", 3.6),
-    44: Shape("hexagon", 165, 110, "dots"),
-    62: Shape("leaf", 42, 210, "stripes", 2.0),
-    90: Shape("heart", 155, 220, "plain"),
+    1: Shape("disc", "disc", 0, 220, "plain"),
+    2: Shape("square", "square", 112, 210, "checks"),
+    3: Shape("triangle", "triangle", 60, 200, "stripes"),
+    5: Shape("star", "star", 28, 230, "plain"),
+    7: Shape("ring", "ring", 140, 170, "plain"),
+    13: Shape("cross", "cross", 12, 230, "plain"),
+    17: Shape("bar", "bar", 92, 220, "bands", 3.6),
+    44: Shape("hexagon", "hexagon", 165, 110, "dots"),
+    62: Shape("leaf", "leaf", 42, 210, "stripes", 2.0),
+    90: Shape("heart", "heart", 155, 220, "plain"),
 }
 _CROWD_PROBABILITY = 0.04
 _FINER = 4
@@ -54,26 +51,6 @@ class Drawing(NamedTuple):
     """in COCO's terms, without ids; crowds with RLE, the others with polygons"""
 
 
-def read_shapes(data: Data, part: str, first: int, split: Split) -> Source:
-    """Draw the images of a split, about 10 kB each at 160 pixels, of which `first` precede it in its part."""
-    records = []
-    for index in range(first, first + (split.count or 0)):
-        drawing = draw_shapes(data.seed, part, index, data.image_size)
-        height, width, _ = drawing.image.shape
-        content = _encode(drawing.image)
-        annotations = Annotations(
-            Annotation(index * 100 + at, entry["category_id"], tuple(entry["bbox"]), entry["area"], entry["iscrowd"])
-            for at, entry in enumerate(drawing.annotations, start=1)
-        )
-        name = f"{part}-{index:06d}.jpg"
-        records.append(Record(index + 1, name, partial(bytes, content), len(content), annotations, width, height))
-    return Source(shape_categories(), tuple(records), "shapes", fixed_ids=True)
-
-
-def shape_categories() -> tuple[Category, ...]:
-    return tuple(Category(category_id, shape.name) for category_id, shape in SHAPES.items())
-
-
 def write_shapes(folder: str, count: int, *, seed: int = 0, part: str = "train", image_size: int = 160) -> None:
     """Write a COCO-format data set: `<part>/*.jpg` and `annotations/instances_<part>.json`."""
     os.makedirs(os.path.join(folder, part), exist_ok=True)
@@ -84,20 +61,20 @@ def write_shapes(folder: str, count: int, *, seed: int = 0, part: str = "train",
         drawing = draw_shapes(seed, part, index, image_size)
         height, width, _ = drawing.image.shape
         with open(os.path.join(folder, part, name), "wb") as file:
-            file.write(_encode(drawing.image))
+            file.write(encode_jpeg(drawing.image))
         images.append({"id": index + 1, "file_name": name, "width": width, "height": height})
         for position, annotation in enumerate(drawing.annotations):
             annotations.append({"id": index * 100 + position + 1, "image_id": index + 1, **annotation})
-    categories = [{"id": category.id, "name": category.name} for category in shape_categories()]
+    categories = [{"id": category_id, "name": shape.name} for category_id, shape in SHAPES.items()]
     with open(os.path.join(folder, "annotations", f"instances_{part}.json"), "w") as file:
         json.dump({"images": images, "annotations": annotations, "categories": categories}, file)
 
 
 def draw_shapes(seed: int, part: str, index: int, image_size: int) -> Drawing:
     """Draw image `index` of a part; a pure function of its arguments."""
-    height, width = _image_size(seed, part, index, image_size)
+    height, width = choose_image_size(seed, part, index, image_size)
     rng = keyed_generator("shapes", seed, part, index)
-    image = _background(rng, height, width)
+    image = draw_background(rng, height, width)
     owner = np.zeros((height, width), np.uint8)  # which object a pixel shows, 0: none
     objects: list[dict[str, Any]] = []
     boxes: list[tuple[float, float, float, float]] = []
@@ -107,28 +84,28 @@ def draw_shapes(seed: int, part: str, index: int, image_size: int) -> Drawing:
     for size in sizes:
         category_id = int(rng.choice(list(SHAPES)))
         for _ in range(12):
-            outline = _place(rng, category_id, size * min(height, width), height, width)
-            box = _extent(outline)
-            if all(_overlap(box, other) <= 0.3 for other in boxes):
-                _paint(rng, image, owner, len(objects) + 1, category_id, outline)
+            outline = place_outline(rng, SHAPES[category_id], size * min(height, width), height, width)
+            box = extent_of(outline)
+            if all(overlap_of(box, other) <= 0.3 for other in boxes):
+                paint_shape(rng, image, owner, len(objects) + 1, SHAPES[category_id], outline)
                 boxes.append(box)
-                objects.append(_describe(category_id, box, outline))
+                objects.append(describe_object(category_id, box, outline))
                 break
-    _settle_areas(objects, owner)
+    settle_areas(objects, owner)
     grain = rng.integers(0, 11, image.shape, dtype=np.uint8)
     return Drawing(cv2.subtract(cv2.add(image, grain), np.full_like(image, 5)), objects)
 
 
-def _image_size(seed: int, part: str, index: int, longer: int) -> tuple[int, int]:
+def choose_image_size(seed: int, part: str, index: int, longer: int) -> tuple[int, int]:
     shorter = (longer, longer * 3 // 4, longer * 7 // 8)[int(keyed_generator("size", seed, part, index).integers(3))]
     return (shorter, longer) if index % 2 else (longer, shorter)
 
 
-def _encode(image: np.ndarray) -> bytes:
+def encode_jpeg(image: np.ndarray) -> bytes:
     return cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1].tobytes()
 
 
-def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
+def draw_background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     """Soft muted blotches, a grain, and a few faint lines."""
     coarse = rng.normal(0, 1, (5, 5, 3)) * 12 + rng.uniform(70, 165) + rng.uniform(-14, 14, 3)
     fine = rng.normal(0, 1, (24, 24, 1)) * rng.uniform(3, 10)
@@ -149,14 +126,13 @@ def _object_size(rng: np.random.Generator) -> float:
     return float(np.exp(rng.uniform(np.log(low), np.log(high))))
 
 
-def _place(rng: np.random.Generator, category_id: int, size: float, height: int, width: int) -> np.ndarray:
+def place_outline(rng: np.random.Generator, shape: Shape, size: float, height: int, width: int) -> np.ndarray:
     """Corners [N, 2] of a shape somewhere in the image, whole or nearly so."""
-    shape = SHAPES[category_id]
     aspect = shape.aspect * rng.uniform(0.85, 1.15)
     if shape.aspect > 1:
         size = min(1.3 * size, 0.9 * min(height, width))
     scale = np.array([size, size / aspect]) / 2
-    points = _OUTLINES[shape.name] * scale
+    points = _OUTLINES[shape.outline] * scale
     angle = np.deg2rad(rng.uniform(-12, 12) + (90 if shape.aspect > 1 and rng.random() < 0.5 else 0))
     points = points @ np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
     low, high = points.min(0), points.max(0)
@@ -165,8 +141,8 @@ def _place(rng: np.random.Generator, category_id: int, size: float, height: int,
     return points - low + corner
 
 
-def _paint(
-    rng: np.random.Generator, image: np.ndarray, owner: np.ndarray, number: int, category_id: int, outline: np.ndarray
+def paint_shape(
+    rng: np.random.Generator, image: np.ndarray, owner: np.ndarray, number: int, shape: Shape, outline: np.ndarray
 ) -> None:
     """Draw a shape into `image` and its number into `owner`, both in place."""
     height, width = owner.shape
@@ -176,12 +152,12 @@ def _paint(
     corners = np.round(((outline - (x1, y1)) * _FINER - 0.5) * 2**_SHIFT).astype(np.int32)
     fine = np.zeros(((y2 - y1) * _FINER, (x2 - x1) * _FINER), np.uint8)
     parts = [corners]
-    if SHAPES[category_id].name == "ring":
+    if shape.outline == "ring":
         middle = corners.mean(0)
         parts.append(np.round((corners - middle) * 0.5 + middle).astype(np.int32))
     cv2.fillPoly(fine, parts, 255, cv2.LINE_8, _SHIFT)
     mask = cv2.resize(fine, (x2 - x1, y2 - y1), interpolation=cv2.INTER_AREA)
-    fill = _fill(rng, SHAPES[category_id], mask.shape)
+    fill = _fill(rng, shape, mask.shape)
     region = image[y1:y2, x1:x2]
     alpha = (mask.astype(np.float32) / 255)[..., None]
     region[:] = (region * (1 - alpha) + fill * alpha + 0.5).astype(np.uint8)
@@ -219,12 +195,12 @@ def _draw_crowd(
     side = 0.45 * min(height, width)
     corner = rng.random(2) * (np.array([width, height]) - side)
     for _ in range(14):
-        outline = _OUTLINES[SHAPES[category_id].name] * side * 0.11
-        _paint(rng, image, owner, 1, category_id, outline + corner + side * rng.uniform(0.12, 0.88, 2))
+        outline = _OUTLINES[SHAPES[category_id].outline] * side * 0.11
+        paint_shape(rng, image, owner, 1, SHAPES[category_id], outline + corner + side * rng.uniform(0.12, 0.88, 2))
     y, x = np.nonzero(owner)
     box = (float(x.min()), float(y.min()), float(x.max() + 1), float(y.max() + 1))
     boxes.append(box)
-    entry = _describe(category_id, box, np.empty((0, 2)))
+    entry = describe_object(category_id, box, np.empty((0, 2)))
     return {**entry, "iscrowd": 1, "segmentation": _encode_mask(owner == 1)}
 
 
@@ -236,7 +212,7 @@ def _encode_mask(mask: np.ndarray) -> dict[str, Any]:
     return {"size": list(mask.shape), "counts": counts if counts[-1] else counts[:-1]}
 
 
-def _describe(category_id: int, box: tuple[float, float, float, float], outline: np.ndarray) -> dict[str, Any]:
+def describe_object(category_id: int, box: tuple[float, float, float, float], outline: np.ndarray) -> dict[str, Any]:
     x1, y1, x2, y2 = (round(value, 2) for value in box)
     return {
         "category_id": category_id,
@@ -247,19 +223,19 @@ def _describe(category_id: int, box: tuple[float, float, float, float], outline:
     }
 
 
-def _settle_areas(objects: list[dict[str, Any]], owner: np.ndarray) -> None:
+def settle_areas(objects: list[dict[str, Any]], owner: np.ndarray) -> None:
     """`area` is what is seen of an object."""
     counts = np.bincount(owner.ravel(), minlength=len(objects) + 1)
     for number, entry in enumerate(objects, start=1):
         entry["area"] = float(counts[number])
 
 
-def _extent(outline: np.ndarray) -> tuple[float, float, float, float]:
+def extent_of(outline: np.ndarray) -> tuple[float, float, float, float]:
     (x1, y1), (x2, y2) = outline.min(0), outline.max(0)
     return float(x1), float(y1), float(x2), float(y2)
 
 
-def _overlap(a: tuple[float, ...], b: tuple[float, ...]) -> float:
+def overlap_of(a: tuple[float, ...], b: tuple[float, ...]) -> float:
     """Intersection over the smaller of two boxes."""
     w, h = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
     if w <= 0 or h <= 0:

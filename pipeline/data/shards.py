@@ -130,6 +130,7 @@ def _request(data: Data, part: str, splits: tuple[Split, ...], lists: Mapping[st
         "data": data.model_dump(
             include={"format", "shard_bytes", "classes", "other_classes", "exif", "max_side"}
             | ({"seed", "image_size"} if drawn else set())
+            | ({"drawing"} if drawn and data.drawing != "simple" else set())
         ),
     }
     return storage.digest_json(asked)

@@ -11,7 +11,7 @@ from refinedet.pipeline.config.spec_files import dump_spec, load_spec, parse_spe
 from refinedet.pipeline.runs.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-JOBS = sorted(path for path in (REPOSITORY / "jobs").rglob("*.yaml") if path.parent.name != "base")
+JOBS = sorted(path for path in (REPOSITORY / "jobs").rglob("*.yaml") if path.parent.name not in ("base", "sweeps"))
 QUICKSTART = str(REPOSITORY / "jobs" / "quickstart.yaml")
 
 

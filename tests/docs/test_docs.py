@@ -16,7 +16,7 @@ from refinedet.pipeline.runs.settings import describe
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("infra/*.md"), *ROOT.glob("csrc/*.md")])
-JOBS = sorted(path for path in ROOT.glob("jobs/**/*.yaml"))
+JOBS = sorted(path for path in ROOT.glob("jobs/**/*.yaml") if path.parent.name != "sweeps")
 
 
 def blocks(text: str) -> list[str]:

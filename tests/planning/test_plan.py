@@ -21,7 +21,7 @@ from refinedet.pipeline.runs.errors import UserError
 from rich.console import Console
 
 JOBS = Path(__file__).resolve().parents[2] / "jobs"
-SPECS = sorted(path for path in JOBS.rglob("*.yaml") if path.parent.name != "base")
+SPECS = sorted(path for path in JOBS.rglob("*.yaml") if path.parent.name not in ("base", "sweeps"))
 # Tables I and V: input size, backbone, AP or mAP at one scale; the last, where the paper has one, at several.
 ROWS = {
     "voc07_refinedet320_vgg16": (320, "vgg16_reduced", "81.1", "83.6"),
