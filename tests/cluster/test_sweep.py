@@ -37,6 +37,7 @@ def start(folder: Path, *overrides: str) -> subprocess.Popen:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_sweep_is_stopped_and_resumed_and_goes_on_past_a_broken_run(tmp_path):
     (tmp_path / "job.yaml").write_text(yaml.safe_dump(JOB))
     variants = {
@@ -62,7 +63,7 @@ def test_a_sweep_is_stopped_and_resumed_and_goes_on_past_a_broken_run(tmp_path):
     assert list((runs / "full-0" / "checkpoints").glob("*")), said
 
     process = start(tmp_path)
-    said, _ = process.communicate(timeout=500)
+    said, _ = process.communicate(timeout=900)
     assert process.returncode == 1, said
     assert "1 of 3 runs failed (broken-0)" in said
     assert "undecided (one seed)" in said

@@ -16,8 +16,11 @@ from refinedet.model import RefineDet, RefineDetConfig, detection_loss, load_wei
 from refinedet.model.norms import freeze_norms
 from refinedet.model.structures import Targets
 from torch import Tensor, nn
-from torchvision.models.detection.anchor_utils import DefaultBoxGenerator
+from torchvision.models.detection.anchor_utils import AnchorGenerator, DefaultBoxGenerator
+from torchvision.models.detection.fcos import FCOS
+from torchvision.models.detection.retinanet import RetinaNet, RetinaNetHead
 from torchvision.models.detection.ssd import SSD, SSDHead
+from torchvision.ops import FeaturePyramidNetwork
 
 Detected = list[dict[str, Tensor]]
 """boxes [N, 4] xyxy pixels of the input, scores [N], labels [N] 1..num_classes, of each image"""
@@ -77,6 +80,48 @@ class SsdPeer(Peer):
         return self.detector(list(images.float().div(255)))
 
 
+class PyramidPeer(Peer):
+    """A peer of torchvision's that reads a feature pyramid, and has no class for the background."""
+
+    detector: nn.Module
+
+    def losses(self, images: Tensor, targets: Sequence[Targets]) -> Mapping[str, Tensor]:
+        truth = [{"boxes": target.boxes, "labels": target.labels - 1} for target in targets]
+        return self.detector(list(images.float().div(255)), truth)
+
+    def detect(self, images: Tensor) -> Detected:
+        return [{**found, "labels": found["labels"] + 1} for found in self.detector(list(images.float().div(255)))]
+
+
+class RetinaNetPeer(PyramidPeer):
+    """torchvision's RetinaNet: nine anchors a place from 32 pixels at stride 8, four convolutions in each head."""
+
+    def __init__(self, config: RefineDetConfig, weights: Mapping[str, Tensor], channels: int = 128) -> None:
+        super().__init__()
+        sides = tuple(tuple(round(32 * 2 ** (level + third / 3)) for third in range(3)) for level in range(4))
+        anchors = AnchorGenerator(sides, ((0.5, 1.0, 2.0),) * 4)
+        body, classes = Pyramid(config, weights, channels), config.num_classes
+        head = RetinaNetHead(channels, anchors.num_anchors_per_location()[0], classes, norm_layer=nn.BatchNorm2d)
+        self.detector = RetinaNet(
+            body, classes, head=head, anchor_generator=anchors, min_size=config.input_size, max_size=config.input_size,
+            image_mean=[0.5] * 3, image_std=[0.5] * 3, score_thresh=0.01, nms_thresh=0.5, detections_per_img=200,
+        )  # fmt: skip
+
+
+class FcosPeer(PyramidPeer):
+    """torchvision's FCOS: no anchors, a centre-ness of its own, group norm in its heads."""
+
+    def __init__(self, config: RefineDetConfig, weights: Mapping[str, Tensor], channels: int = 128) -> None:
+        super().__init__()
+        anchors = AnchorGenerator(((8,), (16,), (32,), (64,)), ((1.0,),) * 4)
+        body = Pyramid(config, weights, channels)
+        self.detector = FCOS(
+            body, config.num_classes, anchor_generator=anchors, min_size=config.input_size,
+            max_size=config.input_size, image_mean=[0.5] * 3, image_std=[0.5] * 3, score_thresh=0.01,
+            nms_thresh=0.6, detections_per_img=200,
+        )  # fmt: skip
+
+
 class Levels(nn.Module):
     """The backbone's maps and one coarser, each as `channels` channels of unit scale."""
 
@@ -104,12 +149,30 @@ class Levels(nn.Module):
         return OrderedDict((str(level), lateral(y)) for level, (lateral, y) in enumerate(levels))
 
 
+class Pyramid(nn.Module):
+    """torchvision's feature pyramid over the backbone's maps and one coarser."""
+
+    def __init__(self, config: RefineDetConfig, weights: Mapping[str, Tensor], channels: int) -> None:
+        super().__init__()
+        self.levels = Levels(config, weights, channels)
+        self.pyramid = FeaturePyramidNetwork([channels] * 4, channels, norm_layer=nn.BatchNorm2d)
+        self.out_channels = channels  # read by torchvision
+
+    def forward(self, x: Tensor) -> OrderedDict[str, Tensor]:
+        return self.pyramid(self.levels(x))
+
+
 def _conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1) -> list[nn.Module]:
     conv = nn.Conv2d(in_channels, out_channels, kernel, stride, kernel // 2, bias=False)
     return [conv, nn.BatchNorm2d(out_channels), nn.ReLU()]
 
 
-PEERS: dict[str, Callable[..., Peer]] = {"refinedet": RefineDetPeer, "ssd": SsdPeer}
+PEERS: dict[str, Callable[..., Peer]] = {
+    "refinedet": RefineDetPeer,
+    "ssd": SsdPeer,
+    "retinanet": RetinaNetPeer,
+    "fcos": FcosPeer,
+}
 
 
 def build_peer(name: str, config: RefineDetConfig, weights: Mapping[str, Tensor], **options: Any) -> Peer:
