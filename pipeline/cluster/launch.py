@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from refinedet.pipeline.config.checks import check_spec, weights_file
+from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
-from refinedet.pipeline.runs import settings, storage
+from refinedet.pipeline.config.start import check_start
+from refinedet.pipeline.runs import settings
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
 from refinedet.pipeline.runs.progress import ProgressDisplay
@@ -39,7 +40,7 @@ def launch(
         raise UserError(f"--stages must name some of {', '.join(STAGE_NAMES)}, received {unknown[0]!r}.")
     run = Run(spec)
     check_spec(spec)
-    check_weights(spec)
+    check_start(spec)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals(display))
         stack.enter_context(run.open(on_lost=lambda said: stop.set()))
@@ -69,13 +70,6 @@ def _run_stages(run: Run, stages: Sequence[str], display: ProgressDisplay, stop:
             job.fail(error)
             raise
         job.finish()
-
-
-def check_weights(spec: JobSpec) -> None:
-    """UserError where the weights to start from do not exist."""
-    weights = weights_file(spec)
-    if weights and not storage.exists(storage.absolute(weights)):
-        raise UserError(f"training.init_weights: there is no {weights!r}; give a file or URI of weights.")
 
 
 @contextmanager

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 
-from refinedet.pipeline.cluster.launch import check_weights, stop_signals
+from refinedet.pipeline.cluster.launch import stop_signals
 from refinedet.pipeline.cluster.mailbox import Mailbox
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.cluster.training_stage import run_preflight
 from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.start import check_start
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
 from refinedet.pipeline.runs.progress import ProgressDisplay
@@ -27,7 +28,7 @@ def preflight(spec: JobSpec, *, address: str | None, display: ProgressDisplay) -
     """
     run = Run(spec)
     check_spec(spec)
-    check_weights(spec)
+    check_start(spec)
     log_to_file(os.path.join(log_folder(run.path), "preflight.log"), who="driver")
 
     def on_message(message: StepRecord | Event) -> None:

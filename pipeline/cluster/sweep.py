@@ -16,11 +16,12 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from refinedet.pipeline.cluster.launch import check_weights, stop_signals
+from refinedet.pipeline.cluster.launch import stop_signals
 from refinedet.pipeline.cluster.local_node import local_node
 from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec_files import dump_spec
+from refinedet.pipeline.config.start import check_start
 from refinedet.pipeline.config.sweep_spec import Sweep, SweepRun
 from refinedet.pipeline.report.sweep_results import headline_score
 from refinedet.pipeline.runs import settings, storage
@@ -42,7 +43,7 @@ def run_sweep(sweep: Sweep, *, address: str | None, display: ProgressDisplay) ->
     """
     for run in sweep.runs:
         check_spec(run.spec)
-    check_weights(sweep.runs[0].spec)
+        check_start(run.spec)
     left = [run for run in sweep.runs if not is_done(run)]
     display.note(f"{len(sweep.runs)} runs in {sweep.directory}, {len(sweep.runs) - len(left)} done before")
     if not left:

@@ -65,6 +65,7 @@ def _check_timm_weights(backbone: str) -> None:
 
 def _check_paths(spec: JobSpec, place: str, volume: str | None) -> None:
     paths = {"runs": spec.runs, "data.shards": spec.data.shards, "training.init_weights": weights_file(spec)}
+    paths["training.fork_from"] = spec.training.fork_from
     if spec.data.format != "shapes":
         paths["data.root"] = spec.data.root
     for key, path in paths.items():

@@ -51,9 +51,26 @@ def lasting_part(spec: Mapping[str, Any]) -> dict[str, Any]:
     return lasting
 
 
+def _is_extended(before: Any, now: Any) -> bool:
+    """Return whether only epochs were added, so that the learning rate of all earlier steps is what it was."""
+    if not isinstance(before, Mapping) or not isinstance(now, Mapping):
+        return False
+    if not all(isinstance(section.get("epochs"), int) for section in (before, now)):
+        return False
+    known, decays = list(before.get("decay_epochs") or ()), list(now.get("decay_epochs") or ())
+    added = decays[len(known) :]
+    return (
+        now["epochs"] > before["epochs"]
+        and decays[: len(known)] == known
+        and all(epoch >= before["epochs"] for epoch in added)
+    )
+
+
 def spec_difference(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Describe what makes two specs different runs, a text for each key: "training.epochs was 3, now 4"."""
     before, now = lasting_part(before), lasting_part(now)
+    if _is_extended(before.get("training"), now.get("training")):
+        now["training"] = {**now["training"], **{key: before["training"][key] for key in ("epochs", "decay_epochs")}}
     found = []
     for key in sorted({*before, *now}):
         old, new = before.get(key), now.get(key)

@@ -34,7 +34,7 @@ class Run(RunDirectory):
         """The spec as JSON values, every path absolute: on a running cluster, workers are in another directory."""
         spec = self.spec.model_dump(mode="json")
         spec["runs"] = self.runs
-        for section, names in (("data", ("root", "shards", "cache_dir")), ("training", ("init_weights",))):
+        for section, names in (("data", ("root", "shards", "cache_dir")), ("training", ("init_weights", "fork_from"))):
             for name in names:
                 if spec[section][name] and (name != "init_weights" or weights_file(self.spec)):
                     spec[section][name] = storage.absolute(spec[section][name])

@@ -96,6 +96,9 @@ class Training(Section):
     init_weights: str | None = None
     """weights to start from: "timm", which downloads its own of `model.backbone`; or a file or URI: a backbone's, an
     earlier run's, another project's RefineDet (which, and what they need: model/weight_names.py)"""
+    fork_from: str | None = None
+    """directory or URI of a run from whose newest checkpoint a new run goes on: weights, momentum, average, step, and
+    place in the data, which must be the same. `init_weights` takes weights alone"""
     deterministic: bool = False
     """deterministic algorithms only: bitwise the same on the same hardware, slower"""
     checkpoint_every_epochs: PositiveInt = 1
@@ -130,6 +133,11 @@ class Training(Section):
                 f"training.zero_stage must be 1 or 2, received {self.zero_stage}: at 0 DeepSpeed reduces gradients "
                 "only after backward, and 3 needs the same module calls on every rank, which a head that computes only "
                 "surviving anchors does not make"
+            )
+        if self.fork_from and self.init_weights:
+            raise ValueError(
+                "training.fork_from and training.init_weights exclude each other: a checkpoint of "
+                f"{self.fork_from!r} holds its weights; remove one"
             )
         if self.profile_steps and not 0 < self.profile_steps[0] < self.profile_steps[1]:
             raise ValueError(

@@ -20,6 +20,7 @@ from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.config.spec_files import load_spec
+from refinedet.pipeline.config.start import check_start
 from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.evaluation.validation import prepare_validation
@@ -90,6 +91,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         try:
             spec = load_spec(options.job, options.overrides)
             check_spec(spec)
+            check_start(spec)
             result = _train(spec, world, stop, began_at)
         except (UserError, NonFiniteError) as error:  # the same on all ranks
             if world.is_main:

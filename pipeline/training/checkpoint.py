@@ -41,17 +41,44 @@ def checkpoints_folder(run_dir: str) -> str:
     return storage.join(run_dir, "checkpoints")
 
 
-def has_checkpoint(run_dir: str) -> bool:
-    """Return whether a checkpoint was ever committed, intact or not."""
-    return any(storage.exists(storage.join(path, MANIFEST)) for _, path in _folders(run_dir))
-
-
 def load_checkpoint(run_dir: str, world: World, on_event: Callable[[Event], None]) -> Checkpoint | None:
     """The newest checkpoint that is whole, on every rank; None without one. Collective.
 
     The files are dealt over the ranks: each is read and verified by one rank and broadcast to the others. One with a
     fault is set aside, on_event is told, and the one before is taken. UserError for a format of another version.
     """
+
+    def set_aside(path: str, step: int, faults: list[str]) -> None:
+        message = f"checkpoint {path} is passed over: {'; '.join(faults)}"
+        logger.error("%s", message)
+        on_event(Event("passed_over", step, message, {"checkpoint": path, "faults": faults}))
+        if world.is_main:  # it must not count as committed any more; its files stay until newer ones are
+            storage.write_json(storage.join(path, REJECTED), {"faults": faults})
+            storage.remove(storage.join(path, MANIFEST))
+        world.barrier()
+
+    return _load_newest(run_dir, world, set_aside)
+
+
+def load_fork(run_dir: str, world: World) -> Checkpoint:
+    """The newest checkpoint of another run, in which nothing is changed, on every rank. Collective.
+
+    UserError where it has none that is whole: an older one would be a start that nobody asked for.
+    """
+
+    def refuse(path: str, step: int, faults: list[str]) -> None:
+        raise UserError(
+            f"training.fork_from: checkpoint {path} is damaged ({'; '.join(faults)}); resume that run first."
+        )
+
+    checkpoint = _load_newest(run_dir, world, refuse)
+    if checkpoint is None:
+        raise UserError(f"training.fork_from: {run_dir!r} holds no checkpoint; give the directory of a run with one.")
+    return checkpoint
+
+
+def _load_newest(run_dir: str, world: World, on_fault: Callable[[str, int, list[str]], None]) -> Checkpoint | None:
+    """The newest whole checkpoint, after `on_fault` was called on all ranks for every newer one. Collective."""
     committed = sorted(_folders(run_dir), reverse=True) if world.is_main else []
     for step, path in world.broadcast_object(committed):
         manifest, faults = world.broadcast_object(_read_manifest(path) if world.is_main else (None, []))
@@ -63,13 +90,7 @@ def load_checkpoint(run_dir: str, world: World, on_event: Callable[[Event], None
             contents, faults = _read_files(path, manifest, world)
             if not faults:
                 return Checkpoint(path, step, manifest, _broadcast_files(contents, manifest, world))
-        message = f"checkpoint {path} is passed over: {'; '.join(faults)}"
-        logger.error("%s", message)
-        on_event(Event("passed_over", step, message, {"checkpoint": path, "faults": faults}))
-        if world.is_main:  # it must not count as committed any more; its files stay until newer ones are
-            storage.write_json(storage.join(path, REJECTED), {"faults": faults})
-            storage.remove(storage.join(path, MANIFEST))
-        world.barrier()
+        on_fault(path, step, faults)
     return None
 
 

@@ -10,12 +10,12 @@ from refinedet.pipeline.config.schedule import make_schedule
 from refinedet.pipeline.config.spec import Training
 from refinedet.pipeline.data.samples import Cursor
 from refinedet.pipeline.runs import settings
-from refinedet.pipeline.training.checkpoint import Checkpoint, load_checkpoint
+from refinedet.pipeline.training.checkpoint import Checkpoint, load_checkpoint, load_fork
 from refinedet.pipeline.training.ema import AveragedWeights
 from refinedet.pipeline.training.engine import Engine
 from refinedet.pipeline.training.feed import Feed
 from refinedet.pipeline.training.records import TrainResult
-from refinedet.pipeline.training.resume import check_same_data
+from refinedet.pipeline.training.resume import check_same_data, check_steps_left
 from refinedet.pipeline.training.state import restore_detector, seed_everything, select
 from refinedet.pipeline.training.step import TrainState, train_step
 from refinedet.pipeline.training.task import Callbacks, Task
@@ -49,13 +49,15 @@ def train(spec: Training, world: World, task: Task, callbacks: Callbacks) -> Tra
 def start(
     stack: ExitStack, spec: Training, world: World, task: Task, callbacks: Callbacks
 ) -> tuple[TrainState, Checkpoint | None]:
-    """The state to go on from: the newest checkpoint's, or the initial one. Collective.
+    """The state to go on from: the newest checkpoint's, a fork's, or the initial one. Collective.
 
     stack  closes engine and stream
     """
     detector = task.detector
     seed_everything(task.seed, world.rank)
     checkpoint = load_checkpoint(task.run_dir, world, callbacks.on_event)
+    if checkpoint is None and task.fork_from:
+        checkpoint = load_fork(task.fork_from, world)
     if checkpoint:
         restore_detector(detector, checkpoint.tensors, checkpoint.path)
     else:
@@ -72,6 +74,7 @@ def start(
     state = TrainState(engine, average, feed, schedule, task.seed)
     if checkpoint:
         check_same_data(checkpoint, schedule, plan.global_batch, task.facts.get("shards"))
+        check_steps_left(checkpoint, schedule, task.run_dir)
         restore(state, checkpoint)
     return state, checkpoint
 

@@ -26,6 +26,15 @@ def check_same_data(checkpoint: Checkpoint, schedule: Schedule, global_batch: in
             )
 
 
+def check_steps_left(checkpoint: Checkpoint, schedule: Schedule, run_dir: str) -> None:
+    """A fork of a run that has done all the steps of this one: UserError."""
+    if checkpoint.step >= schedule.total_steps and not checkpoint.path.startswith(run_dir.rstrip("/") + "/"):
+        raise UserError(
+            f"training.fork_from: {checkpoint.path} has done {checkpoint.step} steps, and training.epochs="
+            f"{schedule.total_steps // schedule.steps_per_epoch} are {schedule.total_steps}; raise training.epochs"
+        )
+
+
 def manifest_facts(state: TrainState, facts: Mapping[str, Any]) -> dict[str, Any]:
     """Metadata for the manifest of a checkpoint; with a score where these weights were validated."""
     epoch, batch = divmod(state.step, state.schedule.steps_per_epoch)

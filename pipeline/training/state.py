@@ -11,6 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 import torch
+from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.training.buffers import persistent_buffers
 from refinedet.pipeline.training.ema import AveragedWeights
 from refinedet.pipeline.training.engine import Engine
@@ -40,7 +41,7 @@ def capture_state(engine: Engine, average: AveragedWeights) -> dict[str, Tensor]
 
 @torch.no_grad()
 def restore_detector(detector: nn.Module, tensors: Mapping[str, Tensor], where: str) -> None:
-    """Set weights and buffers from a checkpoint's tensors; ValueError where they are of another model.
+    """Set weights and buffers from a checkpoint's tensors; UserError where they are of another model.
 
     where  the checkpoint's path, for the message
     """
@@ -48,9 +49,9 @@ def restore_detector(detector: nn.Module, tensors: Mapping[str, Tensor], where: 
     wanted |= {f"buffer/{name}": buffer for name, buffer in persistent_buffers(detector)}
     for key, target in wanted.items():
         if key not in tensors:
-            raise ValueError(f"checkpoint {where} holds no {key}: it is of another model")
+            raise UserError(f"checkpoint {where} holds no {key}: it is of another model")
         if tensors[key].shape != target.shape:
-            raise ValueError(
+            raise UserError(
                 f"{key} is {tuple(tensors[key].shape)} in checkpoint {where} and {tuple(target.shape)} in the model"
             )
         target.copy_(tensors[key])

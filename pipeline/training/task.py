@@ -33,6 +33,8 @@ class Task:
     """JSON values that go into every manifest and into the weights: the spec, the shards' digest"""
     began_at: float | None = None
     """when the job began to wait for workers, seconds since 1970; goodput counts from there"""
+    fork_from: str | None = None
+    """another run's directory or URI, whose newest checkpoint is gone on from where this run has none"""
     load_initial: Callable[[], object] = lambda: None
     """sets the detector's initial weights; called where there is no checkpoint"""
 

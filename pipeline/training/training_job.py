@@ -101,6 +101,7 @@ def train_job(
         seed=spec.seed,
         facts={"spec": spec.model_dump(mode="json"), "shards": shards.digest},
         began_at=attempt.began_at,
+        fork_from=storage.absolute(spec.training.fork_from) if spec.training.fork_from else None,
         load_initial=functools.partial(load_initial_weights, detector, initial) if initial else lambda: None,
     )
     tell = link.push if world.is_main else _discard

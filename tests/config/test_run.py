@@ -34,8 +34,8 @@ def test_another_spec_under_the_same_name_is_refused_with_the_difference(tmp_pat
         pass
     before = (tmp_path / "r" / "spec.yaml").read_bytes()
     with (
-        pytest.raises(UserError, match=r"training\.epochs was 3, now 4"),
-        Run(make_spec(tmp_path, training={"epochs": 4})).open(),
+        pytest.raises(UserError, match=r"training\.epochs was 3, now 2"),
+        Run(make_spec(tmp_path, training={"epochs": 2})).open(),
     ):
         pass
     assert (tmp_path / "r" / "spec.yaml").read_bytes() == before
@@ -109,6 +109,37 @@ def test_a_run_is_worked_on_by_one_process(tmp_path: Path) -> None:
     holder.wait()
     with Run(make_spec(tmp_path)).open():
         pass
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "refused"),
+    [
+        ((3, (2,)), (5, (2,)), None),
+        ((3, (2,)), (5, (2, 4)), None),
+        ((3, ()), (5, (3,)), None),
+        ((3, (2,)), (2, (2,)), "training.epochs was 3, now 2"),
+        ((3, (2,)), (5, (2, 2.5)), "training.epochs was 3, now 5"),
+        ((3, (2,)), (5, (1,)), "training.decay_epochs"),
+        ((3, (2,)), (5, ()), "training.decay_epochs"),
+    ],
+)
+def test_epochs_may_be_added_where_the_rates_of_earlier_steps_stay(
+    tmp_path: Path, before: tuple, now: tuple, refused: str | None
+) -> None:
+    def opened(epochs: int, decay_epochs: tuple) -> None:
+        spec = make_spec(tmp_path)
+        training = spec.training.model_copy(update={"epochs": epochs, "decay_epochs": decay_epochs})
+        with Run(spec.model_copy(update={"training": training})).open():
+            pass
+
+    opened(*before)
+    if refused:
+        with pytest.raises(UserError, match=refused.replace(".", r"\.")):
+            opened(*now)
+    else:
+        opened(*now)
+        with pytest.raises(UserError, match="was started from another spec"):
+            opened(*before)
 
 
 @pytest.mark.parametrize("content", ["", "\x00\x01", "name: [", "- a\n"], ids=["empty", "bytes", "half", "list"])

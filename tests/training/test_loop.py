@@ -44,6 +44,7 @@ def run(
         run_dir=str(folder),
         seed=3,
         facts=options.pop("facts", {}),
+        fork_from=options.pop("fork_from", None),
     )
     return train(spec, world, task, Callbacks(on_step=records.append, **options)), records
 
@@ -85,6 +86,58 @@ def test_stop_and_resume_equal_the_uninterrupted_run_bitwise(world: World, tmp_p
     assert [r.losses for r in before + after] == [r.losses for r in whole]
     ours, theirs = weights(tmp_path / "cut"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_more_epochs_of_a_finished_run_equal_the_run_that_had_them(world: World, tmp_path: Path) -> None:
+    _, whole = run(world, tmp_path / "whole")
+    _, before = run(world, tmp_path / "extended", SPEC.model_copy(update={"epochs": 2}))
+    _, after = run(world, tmp_path / "extended")
+    assert [r.losses for r in before + after] == [r.losses for r in whole]
+    ours, theirs = weights(tmp_path / "extended"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_a_fork_goes_on_from_another_run_and_leaves_it_alone(world: World, tmp_path: Path) -> None:
+    _, whole = run(world, tmp_path / "whole")
+    _, before = run(world, tmp_path / "first", SPEC.model_copy(update={"epochs": 2}))
+    kept = snapshot(tmp_path / "first")
+    _, after = run(world, tmp_path / "same", fork_from=str(tmp_path / "first"))
+    assert [r.losses for r in before + after] == [r.losses for r in whole]
+    ours, theirs = weights(tmp_path / "same"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    slower = SPEC.model_copy(update={"learning_rate": 0.01})
+    stopped, _ = run(world, tmp_path / "slower", slower, fork_from=str(tmp_path / "first"),
+                     stop_requested=stop_after([], 2))  # fmt: skip
+    assert stopped.step == 12
+    _, rest = run(world, tmp_path / "slower", slower, fork_from="nowhere")  # its own checkpoint counts
+    assert rest[0].step == 13
+    assert not torch.equal(weights(tmp_path / "slower")["rare.weight"], theirs["rare.weight"])
+    assert snapshot(tmp_path / "first") == kept
+
+
+def test_a_fork_that_cannot_be_is_one_sentence_and_changes_nothing(world: World, tmp_path: Path) -> None:
+    two = SPEC.model_copy(update={"epochs": 2})
+    run(world, tmp_path / "first", two)
+    with pytest.raises(UserError, match=r"has done 10 steps.*raise training\.epochs"):
+        run(world, tmp_path / "none_left", two, fork_from=str(tmp_path / "first"))
+    with pytest.raises(UserError, match="no checkpoint"):
+        run(world, tmp_path / "absent", fork_from=str(tmp_path / "nothing"))
+    with pytest.raises(UserError, match="global_batch 4"):
+        run(world, tmp_path / "batch", SPEC.model_copy(update={"global_batch": 8}), fork_from=str(tmp_path / "first"))
+    wider = TinyDetector()
+    wider.rare = torch.nn.Linear(5, 4)
+    with pytest.raises(UserError, match=r"rare\.weight"):
+        run(world, tmp_path / "model", detector=wider, fork_from=str(tmp_path / "first"))
+    (damaged,) = (tmp_path / "first" / "checkpoints" / "step-10").glob("*.safetensors")
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    kept = snapshot(tmp_path / "first")
+    with pytest.raises(UserError, match="is damaged"):
+        run(world, tmp_path / "damaged", fork_from=str(tmp_path / "first"))
+    assert snapshot(tmp_path / "first") == kept
 
 
 def test_a_loss_that_is_not_finite_stops_with_step_rank_parts_and_samples(world: World, tmp_path: Path) -> None:
