@@ -51,7 +51,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt $(wildcard csrc/* csrc/*/*)
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --constraint constraints.txt uv
 	$(UV) torch torchvision setuptools wheel scikit-build-core cmake ninja pyyaml psutil
-	$(UV) --no-build-isolation --editable '.[pipeline,dev,s3,export]'
+	$(UV) --no-build-isolation --editable '.[pipeline,serve,dev,s3,export]'
 	$(UV) --no-deps lvis tidecv appdirs seaborn  # references of the tests: they ask for a second OpenCV, over ours
 	mkdir -p build/typing/refinedet  # for pyright, which does not read the installed mapping
 	ln -sfn ../../../model build/typing/refinedet/model

@@ -36,6 +36,7 @@ OWNERS = {
     "faster_coco_eval": "pipeline.evaluation",
     "mlflow": "pipeline.tracking",
     "ray": "pipeline.cluster",
+    "starlette": "pipeline.cluster",
 }
 MODEL_MAY_IMPORT = {
     "torch",

@@ -7,7 +7,7 @@ import sys
 from typing import Annotated
 
 import typer
-from refinedet.pipeline.cli import checks, comparisons, data, drills, jobs, results
+from refinedet.pipeline.cli import checks, comparisons, data, drills, jobs, results, serving
 from refinedet.pipeline.runs.errors import describe_end
 
 app = typer.Typer(
@@ -17,7 +17,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-for group in (jobs, checks, data, results, comparisons, drills):
+for group in (jobs, checks, data, results, serving, comparisons, drills):
     app.add_typer(group.app)
 
 

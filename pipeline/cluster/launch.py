@@ -20,6 +20,7 @@ from refinedet.pipeline.runs.progress import ProgressDisplay
 from refinedet.pipeline.runs.timeline import Timeline
 from refinedet.pipeline.tracking.stores import check_store
 
+_STOPPING = "  stopping: saving first (Ctrl-C again ends at once, and loses the steps since the last save)"
 STAGE_NAMES = ("prepare", "train", "evaluate", "multiscale", "report")
 
 
@@ -73,7 +74,7 @@ def _run_stages(run: Run, stages: Sequence[str], display: ProgressDisplay, stop:
 
 
 @contextmanager
-def stop_signals(display: ProgressDisplay) -> Iterator[threading.Event]:
+def stop_signals(display: ProgressDisplay, said: str = _STOPPING) -> Iterator[threading.Event]:
     """SIGINT and SIGTERM set the event; a second SIGINT ends at once."""
     stop = threading.Event()
 
@@ -81,7 +82,7 @@ def stop_signals(display: ProgressDisplay) -> Iterator[threading.Event]:
         if stop.is_set() and number == signal.SIGINT:
             raise KeyboardInterrupt
         stop.set()
-        display.note("  stopping: saving first (Ctrl-C again ends at once, and loses the steps since the last save)")
+        display.note(said)
 
     before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

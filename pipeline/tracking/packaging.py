@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 import refinedet.model
 from refinedet.model.config import RefineDetConfig
+from refinedet.pipeline.inference import image_requests
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.tracking import stores
 
@@ -91,15 +92,19 @@ def package_model(
 
 
 def _copied_sources(package: Path, scratch: Path) -> Path:
-    """A copy of a package's sources, `refinedet_model_<digest of them>`: no caches, and no compiled library."""
+    """A copy of a package's sources and the servers' limits, `refinedet_model_<digest of them>`.
+
+    No caches, and no compiled library.
+    """
     digest = hashlib.sha256()
-    files = sorted(file.relative_to(package) for file in package.rglob("*.py"))
-    for file in files:
-        digest.update(f"{file.as_posix()}\0".encode() + (package / file).read_bytes() + b"\0")
+    files = {file.relative_to(package): file for file in package.rglob("*.py")}
+    files[Path("image_requests.py")] = Path(image_requests.__file__)
+    for name, file in sorted(files.items()):
+        digest.update(f"{name.as_posix()}\0".encode() + file.read_bytes() + b"\0")
     copy = scratch / f"refinedet_model_{digest.hexdigest()[:12]}"
-    for file in files:
-        (copy / file).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(package / file, copy / file)
+    for name, file in files.items():
+        (copy / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(file, copy / name)
     return copy
 
 

@@ -45,7 +45,7 @@ def test_help_lists_every_command_and_starts_nothing_heavy(tmp_path: Path) -> No
     done = run("--help", cwd=tmp_path)
     assert done.returncode == 0
     names = "launch submit resume status list logs stop render plan doctor schema shard data predict report evaluate"
-    for name in f"{names} multiscale drill".split():
+    for name in f"{names} multiscale serve drill".split():
         assert f"\n  {name} " in done.stdout
     assert "..." not in done.stdout.replace("[ARGS]...", ""), "a line of help is cut"
     program = (

@@ -172,7 +172,7 @@ def test_parameters_out_of_range_are_refused(loaded, image, params):
 
 
 def test_too_many_images_are_refused(loaded, image):
-    with pytest.raises(MlflowException, match="At most 64 images a request, received 65"):
+    with pytest.raises(MlflowException, match="Between 1 and 64 images a request, received 65"):
         loaded.predict([{"image": image}] * 65)
 
 

@@ -1,0 +1,95 @@
+"""`refinedet serve`: a detector on Ray Serve, until it is stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import socket
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import ray
+from ray import serve
+from refinedet.pipeline.cluster.detection_service import DetectionService, Settings
+from refinedet.pipeline.cluster.session import ray_session, session_nodes
+from refinedet.pipeline.config.spec import Cluster
+from refinedet.pipeline.runs.errors import UserError
+
+NAME = "refinedet"
+_ONGOING = 16
+"""requests in a replica at a time: what bounds its memory"""
+_WAITING = 64
+"""further requests that wait; more are answered with 503"""
+_TIMEOUT_S = 60.0
+"""for a whole request, also of a client that sends slowly"""
+
+
+@dataclass(frozen=True)
+class Server:
+    """Where a detector is served.
+
+    gpus     of each replica
+    address  of the cluster, as `refinedet launch`; default: a local node, which ends with the server
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    replicas: int = 1
+    gpus: float = 0.0
+    address: str | None = None
+
+
+def serve_detector(
+    weights: str, settings: Settings, server: Server, *, stop: threading.Event, tell: Callable[[str], None]
+) -> None:
+    """Serve a detector until `stop` is set.
+
+    weights  as `Predictor.load`, readable on every node
+    tell     called with lines about where to find the server, once it answers
+    Raises UserError where the cluster cannot hold the replicas or the port is taken.
+    """
+    check_port(server.host, server.port)
+    wanted = Cluster(workers=server.replicas, gpus_per_worker=server.gpus)
+    with ray_session(wanted, server.address):
+        most = max(int(node.resources.get("CPU", 1)) for node in session_nodes())
+        cores = max(1, most // server.replicas)
+        quiet = {"log_level": logging.WARNING, "enable_access_log": False}
+        serve.start(
+            http_options={"host": server.host, "port": server.port, "request_timeout_s": _TIMEOUT_S},
+            logging_config=quiet,
+        )
+        try:
+            deployment = serve.deployment(
+                DetectionService,
+                name="detector",
+                num_replicas=server.replicas,
+                max_ongoing_requests=_ONGOING,
+                max_queued_requests=_WAITING,
+                ray_actor_options={"num_cpus": cores, "num_gpus": server.gpus},
+                logging_config=quiet,
+            )
+            serve.run(
+                deployment.bind(weights, dataclasses.replace(settings, threads=cores)), name=NAME, route_prefix="/"
+            )
+            shown = f"[{server.host}]" if ":" in server.host else server.host
+            tell(f"http://{shown}:{server.port}/  page; POST an image to /predict; /health")
+            tell(f"http://{shown}:{metrics_port()}/metrics  ray_serve_* and ray_refinedet_*, for Prometheus")
+            stop.wait()
+        finally:
+            serve.shutdown()
+
+
+def metrics_port() -> int:
+    """The port at which this node exports Ray's metrics."""
+    return next(node["MetricsExportPort"] for node in ray.nodes() if node["Alive"])
+
+
+def check_port(host: str, port: int) -> None:
+    """UserError where the address cannot be listened on; before Ray starts."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise UserError(
+            f"Nothing can listen on {host}:{port} ({error.strerror or error}); give another --host or --port."
+        ) from None
