@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import socket
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from typing import Annotated
 
 import typer
@@ -39,9 +42,10 @@ def serve(
     for package in ("starlette", "uvicorn", "httptools"):
         if importlib.util.find_spec(package) is None:
             raise UserError(f"`refinedet serve` needs the package {package}; pip install 'refinedet[serve]'.")
-    from refinedet.pipeline.inference.predictor import Predictor  # torch: before Ray, so that bad weights are met first
-
-    on_gpu = Predictor.load(weights, device=device, precision=precision).model.mean.is_cuda
+    check_port(host, port)
+    # Bad weights are met before Ray starts, in a process whose half gigabyte of torch is given back.
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        on_gpu = pool.submit(_is_on_gpu, weights, device, precision).result()
     from refinedet.pipeline.cluster.detection_service import Settings
     from refinedet.pipeline.cluster.launch import stop_signals
     from refinedet.pipeline.cluster.serving import Server, serve_detector
@@ -51,3 +55,20 @@ def serve(
     path = storage.absolute(weights) if os.path.exists(weights) else weights  # replicas run in other directories
     with ProgressDisplay() as display, stop_signals(display, "  stopping") as stop:
         serve_detector(path, settings, server, stop=stop, tell=display.note)
+
+
+def _is_on_gpu(weights: str, device: str | None, precision: str) -> bool:
+    """Load a detector; UserError where that fails."""
+    from refinedet.pipeline.inference.predictor import Predictor
+
+    return Predictor.load(weights, device=device, precision=precision).model.mean.is_cuda
+
+
+def check_port(host: str, port: int) -> None:
+    """UserError where the address cannot be listened on."""
+    try:
+        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
+    except OSError as error:
+        raise UserError(
+            f"Nothing can listen on {host}:{port} ({error.strerror or error}); give another --host or --port."
+        ) from None

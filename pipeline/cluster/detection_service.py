@@ -6,17 +6,17 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from ray import serve
 from ray.serve.metrics import Counter
 from refinedet.pipeline.inference import image_requests
-from refinedet.pipeline.inference.detect import Found
 from refinedet.pipeline.inference.image_requests import RequestError
-from refinedet.pipeline.inference.predictor import Predictor
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
+
+if TYPE_CHECKING:
+    from refinedet.pipeline.inference.detect import Found
 
 PAGE = Path(__file__).with_name("detection_page.html")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob:; connect-src 'self'"
@@ -47,6 +47,10 @@ class DetectionService:
     """
 
     def __init__(self, weights: str, settings: Settings) -> None:
+        # Here, so that the driver, which imports this class too, does without: half a gigabyte.
+        import torch
+        from refinedet.pipeline.inference.predictor import Predictor
+
         torch.set_num_threads(settings.threads)
         batch_size = settings.batch_size
         self._predictor = Predictor.load(
@@ -98,7 +102,8 @@ class DetectionService:
         order = found.scores.sort(descending=True, stable=True).indices
         found = found.select(order[found.scores[order] >= threshold])
         columns = (column.tolist() for column in (found.boxes, found.scores, found.labels))
-        return image_requests.describe_objects(*columns, self._categories)
+        boxes, scores, labels = columns
+        return image_requests.describe_objects(boxes, scores, labels, self._categories)
 
     @serve.batch
     async def _detect(self, images: list[_Encoded]) -> list[Found | RequestError]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import socket
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from ray import serve
 from refinedet.pipeline.cluster.detection_service import DetectionService, Settings
 from refinedet.pipeline.cluster.session import ray_session, session_nodes
 from refinedet.pipeline.config.spec import Cluster
-from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs import settings as environment
 
 NAME = "refinedet"
 _ONGOING = 16
@@ -23,6 +22,9 @@ _WAITING = 64
 """further requests that wait; more are answered with 503"""
 _TIMEOUT_S = 60.0
 """for a whole request, also of a client that sends slowly"""
+
+_MALLOC = {"MALLOC_MMAP_MAX_": "65536", "MALLOC_TRIM_THRESHOLD_": str(2**17)}
+"""glibc's own: training keeps large blocks for its next step, a server gives them back after a large image"""
 
 
 @dataclass(frozen=True)
@@ -47,9 +49,10 @@ def serve_detector(
 
     weights  as `Predictor.load`, readable on every node
     tell     called with lines about where to find the server, once it answers
-    Raises UserError where the cluster cannot hold the replicas or the port is taken.
+    Raises UserError where the cluster cannot hold the replicas.
     """
-    check_port(server.host, server.port)
+    for name, value in _MALLOC.items():  # Ray's processes inherit it
+        environment.suggest(name, value)
     wanted = Cluster(workers=server.replicas, gpus_per_worker=server.gpus)
     with ray_session(wanted, server.address):
         most = max(int(node.resources.get("CPU", 1)) for node in session_nodes())
@@ -83,13 +86,3 @@ def serve_detector(
 def metrics_port() -> int:
     """The port at which this node exports Ray's metrics."""
     return next(node["MetricsExportPort"] for node in ray.nodes() if node["Alive"])
-
-
-def check_port(host: str, port: int) -> None:
-    """UserError where the address cannot be listened on; before Ray starts."""
-    try:
-        socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET).close()
-    except OSError as error:
-        raise UserError(
-            f"Nothing can listen on {host}:{port} ({error.strerror or error}); give another --host or --port."
-        ) from None

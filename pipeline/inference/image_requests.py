@@ -191,7 +191,7 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 def _parse_json(body: bytes) -> dict[str, Any]:
     try:
-        content = json.loads(body)
+        content = json.loads(body.decode())  # of bytes it would also take UTF-16
     except (ValueError, RecursionError):  # not JSON, not UTF-8, a number of thousands of digits, too deep
         raise RequestError("The body is no JSON that can be read; send UTF-8 JSON of a few levels.") from None
     if not isinstance(content, dict):

@@ -1,0 +1,153 @@
+"""Both servers under two hundred hostile requests: 4xx in one sentence, bounded memory, and the right boxes after."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import requests
+import torch
+from refinedet.model import RefineDet, RefineDetConfig
+from refinedet.pipeline.data.images import decode_image
+from refinedet.pipeline.inference.predictor import Predictor
+from refinedet.pipeline.tracking.packaging import package_model
+
+from tests.cluster.hostile_requests import Hostile, document, hostile_requests, photo, text
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(900)]
+MAX_MB = 1500
+CONFIG = RefineDetConfig(num_classes=3, input_size=128, backbone="resnet18", tcb_channels=32, score_threshold=0.0)
+
+
+@dataclass
+class Server:
+    """A server in processes of its own; `peak` is their memory when it was most, shared pages counted once."""
+
+    process: subprocess.Popen
+    url: str
+    peak: dict[str, int] = field(default_factory=dict)
+
+    def watch(self, ended: threading.Event) -> None:
+        while not ended.wait(0.1):
+            self.peak = max(self.peak, self.memory(), key=lambda memory: sum(memory.values()))
+
+    def memory(self) -> dict[str, int]:
+        """Proportional set size of each process of the tree, in MB."""
+        found = {}
+        for one in (process := psutil.Process(self.process.pid), *process.children(recursive=True)):
+            try:
+                found[f"{one.pid} {' '.join(one.cmdline())[-60:]}"] = round(one.memory_full_info().pss / 1e6)
+            except psutil.Error:
+                continue
+        return found
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("detector")
+    torch.manual_seed(0)
+    model = RefineDet(CONFIG, categories=["a", "b", "c"]).eval()
+    model.save_pretrained(directory)
+    package_model(
+        str(directory / "packaged"),
+        config=CONFIG,
+        weights=str(directory / "model.safetensors"),
+        categories=[{"id": number, "name": name} for number, name in enumerate("abc", 1)],
+    )
+    return directory
+
+
+@pytest.fixture(params=["ray", "mlflow"])
+def server(request: pytest.FixtureRequest, detector: Path, tmp_path: Path) -> Iterator[Server]:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    if request.param == "ray":
+        command = ["refinedet.pipeline.cli", "serve", str(detector), "--precision", "fp32", "--device", "cpu"]
+        path, ready = "/predict", "/health"
+    else:
+        command = ["mlflow", "models", "serve", "--model-uri", str(detector / "packaged"), "--env-manager", "local"]
+        path, ready = "/invocations", "/ping"
+    with (tmp_path / "log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", *command, "--port", str(port)],
+            cwd=tmp_path,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            env={
+                **os.environ,
+                "CUDA_VISIBLE_DEVICES": "",
+                "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            },
+            start_new_session=True,
+        )
+    ended = threading.Event()
+    found = Server(process, f"http://127.0.0.1:{port}{path}")
+    try:
+        deadline = time.monotonic() + 180
+        while not _answers(f"http://127.0.0.1:{port}{ready}"):
+            assert process.poll() is None, (tmp_path / "log").read_text()
+            assert time.monotonic() < deadline, (tmp_path / "log").read_text()
+            time.sleep(0.5)
+        watch = threading.Thread(target=found.watch, args=(ended,))
+        watch.start()
+        yield found
+    finally:
+        ended.set()
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            process.wait(60)
+
+
+def _answers(url: str) -> bool:
+    try:
+        return requests.get(url, timeout=5).status_code == 200
+    except requests.RequestException:
+        return False
+
+
+def send(server: Server, hostile: Hostile) -> tuple[int, str]:
+    headers = {"Content-Type": hostile.content_type} if hostile.content_type is not None else {}
+    answer = requests.post(server.url, data=hostile.body, headers=headers, timeout=120)
+    return answer.status_code, answer.text
+
+
+def test_hostile_requests_are_refused_and_the_server_lives(server: Server, detector: Path) -> None:
+    files = {suffix: photo(suffix) for suffix in (".jpg", ".png", ".webp")}
+    before = sum(server.memory().values())
+    with ThreadPoolExecutor(4) as pool:
+        wanted = hostile_requests()
+        answers = list(pool.map(lambda hostile: send(server, hostile), wanted))
+    wrong = [
+        (hostile.what, *answer) for hostile, answer in zip(wanted, answers, strict=True) if not 400 <= answer[0] < 500
+    ]
+    peak = sum(server.peak.values())
+    memory = ", ".join(f"{size} {name}" for name, size in server.peak.items() if size > 60)
+    sys.stderr.write(f"{server.url}: {before} MB before, at most {peak} MB: {memory}\n")
+    assert not [(what, code, said[:200]) for what, code, said in wrong]
+    assert not [said[:300] for _, said in answers if "Traceback" in said or 'File "' in said]
+    assert peak < MAX_MB
+    predictor = Predictor.load(str(detector), device="cpu", precision="fp32")
+    for suffix, content in files.items():
+        body = document(text(content), score_threshold=0.2)
+        answer = requests.post(server.url, data=body, headers={"Content-Type": "application/json"}, timeout=60)
+        assert answer.status_code == 200, answer.text
+        (row,) = answer.json()["predictions"]
+        pixels, _ = decode_image(content)
+        assert pixels is not None
+        (found,) = predictor.predict([pixels])
+        kept = found.scores >= 0.2
+        assert kept.any()
+        np.testing.assert_allclose(row["boxes"], found.boxes[kept].numpy(), atol=1e-4, err_msg=suffix)
+        np.testing.assert_allclose(row["scores"], found.scores[kept].numpy(), atol=1e-4)
