@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+from refinedet.pipeline.cluster.addresses import check_reachable, cluster_address
 from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
@@ -42,6 +43,7 @@ def launch(
     run = Run(spec)
     check_spec(spec)
     check_start(spec)
+    check_reachable(cluster_address(address))
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals(display))
         stack.enter_context(run.open(on_lost=lambda said: stop.set()))

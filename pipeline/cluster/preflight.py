@@ -8,6 +8,7 @@ from refinedet.pipeline.cluster.launch import stop_signals
 from refinedet.pipeline.cluster.mailbox import Mailbox
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.cluster.training_stage import run_preflight
+from refinedet.pipeline.cluster.worker_task import NodeSample
 from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
@@ -31,7 +32,7 @@ def preflight(spec: JobSpec, *, address: str | None, display: ProgressDisplay) -
     check_start(spec)
     log_to_file(os.path.join(log_folder(run.path), "preflight.log"), who="driver")
 
-    def on_message(message: StepRecord | Event) -> None:
+    def on_message(message: StepRecord | Event | NodeSample) -> None:
         if isinstance(message, Event) and message.kind in ("waiting", "restarted"):
             display.warn(message.message)
 

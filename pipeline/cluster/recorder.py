@@ -11,8 +11,10 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import ray
 from refinedet.pipeline.cluster.gauges import TrainingGauges
 from refinedet.pipeline.cluster.result_pictures import ResultPictures
+from refinedet.pipeline.cluster.worker_task import NodeSample
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.lines import LinesLog
@@ -65,10 +67,13 @@ class TrainingRecorder:
     def _tracker(self) -> RunTracker:
         return self._begun.result()
 
-    def __call__(self, message: StepRecord | Event) -> None:
+    def __call__(self, message: StepRecord | Event | NodeSample) -> None:
         if self._begun.done():
             self._begun.result()
-        if isinstance(message, StepRecord):
+        if isinstance(message, NodeSample):
+            if message.node != ray.get_runtime_context().get_node_id():  # which the tracker samples by itself
+                self._tracker.log_metrics(message.number, message.values)
+        elif isinstance(message, StepRecord):
             self._step(message)
         else:
             self._event(message)

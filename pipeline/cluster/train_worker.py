@@ -13,7 +13,7 @@ from typing import Any
 import ray.train
 from refinedet.model.cost import count_cost
 from refinedet.pipeline.cluster.mailbox import MailboxLink
-from refinedet.pipeline.cluster.worker_task import Fatal, WorkerTask
+from refinedet.pipeline.cluster.worker_task import Fatal, NodeSample, WorkerTask
 from refinedet.pipeline.config.batches import plan_batches
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec_files import parse_spec
@@ -21,6 +21,7 @@ from refinedet.pipeline.evaluation.validation import prepare_validation
 from refinedet.pipeline.planning.plan import DEVICES, estimate, largest_training_model
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
+from refinedet.pipeline.tracking.node_metrics import NodeSampler
 from refinedet.pipeline.training.engine import resolve_precision
 from refinedet.pipeline.training.finite import NonFiniteError
 from refinedet.pipeline.training.records import Event, TrainResult
@@ -41,6 +42,8 @@ def run_worker(task: WorkerTask) -> TrainResult | PreflightReport:
     link.push(_started(rank))
     if not task.preflight_only:
         threading.Thread(target=_watch_preemption, args=(link, rank), name="preemption", daemon=True).start()
+        if ray.train.get_context().get_local_rank() == 0:
+            _sample_node(link)
     try:
         # Without a GPU of its own a worker would take one that Ray has lent to others.
         with open_world(None if run.spec.cluster.gpus_per_worker else "cpu") as world:
@@ -68,6 +71,12 @@ def _started(rank: int) -> Event:
     node, host = ray.get_runtime_context().get_node_id(), socket.gethostname()
     facts = {"rank": rank, "node": node, "host": host, "address": ray.util.get_node_ip_address(), "pid": os.getpid()}
     return Event("started", 0, f"rank {rank} runs on {host}, process {os.getpid()}", facts)
+
+
+def _sample_node(link: MailboxLink) -> None:
+    """Send the load of this node until the process ends; the driver drops that of its own node, which it samples."""
+    node, name = ray.get_runtime_context().get_node_id(), f"{socket.gethostname()}-{ray.util.get_node_ip_address()}"
+    NodeSampler(lambda number, values: link.push(NodeSample(node, number, values)), node=name)
 
 
 def _watch_preemption(link: MailboxLink, rank: int) -> None:

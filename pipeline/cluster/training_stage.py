@@ -20,7 +20,7 @@ from ray.train.torch import TorchConfig, TorchTrainer
 from refinedet.pipeline.cluster.capacity import missing_capacity
 from refinedet.pipeline.cluster.mailbox import Mailbox, MailboxLink
 from refinedet.pipeline.cluster.session import session_nodes
-from refinedet.pipeline.cluster.worker_task import Fatal, WorkerTask
+from refinedet.pipeline.cluster.worker_task import Fatal, NodeSample, WorkerTask
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import Cluster
 from refinedet.pipeline.runs import settings, storage
@@ -34,7 +34,7 @@ NODE_LABEL = "ray.io/node-id"
 _POLL_S = 0.3
 _PATIENCE_S = 30.0
 """after this long without workers the user gets a warning"""
-OnMessage = Callable[[StepRecord | Event], None]
+OnMessage = Callable[[StepRecord | Event | NodeSample], None]
 
 
 def run_training(run: Run, mailbox: Mailbox, on_message: OnMessage, stop: threading.Event) -> TrainResult:

@@ -1,7 +1,8 @@
-"""Messages between the driver and a training worker: the task, and an error that no restart fixes."""
+"""Messages between the driver and a training worker: the task, an error that no restart fixes, a node's load."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,3 +35,12 @@ class Fatal:
 
     by_user: bool
     message: str
+
+
+@dataclass(frozen=True)
+class NodeSample:
+    """The load of a node at one time, under MLflow's names; `node` is Ray's id."""
+
+    node: str
+    number: int
+    values: Mapping[str, float]

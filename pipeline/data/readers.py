@@ -7,6 +7,7 @@ formats the same treatment: classes are selected and numbered, ids made unique, 
 from __future__ import annotations
 
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -65,6 +66,8 @@ def root_of(data: Data, split: Split) -> str:
     root = split.root or data.root or ""
     if root and not exists(root):
         raise UserError(f"data.root {root} does not exist: give the directory of the data set")
+    if os.path.isfile(root):
+        raise UserError(f"data.root {root} is a file: give the directory of the data set")
     return root
 
 

@@ -51,7 +51,7 @@ class Predictor:
         precision  auto (bf16 where the device computes it), fp32, bf16 or fp16
         Raises UserError where a file is missing, or where the weights leave a part of the model unset.
         """
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = _device(device)
         try:
             model = RefineDet.from_pretrained(weights).to(place).to(memory_format=torch.channels_last)
         except ValueError as error:
@@ -77,3 +77,15 @@ class Predictor:
         found = detect_in_views(self.model, images, self.multiscale, self.autocast)
         rule = resolve_merge(self.multiscale)
         return Found(*merge_boxes(rule, found.boxes, found.scores, found.labels, found.image, num_views=num_views))
+
+
+def _device(name: str | None) -> torch.device:
+    try:
+        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"The device must be cpu, cuda or cuda:N, received {name!r}.") from None
+    if place.type not in ("cpu", "cuda") or (place.index or 0) >= max(1, torch.cuda.device_count()):
+        raise UserError(f"The device must be cpu, cuda or cuda:N, received {name!r}.")
+    if place.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"The device {name!r} needs a GPU, and torch finds none here; leave it out, or give cpu.")
+    return place

@@ -14,6 +14,8 @@ import psutil
 
 logger = logging.getLogger(__name__)
 
+INTERVAL_S = 15.0
+"""between two samples of a node"""
 _MIB = 2**20
 
 LogMetrics = Callable[[int, Mapping[str, float]], None]
@@ -57,7 +59,7 @@ def _gpus() -> dict[str, float]:
 class NodeSampler:
     """Samples this node every `interval_s` seconds, the first time after one interval, until `close`."""
 
-    def __init__(self, log_metrics: LogMetrics, *, interval_s: float, node: str | None = None) -> None:
+    def __init__(self, log_metrics: LogMetrics, *, interval_s: float = INTERVAL_S, node: str | None = None) -> None:
         self._log_metrics, self._interval_s = log_metrics, interval_s
         self._node = node or platform.node() or "node"
         self._ended = threading.Event()

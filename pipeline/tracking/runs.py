@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 TRACKING_FILE = "tracking.json"
 _PARENT_TAG = "mlflow.parentRunId"
-_SYSTEM_INTERVAL_S = 15.0
 _CHILDREN = {"single": "evaluate", "multiscale": "multiscale"}
 """mode of an evaluation -> name of its child run"""
 
@@ -83,7 +82,7 @@ class RunTracker(RunWriter):
         self._children: list[RunWriter] = []
         self._result_times: dict[str, float] = {}
         self.child(f"attempt {self._num_attempts}").set_tags({"refinedet.attempt": str(self._num_attempts)})
-        self._sampler = NodeSampler(self.log_metrics, interval_s=_SYSTEM_INTERVAL_S)
+        self._sampler = NodeSampler(self.log_metrics)
 
     def child(self, name: str) -> RunWriter:
         """A child run of this one, the same one for the same name; it ends with this run, if not before."""

@@ -145,7 +145,7 @@ def test_a_machine_that_is_no_node_is_told_where_to_launch(monkeypatch: pytest.M
     def refuse(**_: object) -> None:
         raise RuntimeError("No node info found matching attributes: '10.0.0.9' when trying to resolve node")
 
-    monkeypatch.setattr(session, "_check_reachable", lambda address: None)
+    monkeypatch.setattr(session, "check_reachable", lambda address: None)
     monkeypatch.setattr(session.ray, "init", refuse)
     said = r"no node of the cluster at .head:6379.; run launch on a node"
     with pytest.raises(UserError, match=said), ray_session(Cluster(), "head:6379"):
