@@ -26,7 +26,8 @@ def plan(
 
     Needs no cluster and no GPU. Example: refinedet plan coco_refinedet1024_resnet101 --nodes 2 --device A100
     """
-    from refinedet.pipeline.planning.plan import check_data, print_plan  # torch, for seconds
+    from refinedet.pipeline.data.presence import check_data
+    from refinedet.pipeline.planning.plan import print_plan  # torch, for seconds
 
     spec = load_spec(job, overrides or ())
     print_plan(spec, device=device, nodes=nodes, gpus_per_node=gpus_per_node)

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-from refinedet.pipeline.cluster.addresses import check_reachable, cluster_address
+from refinedet.pipeline.cluster.addresses import LOCAL, check_reachable, cluster_address
 from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
@@ -43,7 +43,12 @@ def launch(
     run = Run(spec)
     check_spec(spec)
     check_start(spec)
-    check_reachable(cluster_address(address))
+    cluster = cluster_address(address)
+    check_reachable(cluster)
+    if cluster == LOCAL and "prepare" in stages:  # elsewhere the nodes may see other files
+        from refinedet.pipeline.data.presence import check_data
+
+        check_data(spec)
     with ExitStack() as stack:
         stop = stack.enter_context(stop_signals(display))
         stack.enter_context(run.open(on_lost=lambda said: stop.set()))

@@ -17,11 +17,9 @@ from refinedet.pipeline.config.recipes import describe_source, estimate_cost, re
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.schedule import make_schedule
 from refinedet.pipeline.config.spec import JobSpec, Training
-from refinedet.pipeline.data.index import INDEX
 from refinedet.pipeline.data.job_statistics import find_parts, job_statistics
-from refinedet.pipeline.data.readers import format_of, root_of
+from refinedet.pipeline.data.readers import format_of
 from refinedet.pipeline.data.sampling import expected_repeats
-from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.durations import describe_duration
 from refinedet.pipeline.runs.errors import UserError
 from rich.console import Console
@@ -212,14 +210,6 @@ def _print_assumptions(console: Console, known: Device, machines: int) -> None:
         f"at {known.network_gb_s:g} GB/s a worker behind the backward pass{between}; data waits for nothing; every "
         "anchor computed, though the negative filter leaves far fewer.[/]"
     )
-
-
-def check_data(spec: JobSpec) -> None:
-    """UserError where neither the shards of a job nor the data sets that they are written from exist here."""
-    for part in ("train", "val"):
-        if not storage.exists(storage.join(Run(spec).shards, part, INDEX)):
-            for split in getattr(spec.data, part):
-                root_of(spec.data, split)
 
 
 def _print_data(console: Console, spec: JobSpec) -> None:

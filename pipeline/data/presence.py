@@ -1,0 +1,26 @@
+"""Check that the data of a job is there, without reading it."""
+
+from __future__ import annotations
+
+from refinedet.pipeline.config.run import Run
+from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.data.index import INDEX
+from refinedet.pipeline.data.readers import format_of, list_files, root_of
+from refinedet.pipeline.data.remote import exists
+from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
+
+_ONE_FILE = ("coco", "lvis", "cvat")
+"""formats whose annotations are files that the spec names"""
+
+
+def check_data(spec: JobSpec) -> None:
+    """UserError where neither the shards of a job nor the data sets that they are written from exist here."""
+    for part in ("train", "val"):
+        if storage.exists(storage.join(Run(spec).shards, part, INDEX)):
+            continue
+        for split in getattr(spec.data, part):
+            root_of(spec.data, split)
+            for _, path in list_files(spec.data, split) if format_of(spec.data, split) in _ONE_FILE else ():
+                if not exists(path):
+                    raise UserError(f"data.{part}: there is no {path}; give the file of the annotations.")
