@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 from refinedet.pipeline.cli.arguments import Job, Overrides
+from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.planning.doctor import examine
@@ -26,10 +27,11 @@ def plan(
 
     Needs no cluster and no GPU. Example: refinedet plan coco_refinedet1024_resnet101 --nodes 2 --device A100
     """
+    spec = load_spec(job, overrides or ())
+    check_spec(spec)
     from refinedet.pipeline.data.presence import check_data
     from refinedet.pipeline.planning.plan import print_plan  # torch, for seconds
 
-    spec = load_spec(job, overrides or ())
     print_plan(spec, device=device, nodes=nodes, gpus_per_node=gpus_per_node)
     if not (device or nodes or gpus_per_node):  # a plan for other machines, which may see other data
         check_data(spec)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from refinedet.pipeline.cli.arguments import Address, Detector, Json, Output, Overrides, Shards, Weights
 from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.directory import check_run_directory
 from refinedet.pipeline.runs.errors import JobError, UserError
 from refinedet.pipeline.runs.progress import ProgressDisplay
 
@@ -131,12 +132,11 @@ def report(
     output: Annotated[str, typer.Option(help="the page, where several runs are given")] = "comparison.html",
 ) -> None:
     """Build a run's report again; of several runs, one page."""
+    for run in runs:
+        check_run_directory(run)
     from refinedet.pipeline.report.report import build_report
     from refinedet.pipeline.report.run_comparison import build_comparison
 
-    for run in runs:
-        if not storage.exists(storage.join(run, "spec.yaml")):
-            raise UserError(f"{run!r} is no run's directory (it has no spec.yaml); give one, as in runs/quickstart.")
     paths = [storage.absolute(run) for run in runs]
     typer.echo(build_report(paths[0]) if len(paths) == 1 else build_comparison(paths, storage.absolute(output)))
 
@@ -170,6 +170,7 @@ def evaluate(
     """
     _check_writable(json_file)
     if run and not (detections or annotations):
+        check_run_directory(run)
         from refinedet.pipeline.cluster.evaluate import evaluate_run
 
         settings = {"metric": metric, "ious": iou, "max_detections": max_detections}
@@ -205,6 +206,7 @@ def multiscale(
 ) -> None:
     """Evaluate a run's weights at several scales, mirrored too."""
     _check_writable(json_file)
+    check_run_directory(run)
     from refinedet.pipeline.cluster.evaluate import evaluate_run
 
     metrics = evaluate_run(

@@ -19,6 +19,7 @@ from refinedet.pipeline.evaluation.merge_comparison import format_comparison
 from refinedet.pipeline.evaluation.protocols import Metrics
 from refinedet.pipeline.evaluation.unreadable import name_images
 from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.directory import check_run_directory
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
 from refinedet.pipeline.runs.progress import ProgressDisplay
@@ -80,8 +81,7 @@ def evaluate_run(
     Raises UserError where the run, weights or shards are not there.
     """
     path = storage.join(folder, "spec.yaml")
-    if storage.is_local(path) and not storage.exists(path):
-        raise UserError(f"{folder!r} is no run's directory (it has no spec.yaml); give one, as in runs/quickstart.")
+    check_run_directory(folder)
     parent, _, name = storage.absolute(folder).rstrip("/").rpartition("/")
     spec = load_spec(path, [f"runs={parent}", f"name={name}", *overrides])
     if mode == "multiscale" and spec.multiscale is None:

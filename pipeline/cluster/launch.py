@@ -45,7 +45,7 @@ def launch(
     check_start(spec)
     cluster = cluster_address(address)
     check_reachable(cluster)
-    if cluster == LOCAL and "prepare" in stages:  # elsewhere the nodes may see other files
+    if cluster == LOCAL and "prepare" in stages and spec.data.format != "shapes":  # elsewhere nodes may see others
         from refinedet.pipeline.data.presence import check_data
 
         check_data(spec)

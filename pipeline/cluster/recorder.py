@@ -6,6 +6,7 @@ import json
 import logging
 import time
 from collections import Counter
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import asdict
@@ -61,6 +62,7 @@ class TrainingRecorder:
         self._every = run.spec.tracking.log_every_steps
         self._counts = Counter(event["kind"] for event in self._events_so_far())
         self._last_step = 0
+        self._logged: set[int] | None = None
         self._validated_on = {"val": "validation", "train": "training"}[run.spec.training.validate_on]
 
     @property
@@ -95,13 +97,16 @@ class TrainingRecorder:
         self._tracker.log_metrics(self._last_step, {f"goodput/{name}": float(value) for name, value in ledger.items()})
 
     def _events_so_far(self) -> list[dict[str, Any]]:
-        """Read the events of all starts of this run; a line that a crash cut short is left out."""
-        path = self._run.file(EVENTS_LOG)
-        events = []
+        return self._read_lines(EVENTS_LOG)
+
+    def _read_lines(self, log: str) -> list[dict[str, Any]]:
+        """Read the lines of all starts of this run; a line that a crash cut short is left out."""
+        path = self._run.file(log)
+        lines = []
         for line in storage.read_bytes(path).splitlines() if storage.exists(path) else ():
             with suppress(ValueError):
-                events.append(json.loads(line))
-        return events
+                lines.append(json.loads(line))
+        return lines
 
     def _step(self, record: StepRecord) -> None:
         self._last_step = record.step
@@ -117,17 +122,38 @@ class TrainingRecorder:
         self._gauges.step(record)
         if record.step % self._every and record.step != record.total_steps:
             return
+        if self._logged is None:
+            self._logged = self._deliver_earlier()
         line = record.line()
         self._metrics.append(line)
+        self._log(line)
+
+    def _deliver_earlier(self) -> set[int]:
+        """Log the steps of earlier starts that MLflow lacks, since their driver was killed; return all that it has."""
+        if not self._tracker.resumed:
+            return set()
+        self._logged = self._tracker.logged_steps("loss/total")
+        for line in self._read_lines(METRICS_LOG):
+            if "losses" in line:
+                self._log(line)
+        return self._logged
+
+    def _log(self, line: Mapping[str, Any]) -> None:
+        """Log a line of metrics.jsonl, unless its step was logged before: steps after a save are taken again."""
+        assert self._logged is not None
+        if line["step"] in self._logged:
+            return
+        self._logged.add(line["step"])
         self._tracker.log_metrics(
-            record.step,
+            line["step"],
             {
-                **{f"loss/{name}": value for name, value in record.losses.items()},
-                **{f"anchors/{name}": value for name, value in record.shares.items()},
+                **{f"loss/{name}": value for name, value in line["losses"].items()},
+                **{f"anchors/{name}": value for name, value in line["shares"].items()},
                 **{f"time/{name}_s": value for name, value in line["times"].items()},
                 **{name: line[name] for name in ("epoch", "learning_rate", "gradient_norm", "images_per_s")},
-                "memory_gb": record.memory_bytes / 2**30,
+                "memory_gb": line["memory_bytes"] / 2**30,
             },
+            time_s=line["time"],
         )
 
     def _event(self, event: Event) -> None:

@@ -11,7 +11,15 @@ from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.redaction import redact
 
-_USUAL_BACKBONES = {"vgg16_reduced", "resnet18", "resnet50", "resnet101", "resnet152", "resnext152_32x4d"}
+_USUAL_BACKBONES = {
+    "vgg16_reduced",
+    "regnetx_002",
+    "resnet18",
+    "resnet50",
+    "resnet101",
+    "resnet152",
+    "resnext152_32x4d",
+}
 TIMM_WEIGHTS = "timm"
 """value of `training.init_weights`: timm's own weights of the backbone"""
 

@@ -11,8 +11,15 @@ from collections.abc import Mapping
 from typing import Any
 
 from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 
 logger = logging.getLogger(__name__)
+
+
+def check_run_directory(directory: str) -> None:
+    """UserError where a directory is no run's."""
+    if not storage.exists(storage.join(directory, "spec.yaml")):
+        raise UserError(f"{directory!r} is no run's directory (it has no spec.yaml); give one, as in runs/quickstart.")
 
 
 class RunDirectory:

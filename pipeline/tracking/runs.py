@@ -90,6 +90,14 @@ class RunTracker(RunWriter):
         self._children.append(made)
         return made
 
+    def logged_steps(self, name: str) -> set[int]:
+        """Steps at which the store has a metric of this run; none, with a warning, where it is away."""
+        try:
+            return {point.step for point in self.client.get_metric_history(self.run_id, name)}
+        except (MlflowException, OSError) as error:
+            logger.warning("What MLflow has of the starts before is not known: %s", stores.first_line(error))
+            return set()
+
     def log_result(self, mode: str, step: int, content: Mapping[str, Any], artifacts: Sequence[str] = ()) -> None:
         """Log an evaluation to the run, for the table of runs, and with its files to a child run of its own.
 
