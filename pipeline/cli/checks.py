@@ -29,12 +29,13 @@ def plan(
     """
     spec = load_spec(job, overrides or ())
     check_spec(spec)
-    from refinedet.pipeline.data.presence import check_data
-    from refinedet.pipeline.planning.plan import print_plan  # torch, for seconds
+    if not (device or nodes or gpus_per_node):  # a plan for other machines, which may see other data
+        from refinedet.pipeline.data.presence import check_data
+
+        check_data(spec)
+    from refinedet.pipeline.planning.plan import print_plan  # torch and timm, for seconds
 
     print_plan(spec, device=device, nodes=nodes, gpus_per_node=gpus_per_node)
-    if not (device or nodes or gpus_per_node):  # a plan for other machines, which may see other data
-        check_data(spec)
 
 
 @app.command()
