@@ -1,9 +1,10 @@
 // One function compiled for several instruction sets; the loader takes the best that the CPU has.
 #pragma once
 
-// What a marked function calls is inlined into it, so that it is compiled for the same instructions.
+// Named by what they compute with: `arch=haswell` and the like ask for the maker's name, and leave AMD's CPUs at the
+// default. What a marked function calls is inlined into it, so that it is compiled for the same instructions.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-#define REFINEDET_CLONES __attribute__((target_clones("default", "arch=haswell", "arch=skylake-avx512")))
+#define REFINEDET_CLONES __attribute__((target_clones("default", "avx2", "avx512f")))
 #else
 #define REFINEDET_CLONES
 #endif
