@@ -1,21 +1,24 @@
-"""The prepare stage: Ray tasks turn the data set into shards, where the cluster sees the data."""
+"""The prepare stage: Ray tasks turn the data set into shards, where the cluster sees the data.
+
+A task for each part reads and checks the annotations. It has every shard written by a task of its own, on any node.
+"""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import ray
 from ray.exceptions import RayTaskError
 from refinedet.pipeline.cluster.mailbox import Mailbox, MailboxLink
+from refinedet.pipeline.cluster.shard_tasks import write_in_tasks
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec_files import parse_spec
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
 
-CPUS = 1
-"""of the task that writes a part's shards; Ray keeps it off nodes with GPUs while others have room"""
 _POLL_S = 0.3
 _PROGRESS_INTERVAL_S = 0.5
 
@@ -34,7 +37,8 @@ def run_preparation(
     `cluster.resource_timeout_s`.
     """
     spec = run.spec_for_workers()
-    tasks = {_prepare.remote(spec, part, mailbox.actor): part for part in parts}
+    prepare = _prepare.options(max_retries=run.spec.cluster.max_failures)
+    tasks = {prepare.remote(spec, part, mailbox.actor): part for part in parts}
     waiting = list(tasks)
     progress: dict[str, tuple[int, int]] = {}
     found: dict[str, dict[str, Any]] = {}
@@ -65,8 +69,8 @@ def _result(task: ray.ObjectRef) -> dict[str, Any]:
     try:
         return ray.get(task)
     except RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise UserError(str(error.cause)) from None
+        if isinstance(error.cause, UserError | JobError):
+            raise type(error.cause)(str(error.cause)) from None
         if isinstance(error.cause, OSError):  # a full disk, storage that does not answer
             raise JobError(
                 f"shards could not be written: {error.cause}; fix it, then run the same command again to write the rest"
@@ -74,7 +78,7 @@ def _result(task: ray.ObjectRef) -> dict[str, Any]:
         raise
 
 
-@ray.remote(num_cpus=CPUS, max_retries=2)
+@ray.remote(num_cpus=1)  # released while it waits for the tasks that write its shards
 def _prepare(spec: dict[str, Any], part: str, mailbox: Any) -> dict[str, Any]:
     link = MailboxLink(mailbox, rank=0)
     link.push((part, (0, 0)))
@@ -90,6 +94,12 @@ def _prepare(spec: dict[str, Any], part: str, mailbox: Any) -> dict[str, Any]:
             link.push((part, (done, total)))
             last = time.monotonic()
 
-    shards = prepare_shards(run.spec.data, part, storage.join(run.shards, part), on_progress=report)
+    shards = prepare_shards(
+        run.spec.data,
+        part,
+        storage.join(run.shards, part),
+        write_all=partial(write_in_tasks, max_failures=run.spec.cluster.max_failures),
+        on_progress=report,
+    )
     write_coco_annotations(shards, run.ground_truth(part))
     return {"digest": shards.digest, "num_samples": shards.num_samples}

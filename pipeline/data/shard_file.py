@@ -7,14 +7,14 @@ import io
 import json
 import posixpath
 import zlib
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
 from refinedet.pipeline.config.spec import Data
 from refinedet.pipeline.data.annotations import Annotation, Record, fault_of_box
-from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.images import decode_image, encode_image, read_header, turn_upright
 from refinedet.pipeline.data.index import contents_name, format_key
 from refinedet.pipeline.data.remote import exists, reach, read_file, write_file
@@ -60,32 +60,46 @@ class _Columns:
         return file.getvalue()
 
 
-def write_shard(
-    data: Data, destination: str, number: int, start: int, records: list[Record], request: str, faults: FaultLog
-) -> dict[str, Any]:
-    """Write one shard, or find it written; returns its line of the index.
+class ShardWork(NamedTuple):
+    """One shard that is to be written; another process may do it.
 
-    start  key of its first sample
+    start    key of its first sample
+    request  digest of all that decides what the shards hold
     """
-    name = f"shard-{number:06d}.tar"
-    path, contents_path = storage.join(destination, name), storage.join(destination, contents_name(name))
+
+    data: Data
+    destination: str
+    number: int
+    start: int
+    records: Sequence[Record]
+    request: str
+
+
+class WrittenShard(NamedTuple):
+    """What came of a shard: its line of the index, and the faults of its images."""
+
+    number: int
+    line: dict[str, Any]
+    faults: tuple[BadSample, ...]
+
+
+def write_shard(work: ShardWork) -> WrittenShard:
+    """Write one shard, or find it written."""
+    data, records = work.data, work.records
+    name = f"shard-{work.number:06d}.tar"
+    path, contents_path = storage.join(work.destination, name), storage.join(work.destination, contents_name(name))
     asked = storage.digest_json(
-        [request, [(r.image_id, r.file_name, r.num_bytes, list(r.annotations)) for r in records]]
+        [work.request, [(r.image_id, r.file_name, r.num_bytes, list(r.annotations)) for r in records]]
     )
     written = _find_shard(path, contents_path, asked)
     if written:
-        for fault in written["faults"]:
-            faults.add(BadSample(**fault))
-        return written["line"]
+        return WrittenShard(work.number, written["line"], tuple(BadSample(**fault) for fault in written["faults"]))
     columns, found, kept = _Columns(), list[BadSample](), list[bool]()
     buffer = io.BytesIO()
     turned = []
     with TarWriter(buffer, encoder=False, mtime=0) as writer:
-        for key, record in enumerate(records, start=start):
-            known = len(found)
+        for key, record in enumerate(records, start=work.start):
             sample = _encode_sample(format_key(key), record, name, data, found, columns)
-            for fault in found[known:]:
-                faults.add(fault)
             kept.append(sample is not None)
             if sample is None:
                 continue
@@ -119,7 +133,7 @@ def write_shard(
             f"shard {path} of {len(content)} bytes could not be written ({error.strerror}): make room; "
             "the shards that are complete are kept, run the same command again to resume"
         ) from error
-    return _line(name, metadata, encoded)
+    return WrittenShard(work.number, _line(name, metadata, encoded), tuple(found))
 
 
 def _find_shard(path: str, contents_path: str, asked: str) -> dict[str, Any] | None:

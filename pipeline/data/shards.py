@@ -11,9 +11,9 @@ from __future__ import annotations
 import errno
 import itertools
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from typing import Any
 
@@ -24,7 +24,7 @@ from refinedet.pipeline.data.index import FORMAT_VERSION, INDEX, ShardSet, open_
 from refinedet.pipeline.data.lock import LOCK, WriterLock, writer_lock
 from refinedet.pipeline.data.readers import Part, format_of, list_files, read_part
 from refinedet.pipeline.data.remote import exists, reach, read_json, write_json
-from refinedet.pipeline.data.shard_file import write_shard
+from refinedet.pipeline.data.shard_file import ShardWork, WrittenShard, write_shard
 from refinedet.pipeline.data.statistics import STATISTICS, part_statistics
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -32,10 +32,22 @@ from refinedet.pipeline.runs.errors import UserError
 logger = logging.getLogger(__name__)
 
 REQUEST = "request.json"
+WriteAll = Callable[[Sequence[ShardWork]], Generator[WrittenShard]]
+"""writes shards, and yields each as it is finished; closed early, it ends what it has begun"""
 OURS = frozenset({INDEX, REQUEST, LOCK, STATISTICS})
 """files of a directory of shards beside the shards"""
 _OVERHEAD = 2048  # bytes of a sample beside its image: tar headers and objects, about
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR)
+
+
+def write_in_threads(works: Sequence[ShardWork], threads: int = 2) -> Generator[WrittenShard]:
+    """Write shards in threads of this process."""
+    with ThreadPoolExecutor(max_workers=threads) as pool:
+        try:
+            for future in as_completed([pool.submit(write_shard, work) for work in works]):
+                yield future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def prepare_shards(
@@ -43,12 +55,13 @@ def prepare_shards(
     part: str,
     destination: str,
     *,
-    threads: int = 2,
+    write_all: WriteAll = write_in_threads,
     on_progress: Callable[[int, int], None] | None = None,
 ) -> ShardSet:
     """Write `part` ("train" or "val") of a data set as shards into `destination`; return at once where they exist.
 
     destination  directory or fsspec URI
+    write_all    writes the shards: in threads here, or as tasks of a cluster; the same bytes
     on_progress  called with (samples done, samples in all) as shards are finished
     """
     splits: tuple[Split, ...] = {"train": data.train, "val": data.val}[part]
@@ -65,7 +78,8 @@ def prepare_shards(
         faults = FaultLog(data.max_bad_samples, f"data.{part}")
         source = read_part(data, part, faults)
         write_json(storage.join(destination, REQUEST), {"request": request})
-        lines = _write_shards(data, destination, source.records, request, faults, lock, threads, on_progress)
+        works = _divide(data, destination, source.records, request)
+        lines = _write_shards(works, write_all, faults, lock, on_progress)
         lock.check()
         sets = [split.set for split in splits if split.set] if data.format == "voc" else []
         index = {"format": data.format, "part": part, "sets": sets, "request": request, "lists": dict(lists)}
@@ -162,37 +176,35 @@ def _remove_partials(destination: str) -> None:
                 return
 
 
+def _divide(data: Data, destination: str, records: Sequence[Record], request: str) -> list[ShardWork]:
+    groups = _cut(records, data.shard_bytes)
+    starts = itertools.accumulate((len(group) for group in groups), initial=0)
+    return [
+        ShardWork(data, destination, number, start, group, request)
+        for number, (group, start) in enumerate(zip(groups, starts, strict=False))
+    ]
+
+
 def _write_shards(
-    data: Data,
-    destination: str,
-    records: Sequence[Record],
-    request: str,
+    works: Sequence[ShardWork],
+    write_all: WriteAll,
     faults: FaultLog,
     lock: WriterLock,
-    threads: int,
     on_progress: Callable[[int, int], None] | None,
 ) -> list[dict[str, Any]]:
     """Write all shards; returns their lines of the index, in order."""
-    groups = _cut(records, data.shard_bytes)
-    starts = [0, *itertools.accumulate(len(group) for group in groups)]
-    done, lines = 0, {}
-    with ThreadPoolExecutor(max_workers=threads) as pool:
-        pending = {
-            pool.submit(write_shard, data, destination, number, starts[number], group, request, faults): number
-            for number, group in enumerate(groups)
-        }
-        try:
-            for future in as_completed(pending):
-                number = pending[future]
-                lines[number] = future.result()
-                done += len(groups[number])
-                if on_progress:
-                    on_progress(done, len(records))
-                lock.check()
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [lines[number] for number in range(len(groups))]
+    done, total = 0, sum(len(work.records) for work in works)
+    lines: dict[int, dict[str, Any]] = {}
+    with closing(write_all(works)) as written:
+        for number, line, found in written:
+            for fault in found:
+                faults.add(fault)
+            lines[number] = line
+            done += len(works[number].records)
+            if on_progress:
+                on_progress(done, total)
+            lock.check()
+    return [lines[number] for number in range(len(works))]
 
 
 def _cut(records: Sequence[Record], shard_bytes: int) -> list[list[Record]]:
@@ -240,7 +252,7 @@ def _write_index(
         "split_sizes": split_sizes,
         "categories": categories,
         "facts": {"exif_turned": sum(len(line["turned"]) for line in lines), "dropped": dict(source.dropped)},
-        "faults": [asdict(fault) for fault in faults.faults],
+        "faults": [asdict(fault) for fault in sorted(faults.faults, key=lambda fault: fault.shard)],
         "shards": table,
     }
     statistics = part_statistics(ShardSet(destination, whole))

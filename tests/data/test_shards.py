@@ -8,6 +8,7 @@ import json
 import shutil
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from refinedet.pipeline.config.spec import Data, Split
 from refinedet.pipeline.data.index import open_shards
 from refinedet.pipeline.data.inspection import check_shards
 from refinedet.pipeline.data.reading import SampleReader, expand_tar
-from refinedet.pipeline.data.shards import prepare_shards
+from refinedet.pipeline.data.shards import prepare_shards, write_in_threads
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
@@ -63,7 +64,9 @@ def test_a_sample_is_read_as_webdataset_reads_it(shapes: Data, tmp_path: Path) -
 
 def test_same_input_same_bytes_however_many_threads(shapes: Data, tmp_path: Path) -> None:
     for threads in (1, 4):
-        prepare_shards(shapes, "train", str(tmp_path / str(threads)), threads=threads)
+        prepare_shards(
+            shapes, "train", str(tmp_path / str(threads)), write_all=partial(write_in_threads, threads=threads)
+        )
     assert files_of(tmp_path / "1") == files_of(tmp_path / "4")
     assert len(files_of(tmp_path / "1")) > 6
 
@@ -85,7 +88,7 @@ def test_a_write_that_was_cut_off_goes_on_where_it_stopped(
 
     monkeypatch.setattr(storage, "write_bytes", limited)
     with pytest.raises(UserError, match=r"No space left on device.*make room"):
-        prepare_shards(shapes, "train", str(folder), threads=1)
+        prepare_shards(shapes, "train", str(folder), write_all=partial(write_in_threads, threads=1))
     with pytest.raises(UserError, match="holds no shards"):
         open_shards(str(folder))
     monkeypatch.setattr(storage, "write_bytes", write_bytes)
