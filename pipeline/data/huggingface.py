@@ -1,4 +1,4 @@
-"""Hugging Face data sets in a local directory, as parquet files or as `save_to_disk` writes them.
+"""Hugging Face data sets in a local directory, as parquet files or as `save_to_disk` writes them, and on the hub.
 
 Rows hold `image` (bytes, or a path below the directory) and `objects` with `bbox`, COCO's x, y, width, height in
 pixels, and `category` (or `label`, `category_id`): class numbers with names in the data set's features, or names.
@@ -10,12 +10,13 @@ import glob
 import json
 import os
 from collections.abc import Iterator
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 from refinedet.pipeline.config.spec import Split
 from refinedet.pipeline.data.annotations import Annotations, Record, Source, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
+from refinedet.pipeline.data.hub import find_hub_files, is_hub, local_copy
 from refinedet.pipeline.data.remote import read_file
 from refinedet.pipeline.runs.errors import UserError
 
@@ -37,38 +38,65 @@ def read_huggingface(root: str, split: Split, faults: FaultLog) -> Source:
 
 
 def huggingface_lists(root: str, split: Split) -> Iterator[tuple[str, str]]:
-    """The files of a split."""
+    """The files of a split; those of the hub as their copies on this node."""
     for path in find_files(root, split.set or ""):
-        yield os.path.relpath(path, root), path
+        yield (path.partition("@")[2].partition("/")[2] if is_hub(root) else os.path.relpath(path, root)), _local(path)
 
 
 def find_files(root: str, split: str) -> list[str]:
-    """Parquet or Arrow files of a split, sorted; UserError where there is none."""
-    patterns = (f"data/{split}-*.parquet", f"{split}-*.parquet", f"{split}.parquet", f"data/{split}.parquet",
-                f"{split}/*.parquet", f"*/{split}/*.parquet", f"{split}/data-*.arrow")  # fmt: skip
+    """Parquet or Arrow files of a split, sorted; UserError where there is none, or one of several configurations."""
+    found = _list_files(root, split)
+    if not found:
+        raise UserError(
+            f"{root} has no parquet or Arrow files of a split {split!r}: name one of its splits with `set`, or "
+            "download the data set to a directory as parquet"
+        )
+    directories = sorted({os.path.basename(path.rpartition(f"/{split}")[0]) for path in found})
+    if len(directories) > 1:
+        raise UserError(
+            f"{root} has the split {split!r} in several configurations ({', '.join(directories[:8])}): name one with "
+            f"`set`, as {directories[0]}/{split}"
+        )
+    return found
+
+
+def _list_files(root: str, split: str) -> list[str]:
+    patterns = (
+        f"data/{split}-*.parquet",
+        f"{split}-*.parquet",
+        f"{split}.parquet",
+        f"data/{split}.parquet",
+        f"{split}/*.parquet",
+        f"*/{split}/*.parquet",
+        f"*/{split}-*.parquet",
+        f"{split}/data-*.arrow",
+    )
+    if is_hub(root):
+        return find_hub_files(root, patterns)
     for pattern in patterns:
         if found := sorted(glob.glob(os.path.join(glob.escape(root), pattern))):
             return found
-    raise UserError(
-        f"{root} has no parquet or Arrow files of a split {split!r}: download the data set to a directory, and name "
-        "one of its splits with `set`"
-    )
+    return []
 
 
 def find_splits(root: str) -> list[str]:
-    """Names of the splits among train, validation, val, test that have files."""
+    """Names of the splits to train on and of the first to validate on that have files."""
     found = []
-    for split in ("train", "validation", "val", "valid", "test"):
-        try:
-            find_files(root, split)
-        except UserError:
-            continue
-        found.append(split)
+    for split in ("train", "val", "validation", "valid", "test"):
+        if _list_files(root, split):
+            found.append(split)
+        if len(found) > 1:  # of the hub, what is not used is not downloaded
+            break
     return found
+
+
+def _local(path: str) -> str:
+    return local_copy(path) if is_hub(path) else path
 
 
 def _open(path: str) -> Any:
     """A parquet file, or the stream of an Arrow file."""
+    path = _local(path)
     if path.endswith(".parquet"):
         from pyarrow import parquet  # only here and below: it takes a second to load
 
@@ -138,9 +166,14 @@ def _load_row(path: str, row: int) -> bytes:
     for group in range(file.num_row_groups):
         length = file.metadata.row_group(group).num_rows
         if row < length:
-            return file.read_row_group(group, columns=["image"]).column("image")[row].as_py()["bytes"]
+            return _images_of_group(path, group)[row].as_py()["bytes"]
         row -= length
     raise OSError(f"{path} has no such row")
+
+
+@lru_cache(maxsize=2)  # rows are loaded one after another, in two threads
+def _images_of_group(path: str, group: int) -> Any:
+    return _open(path).read_row_group(group, columns=["image"]).column("image")
 
 
 def _read_objects(found: Any, names: list[str], where: str) -> list[tuple[str, tuple[float, ...], int]]:

@@ -18,6 +18,7 @@ from refinedet.pipeline.data.annotations import Annotations, Record, Source, fau
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.coco import coco_lists, read_coco
 from refinedet.pipeline.data.cvat import cvat_lists, read_cvat
+from refinedet.pipeline.data.hub import PREFIX, is_hub
 from refinedet.pipeline.data.huggingface import huggingface_lists, read_huggingface
 from refinedet.pipeline.data.image_tars import image_tar_lists, read_image_tars
 from refinedet.pipeline.data.labelme import labelme_lists, read_labelme
@@ -64,8 +65,10 @@ READERS: dict[DataFormat, Reader] = {
 def root_of(data: Data, split: Split) -> str:
     """Root directory of a split's data set; UserError where it does not exist."""
     root = split.root or data.root or ""
-    if root and not exists(root):
-        raise UserError(f"data.root {root} does not exist: give the directory of the data set")
+    hub = format_of(data, split) == "huggingface"
+    if root and not (hub and is_hub(root)) and not exists(root):
+        other = f", or {PREFIX}OWNER/NAME of the Hugging Face hub" if hub else ""
+        raise UserError(f"data.root {root} does not exist: give the directory of the data set{other}")
     if os.path.isfile(root):
         raise UserError(f"data.root {root} is a file: give the directory of the data set")
     return root

@@ -1,4 +1,4 @@
-"""Recognition of a data set in a local directory: its format, and its splits for training and validation.
+"""Recognition of a data set in a local directory or on the hub: its format, and its splits for training and validation.
 
 A format is one function and one entry in `RECOGNISERS`; the first that finds images to train on decides.
 """
@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from refinedet.pipeline.config.spec import DataFormat, Split
+from refinedet.pipeline.data.hub import is_hub
 from refinedet.pipeline.data.huggingface import find_splits
 from refinedet.pipeline.data.images import SUFFIXES
 from refinedet.pipeline.data.yolo import NAMES_FILE, read_data_file
@@ -41,7 +42,12 @@ class Recognised:
 
 
 def recognise(root: str) -> Recognised:
-    """The data set in a directory. Raises UserError where it is of no format that is known."""
+    """The data set in a directory or on the hub. Raises UserError where it is of no format that is known."""
+    if is_hub(root):
+        found = _huggingface(root)
+        if found and found.train:
+            return found
+        raise UserError(f"{root} has no parquet files of a split train, val or test: download it to a directory")
     if not storage.is_local(root) or not os.path.isdir(root):
         raise UserError(f"{root} is no directory here: give the directory of a data set")
     root = os.path.abspath(root)
