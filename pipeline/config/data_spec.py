@@ -58,6 +58,8 @@ class Split(Section):
 class Augmentation(Section):
     """SSD augmentation, section 4 of the RefineDet reference, and others; each part has its switch."""
 
+    mosaic: bool = False
+    """half of the time, parts of four images as tiles of one; reads 2.5 images per view on average"""
     scale_jitter: bool = False
     """large-scale jitter, 0.1 to 2 times the image's size; for long schedules, in place of `expand`"""
     distort: bool = True
@@ -87,7 +89,7 @@ class Data(Section):
     format: DataFormat = "coco"
     """of all splits that name none of their own"""
     root: str | None = None
-    """directory of the data set; shapes draws its own and needs none"""
+    """directory of the data set, or hf://datasets/OWNER/NAME of the Hugging Face hub; shapes draws its own"""
     classes: tuple[str, ...] | None = None
     """selects the classes and orders the labels; default: all that the data set has. Upper and lower case count where
     two classes differ in nothing else"""

@@ -1,6 +1,7 @@
 """SSD's augmentation as the Caffe release does it: expand, crop, distort, resize, mirror (RefineDet section IV-B).
 
-Large-scale jitter (Ghiasi et al., Simple Copy-Paste, 2021) is off by default.
+Large-scale jitter (Ghiasi et al., Simple Copy-Paste, 2021) and mosaic (Bochkovskiy et al., YOLOv4, 2020) are off by
+default.
 
 A transform is one class and one entry in `TRANSFORMS`; the section `data.augmentation` of the spec switches it by the
 same name. Each draws from a generator of its own, a function of (seed, epoch, sample key) and its name, so that adding
@@ -15,8 +16,9 @@ G boxes in one image, H W pixels
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import cv2
 import numpy as np
@@ -47,13 +49,31 @@ class Window:
     height: int
 
 
-@dataclass(frozen=True)
-class ViewPlan:
-    """Plan of a training view: the part of the image that it shows.
+class Picture(NamedTuple):
+    """An image and its objects.
 
     image   uint8   [H, W, 3]  RGB
     boxes   float32 [G, 4]     xyxy, pixels of `image`
     labels  int64   [G]
+    """
+
+    image: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+
+
+def no_companions() -> Sequence[Picture]:
+    return ()
+
+
+@dataclass(frozen=True)
+class ViewPlan:
+    """Plan of a training view: the part of the image that it shows.
+
+    image       uint8   [H, W, 3]  RGB
+    boxes       float32 [G, 4]     xyxy, pixels of `image`
+    labels      int64   [G]
+    companions  reads other samples, for the views that several make up
     """
 
     image: np.ndarray
@@ -64,10 +84,11 @@ class ViewPlan:
     """one after the other, of the image's own pixels; the border that `Expand` adds keeps its colour"""
     interpolation: int = cv2.INTER_LINEAR
     mirrored: bool = False
+    companions: Callable[[], Sequence[Picture]] = no_companions
 
     def render(self, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Image [size, size, 3], boxes [G', 4] in its pixels, labels [G']: those whose centre lies in the window."""
-        boxes, labels = project_boxes(self.boxes, self.labels, self.window, size)
+        boxes, labels = project_boxes(self.boxes, self.labels, self.window, (size, size))
         pixels, border = _cut(self.image, self.window)
         for recolour in self.recolour if pixels.size else ():
             pixels = recolour(pixels)
@@ -75,6 +96,24 @@ class ViewPlan:
         if self.mirrored:
             pixels, boxes = cv2.flip(pixels, 1), mirror_boxes(boxes, size)
         return pixels, boxes, labels
+
+
+class Mosaic:
+    """Half of the time, put a random part of the image and of three others on tiles that meet at a random point."""
+
+    def __call__(self, plan: ViewPlan, rng: np.random.Generator) -> ViewPlan:
+        coin, x, y = rng.random(3)
+        places, draws = rng.random(4), rng.random((4, 3))
+        height, width, _ = plan.image.shape
+        if coin >= 0.5 or min(height, width) < 2:
+            return plan
+        pictures = [Picture(plan.image, plan.boxes, plan.labels), *plan.companions()]
+        if len(pictures) < len(places):
+            return plan
+        meeting = (_share(width, 0.3 + 0.4 * x), _share(height, 0.3 + 0.4 * y))
+        order = np.argsort(places, kind="stable").tolist()
+        image, boxes, labels = join_tiles([pictures[at] for at in order], (width, height), meeting, draws)
+        return replace(plan, image=image, boxes=boxes, labels=labels, window=Window(0, 0, width, height))
 
 
 class ScaleJitter:
@@ -124,6 +163,7 @@ class Mirror:
 
 
 TRANSFORMS: dict[str, Callable[[ViewPlan, np.random.Generator], ViewPlan]] = {
+    "mosaic": Mosaic(),  # first: the others change the image that it makes
     "scale_jitter": ScaleJitter(),
     "expand": Expand(),
     "crop": Crop(),
@@ -143,20 +183,58 @@ def augment(
     size: int,
     key: tuple[int | str, ...],
     settings: Augmentation,
+    companions: Callable[[], Sequence[Picture]] = no_companions,
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """One random training view of an image, a function of `key`: (seed, epoch, sample key).
 
     image    uint8   [H, W, 3]  RGB
     boxes    float32 [G, 4]     xyxy, pixels of `image`
     labels   int64   [G]
+    companions  reads the samples that `mosaic` shows beside this one
     returns  image [size, size, 3], boxes [G', 4] in its pixels, labels [G']; those whose centre lies in the crop
     """
     height, width, _ = image.shape
-    plan = ViewPlan(image, boxes, labels, Window(0, 0, width, height))
+    plan = ViewPlan(image, boxes, labels, Window(0, 0, width, height), companions=companions)
     for name, transform in TRANSFORMS.items():
         if getattr(settings, name):
             plan = transform(plan, keyed_generator("augment", name, *key))
     return plan.render(size)
+
+
+def join_tiles(
+    pictures: Sequence[Picture], size: tuple[int, int], meeting: tuple[int, int], draws: np.ndarray
+) -> Picture:
+    """Four pictures on the four tiles of one, row by row.
+
+    Each shows half to all of the widest part that has its tile's shape. Objects stay whose centre is in that part.
+
+    size     (width, height) of the result, pixels
+    meeting  (x, y) of the corner that the tiles share
+    draws    [4, 3]  uniform numbers: how much of each picture is shown, and where it is cut out, x and y
+    """
+    canvas = np.empty((size[1], size[0], 3), np.uint8)
+    found = []
+    columns, rows = ((0, meeting[0]), (meeting[0], size[0])), ((0, meeting[1]), (meeting[1], size[1]))
+    tiles = [(*column, *row) for row in rows for column in columns]
+    for picture, (x1, x2, y1, y2), (share, x, y) in zip(pictures, tiles, draws.tolist(), strict=True):
+        tile = (x2 - x1, y2 - y1)
+        height, width, _ = picture.image.shape
+        scale = min(width / tile[0], height / tile[1]) * (0.5 + 0.5 * share)
+        shown = (max(1, round(tile[0] * scale)), max(1, round(tile[1] * scale)))
+        window = Window(int(x * (width - shown[0] + 1)), int(y * (height - shown[1] + 1)), *shown)
+        pixels, _ = _cut(picture.image, window)
+        interpolation = cv2.INTER_AREA if scale > 1 else cv2.INTER_LINEAR
+        canvas[y1:y2, x1:x2] = cv2.resize(pixels, tile, interpolation=interpolation)
+        boxes, labels = project_boxes(picture.boxes, picture.labels, window, tile)
+        found.append((boxes + np.array([x1, y1, x1, y1], np.float32), labels))
+    return Picture(
+        canvas, np.concatenate([boxes for boxes, _ in found]), np.concatenate([labels for _, labels in found])
+    )
+
+
+def _share(length: int, share: float) -> int:
+    """A share of a length in whole pixels, from 1 to one less than the length."""
+    return min(max(round(length * share), 1), length - 1)
 
 
 def jitter_window(image: Window, scale: float, x: float, y: float) -> Window:
@@ -213,14 +291,19 @@ def _best_iou(
     return (inside / (width * height + box_areas[:, None] - inside)).max(0)
 
 
-def project_boxes(boxes: np.ndarray, labels: np.ndarray, window: Window, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Boxes whose centre lies in the window, clipped to it, in pixels of the window resized to `size` squared."""
+def project_boxes(
+    boxes: np.ndarray, labels: np.ndarray, window: Window, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Boxes whose centre lies in the window, clipped to it, in pixels of the window resized.
+
+    size  (width, height) of the resized window, pixels
+    """
     origin = np.array([window.left, window.top] * 2, np.float32)
     extent = np.array([window.width, window.height] * 2, np.float32)
     moved = boxes - origin
     centre = (moved[:, :2] + moved[:, 2:]) / 2
     kept = ((centre >= 0) & (centre < extent[:2])).all(1)
-    clipped = np.clip(moved[kept], 0, extent) * (size / extent)
+    clipped = np.clip(moved[kept], 0, extent) * (np.array(size * 2, np.float32) / extent)
     return clipped.astype(np.float32), labels[kept]
 
 

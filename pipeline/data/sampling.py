@@ -83,6 +83,23 @@ class EpochDraws:
         positions = np.searchsorted(self._first, draws, side="right") - 1
         return positions, draws - self._first[positions]
 
+    def companions(self, start: int, stop: int, global_batch: int) -> np.ndarray:
+        """Positions of the samples that a mosaic shows beside those of [start, stop); int64 [3, stop - start].
+
+        They are the draws one, two and three global batches later, whole rounds of the streams, so that a node reads
+        its own shards for them too. At the end of the epoch they go on from its start.
+        """
+        rounds = -(-global_batch // self.streams) * self.streams
+        step = max(1, min(rounds, self.num_draws // 4))
+        places = (np.arange(start, stop) + step * np.arange(1, 4)[:, None]) % self.num_draws
+        return np.stack([self._positions(row) for row in places])
+
+    def _positions(self, places: np.ndarray) -> np.ndarray:
+        """Positions at ascending places, which may go on once from the epoch's start."""
+        cut = int(np.argmin(places))
+        pieces = [piece for piece in (places[:cut], places[cut:]) if len(piece)]
+        return np.concatenate([self.stretch(int(piece[0]), int(piece[-1]) + 1)[0] for piece in pieces])
+
 
 def expected_repeats(shards: ShardSet, splits: Sequence[Split], sampling: Sampling) -> Repeats | None:
     """Expected repeats of the samples of a training set; None where every sample occurs once.

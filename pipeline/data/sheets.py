@@ -14,7 +14,7 @@ from refinedet.pipeline.data.randomness import keyed_permutation
 from refinedet.pipeline.data.reading import SampleReader
 from refinedet.pipeline.data.samples import Sample
 from refinedet.pipeline.data.sampling import EpochDraws, expected_repeats
-from refinedet.pipeline.data.stream_steps import Augmenter, Turn
+from refinedet.pipeline.data.stream_steps import Augmenter, Turn, load_turn
 from refinedet.pipeline.runs import storage
 
 _CAPTION = 18  # pixels
@@ -53,8 +53,7 @@ def show_samples(
     reader = SampleReader(shards)
     tiles = []
     for turn in _first_turns(draws, global_batch, count, columns if len(sizes) > 1 else count):
-        sample = reader.read(turn.position)
-        found = view((turn, sample))
+        sample, found = (loaded := load_turn(turn, reader)).sample, view(loaded)
         image = _draw_boxes(found.image, found.boxes, found.labels, shards)
         tiles.append(_caption(image, f"{sample.key}  {sample.file_name}"))
     _write_sheet(output, tiles, columns)
@@ -66,8 +65,11 @@ def _first_turns(draws: EpochDraws, global_batch: int, count: int, per_batch: in
     for index in range(num_batches):
         start, stop = batch_bounds(index, draws.num_draws, num_batches)
         stop = min(stop, start + per_batch, start + count)
-        for position, occurrence in zip(*draws.stretch(start, stop), strict=True):
-            yield Turn(int(position), draws.epoch, index, 0, last=True, occurrence=int(occurrence))
+        beside = draws.companions(start, stop, global_batch).T.tolist() if stop > start else []
+        for position, occurrence, others in zip(*draws.stretch(start, stop), beside, strict=True):
+            yield Turn(
+                int(position), draws.epoch, index, 0, last=True, occurrence=int(occurrence), companions=tuple(others)
+            )
         count -= stop - start
 
 

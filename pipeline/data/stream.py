@@ -74,7 +74,10 @@ class TrainingStream:
     ) -> None:
         batch = divide_batch(global_batch, micro_batch, world_size)
         repeats = expected_repeats(shards, data.train, data.sampling)
-        self._plan = Plan(shards, seed, batch, rank, epochs, data.shuffle_window, data.canonical_streams, repeats)
+        mosaic = data.augmentation.mosaic
+        self._plan = Plan(
+            shards, seed, batch, rank, epochs, data.shuffle_window, data.canonical_streams, repeats, mosaic
+        )
         if self._plan.draws_per_epoch < global_batch:
             raise UserError(
                 f"an epoch of {shards.url} has {self._plan.draws_per_epoch} images, fewer than one global batch of "

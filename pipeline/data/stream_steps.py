@@ -6,8 +6,9 @@ micro-batches, so nothing has to be agreed on between workers, ranks or nodes.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import cv2
@@ -16,7 +17,7 @@ import torch
 from refinedet.model.structures import Targets
 from refinedet.pipeline.config.batches import BatchPlan
 from refinedet.pipeline.config.spec import Augmentation
-from refinedet.pipeline.data.augmentation import augment
+from refinedet.pipeline.data.augmentation import Picture, augment
 from refinedet.pipeline.data.cache import ShardCache, prefetch
 from refinedet.pipeline.data.images import resize_image, stack_images
 from refinedet.pipeline.data.index import ShardSet
@@ -47,6 +48,7 @@ class Plan:
     window: int
     streams: int
     repeats: Repeats | None = None
+    mosaic: bool = False
 
     @property
     def draws_per_epoch(self) -> int:
@@ -71,6 +73,16 @@ class Turn(NamedTuple):
     """how often the sample has occurred in this epoch before"""
     blank: bool = False
     """no sample: a grey image fills the batch"""
+    companions: tuple[int, ...] = ()
+    """positions of the samples that a mosaic shows beside this one"""
+
+
+class Loaded(NamedTuple):
+    """One turn's sample, decoded; `companions` reads and decodes those of the turn."""
+
+    turn: Turn
+    sample: Sample
+    companions: Callable[[], list[Sample]]
 
 
 class View(NamedTuple):
@@ -127,10 +139,14 @@ class TurnSchedule(IterableDataset):
         share = share_of_rank(begin, end, draws.streams, plan.rank, batch.world_size)
         chosen = micro_batch_of_share(share, part, batch.accumulation)
         positions, occurrences = draws.stretch(begin, end)
+        companions = (
+            draws.companions(begin, end, batch.global_batch) if plan.mosaic else np.zeros((0, end - begin), int)
+        )
         size = size_of_micro_batch(batch.global_batch, plan.rank, batch.world_size, part, batch.accumulation)
         for at, place in enumerate(chosen.tolist(), start=1):
             position, occurrence = int(positions[place]), int(occurrences[place])
-            yield Turn(position, draws.epoch, index, part, at == size, occurrence)
+            beside = tuple(companions[:, place].tolist())
+            yield Turn(position, draws.epoch, index, part, at == size, occurrence, companions=beside)
         for at in range(len(chosen) + 1, size + 1):
             yield Turn(int(positions[0]), draws.epoch, index, part, at == size, blank=True)
 
@@ -141,13 +157,22 @@ def copy_ahead(turns: Iterable[Turn], cache: ShardCache, ahead: int) -> Iterator
     return prefetch(turns, lambda turn: int(np.searchsorted(first, turn.position, side="right")) - 1, cache, ahead)
 
 
-def read_samples(turns: Iterable[Turn], shards: ShardSet, cache: ShardCache | None) -> Iterator[tuple[Turn, Sample]]:
+def read_samples(turns: Iterable[Turn], shards: ShardSet, cache: ShardCache | None) -> Iterator[Loaded]:
     """Read and decode each turn's sample."""
     if get_worker_info():  # the workers are the parallelism; OpenCV's threads would only fight them
         cv2.setNumThreads(0)
     reader = SampleReader(shards, cache)
     for turn in turns:
-        yield turn, grey_sample() if turn.blank else reader.read(turn.position)
+        yield load_turn(turn, reader)
+
+
+def load_turn(turn: Turn, reader: SampleReader) -> Loaded:
+    sample = grey_sample() if turn.blank else reader.read(turn.position)
+    return Loaded(turn, sample, partial(_read_all, reader, turn.companions))
+
+
+def _read_all(reader: SampleReader, positions: Sequence[int]) -> list[Sample]:
+    return [reader.read(position) for position in positions]
 
 
 @dataclass(frozen=True)
@@ -163,19 +188,29 @@ class Augmenter:
     settings: Augmentation | None
     include_difficult: bool
 
-    def __call__(self, item: tuple[Turn, Sample]) -> View:
-        turn, sample = item
-        kept = ~sample.crowd if self.include_difficult else ~(sample.crowd | sample.difficult)
-        boxes, labels = sample.boxes[kept], sample.labels[kept]
+    def __call__(self, loaded: Loaded) -> View:
+        turn, sample, _ = loaded
+        picture = self._picture(sample)
         size = self.sizes[keyed_integer(len(self.sizes), "size", self.seed, turn.epoch, turn.index)]
         if self.settings is None:
             height, width, _ = sample.image.shape
-            image = resize_image(sample.image, size)
-            boxes = boxes * np.array([size / width, size / height] * 2, np.float32)
+            image, labels = resize_image(sample.image, size), picture.labels
+            boxes = picture.boxes * np.array([size / width, size / height] * 2, np.float32)
         else:
             key = (self.seed, turn.epoch, sample.key, *((turn.occurrence,) if turn.occurrence else ()))
-            image, boxes, labels = augment(sample.image, boxes, labels, size=size, key=key, settings=self.settings)
+            image, boxes, labels = augment(
+                *picture,
+                size=size,
+                key=key,
+                settings=self.settings,
+                companions=lambda: [self._picture(other) for other in loaded.companions()],
+            )
         return View(turn, image, boxes, labels, sample.key, sample.image_id, sample.fault)
+
+    def _picture(self, sample: Sample) -> Picture:
+        """The image with the objects that are learnt from."""
+        kept = ~sample.crowd if self.include_difficult else ~(sample.crowd | sample.difficult)
+        return Picture(sample.image, sample.boxes[kept], sample.labels[kept])
 
 
 class Packed(NamedTuple):

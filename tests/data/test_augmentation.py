@@ -15,6 +15,7 @@ from refinedet.pipeline.data.augmentation import (
     MIN_IOUS,
     NUM_TRIALS,
     TRANSFORMS,
+    Picture,
     ViewPlan,
     Window,
     augment,
@@ -22,6 +23,7 @@ from refinedet.pipeline.data.augmentation import (
     distort,
     expand_window,
     jitter_window,
+    join_tiles,
     mirror_boxes,
     project_boxes,
 )
@@ -257,7 +259,7 @@ def test_without_boxes_there_is_no_crop() -> None:
 
 def test_boxes_whose_centre_is_outside_are_dropped_and_others_clipped() -> None:
     boxes = np.array([[0, 0, 40, 40], [30, 30, 70, 90], [0, 0, 100, 20]], np.float32)
-    moved, labels = project_boxes(boxes, np.array([1, 2, 3]), Window(25, 25, 50, 50), 100)
+    moved, labels = project_boxes(boxes, np.array([1, 2, 3]), Window(25, 25, 50, 50), (100, 100))
     assert labels.tolist() == [2]
     np.testing.assert_allclose(moved, [[10, 10, 90, 100]])
 
@@ -282,6 +284,78 @@ def test_scale_jitter_shows_a_tenth_to_twice_the_image() -> None:
     assert jitter_window(image, 2, 0.9999, 0.9999) == Window(32, 24, 32, 24)
     assert jitter_window(image, 0.25, 0, 0) == Window(0, 0, 256, 192)
     assert jitter_window(image, 0.25, 0.9999, 0.9999) == Window(-192, -144, 256, 192)
+
+
+COLOURS = {1: (255, 0, 0), 2: (0, 255, 0), 3: (0, 0, 255), 4: (255, 255, 0)}
+
+
+def coloured_picture(label: int, rng: np.random.Generator) -> Picture:
+    """A black picture of any size with one rectangle, of the label's colour, as large as its box."""
+    width, height = rng.integers(60, 200, 2).tolist()
+    sides = (rng.uniform(0.2, 0.7, 2) * (width, height)).astype(int)
+    corner = rng.integers(0, (width, height) - sides)
+    x1, y1, x2, y2 = (*corner.tolist(), *(corner + sides).tolist())
+    image = np.zeros((height, width, 3), np.uint8)
+    image[y1:y2, x1:x2] = COLOURS[label]
+    return Picture(image, np.array([[x1, y1, x2, y2]], np.float32), np.array([label]))
+
+
+def box_of_colour(image: np.ndarray, label: int) -> np.ndarray | None:
+    """What of an image is nearer to a colour than to black."""
+    near = np.abs(image.astype(int) - COLOURS[label]).max(-1) < 128
+    rows, columns = np.flatnonzero(near.any(1)), np.flatnonzero(near.any(0))
+    return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) if len(rows) else None
+
+
+def test_boxes_follow_pixels_through_mosaic() -> None:
+    kept = absent = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        pictures = [coloured_picture(label, rng) for label in COLOURS]
+        width, height = rng.integers(80, 200, 2).tolist()
+        meeting = tuple((rng.uniform(0.3, 0.7, 2) * (width, height)).astype(int).tolist())
+        image, boxes, labels = join_tiles(pictures, (width, height), meeting, rng.random((4, 3)))
+        assert image.shape == (height, width, 3)
+        found = dict(zip(labels.tolist(), boxes, strict=True))
+        for label in COLOURS:
+            seen = box_of_colour(image, label)
+            if label in found:
+                assert seen is not None
+                np.testing.assert_allclose(found[label], seen, atol=1)
+                kept += 1
+            else:  # cut: nothing of it is seen, or it goes on beyond its tile
+                edges = {0, 1, width - 1, width, height - 1, height}
+                edges |= {side + by for side in meeting for by in (-1, 0, 1)}
+                assert seen is None or edges & set(seen.tolist())
+                absent += 1
+    assert kept > 400
+    assert absent > 50
+
+
+def test_mosaic_shows_half_of_the_views_with_three_companions() -> None:
+    picture = coloured_picture(1, np.random.default_rng(0))
+    settings = PLAIN.model_copy(update={"mosaic": True})
+    asked = []
+
+    def companions() -> list[Picture]:
+        asked.append(True)
+        return [coloured_picture(label, np.random.default_rng(label)) for label in (2, 3, 4)]
+
+    plain = augment(*picture, size=64, key=(0,), settings=PLAIN)
+    shown, places = [], set()
+    for seed in range(200):
+        before = len(asked)
+        view = augment(*picture, size=64, key=(seed,), settings=settings, companions=companions)
+        alone = len(asked) == before  # others are read only where they are shown
+        assert alone == all(np.array_equal(one, other) for one, other in zip(view, plain, strict=True))
+        shown.append(not alone)
+        again = augment(*picture, size=64, key=(seed,), settings=settings, companions=companions)
+        assert all(np.array_equal(one, other) for one, other in zip(view, again, strict=True))
+        if not alone and 1 in view[2]:
+            centre = view[1][view[2].tolist().index(1)].reshape(2, 2).mean(0)
+            places.add(tuple((centre > 32).tolist()))
+    assert 75 < sum(shown) < 125
+    assert len(places) == 4
 
 
 def test_distortion_does_what_its_numbers_say() -> None:

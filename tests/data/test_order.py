@@ -15,7 +15,7 @@ from refinedet.pipeline.data import stream_steps
 from refinedet.pipeline.data.order import EpochOrder, micro_batch_of_share, share_of_rank
 from refinedet.pipeline.data.randomness import stable_order
 from refinedet.pipeline.data.samples import Cursor
-from refinedet.pipeline.data.sampling import Repeats, fix_repeats
+from refinedet.pipeline.data.sampling import EpochDraws, Repeats, fix_repeats
 from refinedet.pipeline.data.stream_steps import Plan, Turn, TurnSchedule
 
 from tests.data.conftest import make_index
@@ -57,8 +57,8 @@ def turns_of_rank(plan: Plan, start: Cursor, workers: int, monkeypatch: pytest.M
             yield micro_batch
 
 
-Draw = tuple[int, int]
-"""(position in the data set, occurrence in the epoch)"""
+Draw = tuple[int, int, tuple[int, ...]]
+"""(position in the data set, occurrence in the epoch, positions of the samples that a mosaic shows beside it)"""
 
 
 def global_batches(
@@ -79,14 +79,15 @@ def global_batches(
     images: Counter[Cursor] = Counter()
     with pytest.MonkeyPatch.context() as patch:
         for rank in range(world_size):
-            plan = Plan(index, seed, divide_batch(BATCH, micro_batch, world_size), rank, 2, window, 16, repeats)
+            batch = divide_batch(BATCH, micro_batch, world_size)
+            plan = Plan(index, seed, batch, rank, 2, window, 16, repeats, mosaic=True)
             last = Cursor(*start)
             for micro in turns_of_rank(plan, start, workers, patch):
                 cursor = Cursor(micro[0].epoch, micro[0].index)
                 assert cursor >= last
                 last = cursor
                 images[cursor] += len(micro)
-                drawn = [(turn.position, turn.occurrence) for turn in micro if not turn.blank]
+                drawn = [(turn.position, turn.occurrence, turn.companions) for turn in micro if not turn.blank]
                 gathered.setdefault(cursor, []).extend(drawn)
     assert set(images.values()) <= {BATCH}
     return [(cursor, tuple(sorted(draws))) for cursor, draws in sorted(gathered.items())]
@@ -147,7 +148,8 @@ def test_stopped_and_resumed_anywhere_gives_exactly_the_rest(
     assert len(whole) == 2 * -(-total // BATCH)
     for epoch in (0, 1):
         batches = [draws for cursor, draws in whole if cursor.epoch == epoch]
-        seen = sorted(draw for draws in batches for draw in draws)
+        seen = sorted(draw[:2] for draws in batches for draw in draws)
+        assert all(len(companions) == 3 for draws in batches for _, _, companions in draws)
         counts = np.bincount([position for position, _ in seen], minlength=sum(sizes))
         assert seen == [(position, number) for position, count in enumerate(counts) for number in range(count)]
         assert len(seen) == total
@@ -157,6 +159,45 @@ def test_stopped_and_resumed_anywhere_gives_exactly_the_rest(
     stopped = data.draw(st.integers(0, len(whole) - 1))
     rest = global_batches(sizes, seed, whole[stopped][0], draw_how(), window, repeats)
     assert rest == whole[stopped:]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    sizes=shard_sizes,
+    seed=st.integers(0, 2**31),
+    window=st.integers(1, 400),
+    streams=st.integers(1, 20),
+    batch=st.integers(1, 60),
+    data=st.data(),
+)
+def test_companions_are_the_draws_of_the_next_batches(
+    sizes: list[int], seed: int, window: int, streams: int, batch: int, data: st.DataObject
+) -> None:
+    total = sum(sizes)
+    draws = EpochDraws(sizes, None, seed=seed, epoch=1, window=window, streams=streams)
+    sequence = draws.stretch(0, total)[0].tolist()
+    step = min(streams, total)
+    while step < batch:  # whole rounds of the streams, at least a batch
+        step += min(streams, total)
+    step = max(1, min(step, total // 4))
+    start = data.draw(st.integers(0, total - 1))
+    stop = data.draw(st.integers(start + 1, total))
+    found = draws.companions(start, stop, batch).T.tolist()
+    assert found == [[sequence[(at + step * later) % total] for later in (1, 2, 3)] for at in range(start, stop)]
+    if total >= 4:
+        assert all(len({sequence[at], *beside}) == 4 for at, beside in zip(range(start, stop), found, strict=True))
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4, 8, 16])
+def test_a_node_reads_its_share_of_the_shards_with_mosaic(nodes: int) -> None:
+    draws = EpochDraws([100] * 160, None, seed=0, epoch=0, window=512, streams=16)
+    read: list[set[int]] = [set() for _ in range(nodes)]
+    for start in range(0, 16_000 - 4 * 32, 32):  # without the last batches, whose companions are the epoch's first
+        companions = draws.companions(start, start + 32, 32)
+        for node in range(nodes):
+            places = share_of_rank(start, start + 32, 16, node, nodes)
+            read[node].update((companions[:, places] // 100).ravel().tolist())
+    assert max(len(shards) for shards in read) <= 160 / nodes + 2 * 16 / nodes
 
 
 @pytest.mark.parametrize("nodes", [1, 2, 4, 8, 16])

@@ -103,14 +103,18 @@ def test_the_sheet_shows_what_training_is_given(job: JobSpec, tmp_path: Path) ->
     assert sheet.shape == (3 * (128 + 22), 3 * 132, 3)
 
 
-def test_the_sheet_of_multi_scale_training_shows_the_sizes_of_its_batches(job: JobSpec, tmp_path: Path) -> None:
-    command = ["data", "show", str(tmp_path / "job.yaml"), "training.input_sizes=[64,128]", "training.global_batch=8",
-               "--count", "15", "--output", str(tmp_path / "shown.png")]  # fmt: skip
+@pytest.mark.parametrize("mosaic", [False, True])
+def test_the_sheet_of_multi_scale_training_shows_the_sizes_of_its_batches(
+    job: JobSpec, tmp_path: Path, mosaic: bool
+) -> None:
+    overrides = ["training.input_sizes=[64,128]", "training.global_batch=8", f"data.augmentation.mosaic={mosaic}"]
+    command = ["data", "show", str(tmp_path / "job.yaml"), *overrides, "--count", "15"]
+    command += ["--output", str(tmp_path / "shown.png")]
     assert CliRunner().invoke(app, command, catch_exceptions=False).exit_code == 0
     shards = open_shards(str(tmp_path / "runs" / "job" / "shards" / "train"))
     window, streams = job.data.shuffle_window, job.data.canonical_streams
     options = {"seed": 3, "global_batch": 8, "epochs": 1, "shuffle_window": window, "canonical_streams": streams}
-    stream = open_stream(shards, input_size=(64, 128), augmentation=Augmentation(), **options)
+    stream = open_stream(shards, input_size=(64, 128), augmentation=Augmentation(mosaic=mosaic), **options)
     draws = EpochDraws(shards.sizes, None, seed=3, epoch=0, window=window, streams=streams)
     sheet, _ = decode_image((tmp_path / "shown.png").read_bytes())
     assert sheet is not None

@@ -13,6 +13,7 @@ import pytest
 import torch
 from refinedet.pipeline.config.spec import Augmentation
 from refinedet.pipeline.data.index import ShardSet, open_shards
+from refinedet.pipeline.data.reading import SampleReader
 from refinedet.pipeline.data.samples import Batch, Cursor
 from refinedet.pipeline.data.stream import TrainingStream
 from refinedet.pipeline.runs.errors import UserError
@@ -83,6 +84,25 @@ def test_same_global_batches_at_any_world_size_and_workers(
     start = Cursor(0, PER_EPOCH - 2)  # across the end of an epoch
     whole = merged(shapes_shards, world_size, loader_workers=workers, start=start, micro_batch=micro_batch)
     assert whole == {cursor: views for cursor, views in expected.items() if cursor >= start}
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+def test_mosaics_are_the_same_at_any_world_size_and_workers_and_after_a_stop(
+    shapes_shards: ShardSet, expected: dict[Cursor, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read = []
+    with monkeypatch.context() as patch:
+        reads = SampleReader.read
+        patch.setattr(SampleReader, "read", lambda reader, position: read.append(position) or reads(reader, position))
+        mosaics = merged(shapes_shards, 1, augmentation=Augmentation(mosaic=True))
+    assert 2.2 < len(read) / (2 * NUM_SHAPES) < 2.8
+    same = [mosaics[cursor][key] == view for cursor, views in expected.items() for key, view in views.items()]
+    assert 0.4 < sum(same) / len(same) < 0.6  # the others' generators are their own
+    start = Cursor(0, PER_EPOCH - 2)
+    rest = {cursor: views for cursor, views in mosaics.items() if cursor >= start}
+    for world_size, workers, micro_batch in ((1, 2, 6), (5, 0, 2), (2, 2, 4)):
+        changes = {"augmentation": Augmentation(mosaic=True), "loader_workers": workers, "micro_batch": micro_batch}
+        assert merged(shapes_shards, world_size, start=start, **changes) == rest
 
 
 def test_views_differ_between_epochs(expected: dict[Cursor, dict[str, str]]) -> None:
