@@ -40,7 +40,7 @@ def read_huggingface(root: str, split: Split, faults: FaultLog) -> Source:
 def huggingface_lists(root: str, split: Split) -> Iterator[tuple[str, str]]:
     """The files of a split; those of the hub as their copies on this node."""
     for path in find_files(root, split.set or ""):
-        yield (path.partition("@")[2].partition("/")[2] if is_hub(root) else os.path.relpath(path, root)), _local(path)
+        yield _relative(root, path), _local(path)
 
 
 def find_files(root: str, split: str) -> list[str]:
@@ -51,8 +51,8 @@ def find_files(root: str, split: str) -> list[str]:
             f"{root} has no parquet or Arrow files of a split {split!r}: name one of its splits with `set`, or "
             "download the data set to a directory as parquet"
         )
-    directories = sorted({os.path.basename(path.rpartition(f"/{split}")[0]) for path in found})
-    if len(directories) > 1:
+    directories = sorted({_relative(root, path).partition("/")[0] for path in found})
+    if len(directories) > 1 and f"/{split}" in _relative(root, found[0]):
         raise UserError(
             f"{root} has the split {split!r} in several configurations ({', '.join(directories[:8])}): name one with "
             f"`set`, as {directories[0]}/{split}"
@@ -88,6 +88,10 @@ def find_splits(root: str) -> list[str]:
         if len(found) > 1:  # of the hub, what is not used is not downloaded
             break
     return found
+
+
+def _relative(root: str, path: str) -> str:
+    return path.partition("@")[2].partition("/")[2] if is_hub(root) else os.path.relpath(path, root)
 
 
 def _local(path: str) -> str:

@@ -1,6 +1,7 @@
 """Writing shards of a data set as large as COCO, photos of many megapixels, and the start of an epoch of ten million.
 
-    python -m tests.bench.bench_shards [--images 118000] [--photos 12] [--samples 10000000] [--quick] [--json OUT]
+    python -m tests.bench.bench_shards [--images 118000] [--objects 7] [--photos 12] [--samples 10000000] [--quick]
+        [--json OUT]
 
 The annotation file has COCO's size, seven objects an image with outlines of masks, and is made up. Its images are
 small, so that time and memory are those of annotations, not of pixels. Memory is the peak of a process of its own. The
@@ -35,15 +36,15 @@ from refinedet.pipeline.data.shards import prepare_shards  # noqa: E402
 from tests.bench.bench_stream import facts  # noqa: E402
 from tests.data.streams import open_stream  # noqa: E402
 
-OBJECTS, OUTLINE = 7, 60  # of an image; numbers of an object's outline: COCO's 860,001 objects and 470 MB
+OUTLINE, OUTLINES = 60, 1000  # numbers of an object's outline: COCO's 860,001 objects and 470 MB; different outlines
 CLASSES = 80
 BATCH = 4
 PHOTO = (3000, 4000)
 LONGER_SIDE = 1333
 
 
-def write_large_coco(folder: Path, num_images: int) -> None:
-    """An annotation file of `num_images`, written object by object, and links to one small photo."""
+def write_large_coco(folder: Path, num_images: int, objects: int) -> None:
+    """An annotation file of `num_images` with `objects` each, and links to one small photo."""
     (folder / "images").mkdir()
     rng = np.random.default_rng(0)
     photo = cv2.resize(rng.integers(0, 256, (6, 8, 3), dtype=np.uint8), (64, 48), interpolation=cv2.INTER_CUBIC)
@@ -59,30 +60,43 @@ def write_large_coco(folder: Path, num_images: int) -> None:
             image |= {"date_captured": "2013-11-14 11:18:45", "id": number}
             file.write(("," if number > 1 else "") + json.dumps(image))
         file.write('], "annotations": [')
-        for number in range(num_images * OBJECTS):
-            x, y = rng.integers(0, 30, 2).tolist()
-            outline = [round(value, 2) for value in (rng.random(OUTLINE) * 48).tolist()]
-            annotation = {"segmentation": [outline], "area": 150.5, "iscrowd": 0, "image_id": number // OBJECTS + 1}
-            annotation |= {"bbox": [x, y, 20.5, 10.25], "category_id": number % CLASSES + 1, "id": number + 1}
-            file.write(("," if number else "") + json.dumps(annotation))
+        outlines = [json.dumps(np.round(rng.random(OUTLINE) * 48, 2).tolist()) for _ in range(OUTLINES)]
+        corners = rng.integers(0, 30, (OUTLINES, 2)).tolist()
+        for number in range(num_images * objects):
+            x, y = corners[number % OUTLINES]
+            file.write(
+                f'{"," if number else ""}{{"segmentation": [{outlines[number % OUTLINES]}], "area": 150.5, '
+                f'"iscrowd": 0, "image_id": {number // objects + 1}, "bbox": [{x}, {y}, 20.5, 10.25], '
+                f'"category_id": {number % CLASSES + 1}, "id": {number + 1}}}'
+            )
         categories = [{"supercategory": "x", "id": number, "name": f"c{number}"} for number in range(1, CLASSES + 1)]
         file.write('], "categories": ' + json.dumps(categories) + "}")
 
 
+def peak_mb() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
 def shard_here(folder: str) -> None:
-    """Write the shards, and print the seconds and the peak of this process's memory."""
+    """Write the shards, and print the seconds and the peak of this process's memory, also of its first shard."""
+    read: list[tuple[float, float]] = []
+
+    def note(done: int, total: int) -> None:
+        if not read:
+            read.append((time.perf_counter() - began, peak_mb()))
+
     split = Split(images="images", annotations="instances.json")
     began = time.perf_counter()
     data = Data(format="coco", root=folder, train=(split,), val=(split,))
-    shards = prepare_shards(data, "train", os.path.join(folder, "shards"))
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
-    result = {"images": shards.num_samples, "seconds": time.perf_counter() - began, "peak_mb": peak_mb}
+    shards = prepare_shards(data, "train", os.path.join(folder, "shards"), on_progress=note)
+    result = {"images": shards.num_samples, "seconds": time.perf_counter() - began, "peak_mb": peak_mb()}
+    result |= dict(zip(("first_shard_s", "first_shard_peak_mb"), read[0], strict=True))
     sys.stdout.write(json.dumps(result) + "\n")
 
 
-def measure_large_coco(num_images: int) -> dict[str, float]:
+def measure_large_coco(num_images: int, objects: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
-        write_large_coco(Path(folder), num_images)
+        write_large_coco(Path(folder), num_images, objects)
         size = (Path(folder) / "instances.json").stat().st_size
         command = [sys.executable, "-m", "tests.bench.bench_shards", "--shard", folder]
         done = subprocess.run(command, check=True, cwd=ROOT, stdout=subprocess.PIPE, text=True)
@@ -137,6 +151,7 @@ def measure_epoch_start(num_samples: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=118_000)
+    parser.add_argument("--objects", type=int, default=7, help="of an image")
     parser.add_argument("--photos", type=int, default=12)
     parser.add_argument("--samples", type=int, default=10_000_000)
     parser.add_argument("--quick", action="store_true", help="small sizes: does it run?")
@@ -153,11 +168,12 @@ def main() -> None:
     result: dict[str, Any] = facts()
     result["epoch_start_s"] = start = measure_epoch_start(arguments.samples)
     result["photos"] = photos = measure_photos(arguments.photos, 2 if arguments.quick else 10)
-    result["large_coco"] = large = measure_large_coco(arguments.images)
+    result["large_coco"] = large = measure_large_coco(arguments.images, arguments.objects)
     sys.stdout.write(
         f"{result['hardware']}; {result['versions']}; commit {result['commit']}\n"
         f"annotations of {large['images']:,} images, {large['json_mb']:.0f} MB: shards in {large['seconds']:.0f} s, "
-        f"at most {large['peak_mb']:.0f} MB of memory\n"
+        f"at most {large['peak_mb']:.0f} MB of memory; {large['first_shard_peak_mb']:.0f} MB when the first shard was "
+        f"written, after {large['first_shard_s']:.0f} s\n"
         f"photos of 12 megapixels: {photos['whole']:.1f} images/s of CPU, {photos['max_side']:.1f} with "
         f"max_side={LONGER_SIDE}, {photos['times']:.1f} times as many\n"
         f"first batch of an epoch of {arguments.samples:,} samples: known after {start['uniform']:.2f} s, "

@@ -168,6 +168,7 @@ def compare(folder: Path, shards: ShardSet, size: int, rounds: int, turns: int) 
     """
     sources = {
         STREAM: stream_images(shards, size, Augmentation()),
+        "stream with mosaic": stream_images(shards, size, Augmentation(mosaic=True)),
         "stream, plain resize": stream_images(shards, size, PLAIN),
         "webdataset's loader, same work": webdataset_images(shards, size),
         "torchvision CocoDetection + v2": torchvision_images(folder, size),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
@@ -19,12 +20,12 @@ from refinedet.pipeline.cluster.mailbox import Mailbox
 from refinedet.pipeline.cluster.preparation_stage import run_preparation
 from refinedet.pipeline.cluster.shard_tasks import write_in_tasks
 from refinedet.pipeline.config.run import Run
-from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec import JobSpec, Split
 from refinedet.pipeline.data.annotations import Annotation, Annotations, Record
 from refinedet.pipeline.data.shard_file import ShardWork, write_shard
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.drills.bench import SPEC, Bench
-from refinedet.pipeline.runs.errors import JobError, UserError
+from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
 
 from tests.cluster.commands import run_commands
 
@@ -101,8 +102,6 @@ def test_tasks_run_on_every_node_and_a_bounded_number_at_a_time(run: Run, second
     notes.mkdir()
 
     def load(content: bytes) -> bytes:
-        import time
-
         place = f"{ray.get_runtime_context().get_node_id()} {os.getpid()}"
         with open(notes / f"{time.time_ns()}-{os.getpid()}", "w") as file:
             file.write(place)
@@ -155,6 +154,25 @@ def test_faults_of_images_come_from_the_tasks(run: Run, tmp_path: Path) -> None:
     shards = sorted(write_in_tasks(works, max_failures=0))
     assert [len(shard.faults) for shard in shards] == [0, PER_SHARD]
     assert shards[1].line["num_samples"] == 0
+
+
+def test_a_stop_ends_the_tasks_and_the_next_run_writes_the_rest(run: Run, tmp_path: Path) -> None:
+    data = run.spec.data.model_copy(update={"train": (Split(count=400),), "val": ()})
+    run = Run(run.spec.model_copy(update={"data": data}))
+    done: list[int] = []
+    with Mailbox() as mailbox:
+        prepare = partial(run_preparation, run, ["train"], mailbox=mailbox, on_progress=lambda at, of: done.append(at))
+        with pytest.raises(StoppedError, match="run the same command again"):
+            prepare(stop_requested=lambda: any(done))
+        folder = Path(run.shards) / "train"
+        time.sleep(1)  # for the tasks that are ended
+        left = files_of(folder)
+        time.sleep(1)
+        assert files_of(folder) == left
+        assert not (folder / "index.json").exists()
+        prepare()
+    prepare_shards(run.spec.data, "train", str(tmp_path / "alone"))
+    assert files_of(folder) == files_of(tmp_path / "alone")
 
 
 def test_a_mistake_of_the_user_ends_the_stage_with_its_sentence(run: Run, tmp_path: Path) -> None:
