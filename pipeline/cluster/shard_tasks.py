@@ -8,10 +8,11 @@ from typing import Any
 import ray
 from ray.exceptions import RayError, RayTaskError
 from refinedet.pipeline.data.shard_file import ShardWork, WrittenShard, write_shard
+from refinedet.pipeline.data.shards import write_in_threads
 from refinedet.pipeline.runs.errors import JobError
 
-_FEWEST = 2
-"""tasks in flight, also where the cluster has one CPU: a node may join"""
+_FEW = 2
+"""shards that this process writes itself, sooner than others start; and least number of tasks in flight"""
 
 
 def write_in_tasks(works: Sequence[ShardWork], *, max_failures: int) -> Generator[WrittenShard]:
@@ -20,11 +21,14 @@ def write_in_tasks(works: Sequence[ShardWork], *, max_failures: int) -> Generato
     Reads and writes are retried within a task, by the one policy of storage. A task whose process or node dies is run
     again `max_failures` times, then it is a JobError; what a task raises itself is raised here.
     """
+    if len(works) <= _FEW:
+        yield from write_in_threads(works)
+        return
     write = _write.options(max_retries=max_failures)
     waiting, running = list(reversed(works)), dict[Any, int]()
     try:
         while waiting or running:
-            while waiting and len(running) < max(_FEWEST, int(ray.cluster_resources().get("CPU", 0))):
+            while waiting and len(running) < max(_FEW, int(ray.cluster_resources().get("CPU", 0))):
                 work = waiting.pop()
                 running[write.remote(work)] = work.number
             ready, _ = ray.wait(list(running))

@@ -11,6 +11,7 @@ import io
 import itertools
 import json
 import os
+import threading
 from collections import OrderedDict
 from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
@@ -76,11 +77,15 @@ class ShardSet:
         self.first = np.concatenate([[0], np.cumsum(self.sizes)])
         self._labels = {category.id: label for label, category in enumerate(self.categories, start=1)}
         self._contents: OrderedDict[int, ShardContents] = OrderedDict()
+        self._lock = threading.Lock()
         self.copies: str | None = None
         """directory on the node's disk where contents of remote shards are kept"""
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_contents": OrderedDict()}
+        return {**self.__dict__, "_contents": OrderedDict(), "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__ |= state | {"_lock": threading.Lock()}
 
     def __len__(self) -> int:
         """Number of shards."""
@@ -129,11 +134,14 @@ class ShardSet:
             return {name: columns[name] for name in names}
 
     def contents(self, shard: int) -> ShardContents:
+        """Places of a shard's samples; safe for several threads, which may read a file twice."""
         found = self._contents.get(shard)
         if found is None:
-            found = self._contents[shard] = ShardContents(**self.read_columns(shard, *PLACES))
-            while len(self._contents) > 1 and self._kept() > _KEPT_SAMPLES:
-                self._contents.popitem(last=False)
+            found = ShardContents(**self.read_columns(shard, *PLACES))
+            with self._lock:
+                self._contents[shard] = found
+                while len(self._contents) > 1 and self._kept() > _KEPT_SAMPLES:
+                    self._contents.popitem(last=False)
         return found
 
     def _kept(self) -> int:

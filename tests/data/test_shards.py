@@ -5,14 +5,18 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import pickle
 import shutil
+import sys
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import fsspec
+import numpy as np
 import pytest
 import webdataset
 from refinedet.pipeline.config.spec import Data, Split
@@ -22,6 +26,8 @@ from refinedet.pipeline.data.reading import SampleReader, expand_tar
 from refinedet.pipeline.data.shards import prepare_shards, write_in_threads
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
+
+from tests.data.conftest import make_index
 
 Write = Callable[..., Data]
 
@@ -243,3 +249,22 @@ def test_an_index_of_another_release_or_kind_is_said(tmp_path: Path) -> None:
     (tmp_path / "index.json").write_text('{"format_version": 99}')
     with pytest.raises(UserError, match="format version 99"):
         open_shards(str(tmp_path))
+
+
+def test_places_are_read_in_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = make_index([3] * 600)
+
+    def columns(shard: int, *names: str) -> dict[str, np.ndarray]:
+        return dict.fromkeys(names, np.arange(3) + 3 * shard)
+
+    monkeypatch.setattr(shards, "read_columns", columns)
+    monkeypatch.setattr("refinedet.pipeline.data.index._KEPT_SAMPLES", 900)
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            positions = np.random.default_rng(0).integers(0, 1800, 6000).tolist()
+            assert [entry.offset for entry in pool.map(shards.entry, positions)] == positions
+    finally:
+        sys.setswitchinterval(interval)
+    assert pickle.loads(pickle.dumps(make_index([3, 4]))).num_samples == 7
