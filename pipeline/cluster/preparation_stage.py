@@ -61,7 +61,7 @@ def run_preparation(
                 )
     finally:
         for task in waiting:
-            ray.cancel(task, force=True)
+            ray.cancel(task, force=True, recursive=False)  # the tasks that it submitted end with it
     return {part: found[part] for part in parts}
 
 
