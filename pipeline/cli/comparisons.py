@@ -32,7 +32,7 @@ def compare(
     as_json: Json = False,
     page: Annotated[str | None, typer.Option(help="also write them side by side as one HTML file")] = None,
 ) -> None:
-    """Compare results of runs, and their specs; or the variants of a sweep.
+    """Compare runs and their specs, or the variants of a sweep.
 
     Example: refinedet compare runs/full runs/no_tcb --page both.html
     """

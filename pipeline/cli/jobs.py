@@ -55,7 +55,7 @@ def sweep(
     overrides: Overrides = None,
     address: Address = None,
 ) -> None:
-    """Run the variants of a job, each with several seeds, on one cluster, and compare them.
+    """Run variants of a job with several seeds, and compare them.
 
     The same command resumes what stopped. Example: refinedet sweep jobs/sweeps/table2_drawn.yaml
     """

@@ -49,9 +49,9 @@ def test_every_variant_runs_with_every_seed_and_shares_the_shards(tmp_path):
         ({"seeds": [-1]}, "seeds"),
         ({"at_once": 0}, "at_once"),
         ({"variants": {"a b": {}}}, "'a b'"),
-        ({"variants": {"full": {"modle": {}}}, "compare": []}, "variant full: there is no key `modle`"),
+        ({"variants": {"full": {"models": {}}}, "compare": []}, "variant full: there is no key `models`"),
         ({"compare": [{"better": "full", "worse": "none"}]}, "'none'"),
-        ({"varients": {}}, "did you mean `variants`?"),
+        ({"variant": {}}, "did you mean `variants`?"),
         ({"job": "absent.yaml"}, "absent.yaml"),
     ],
 )

@@ -274,11 +274,11 @@ def test_any_layout(implementation, layout: str) -> None:
 def test_deterministic_over_runs_and_threads(threads: int) -> None:
     case = make_case(sizes=((12, 12), (6, 6)), channels=64, outputs=85)
     gradient = torch.randn(len(case.index), 85, generator=torch.Generator().manual_seed(1))
-    first = outputs_and_gradients(align_conv, case, gradient)
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
     torch.use_deterministic_algorithms(True)
     try:
+        first = outputs_and_gradients(align_conv, case, gradient)
+        torch.set_num_threads(threads)
         for _ in range(20):
             again = outputs_and_gradients(align_conv, case, gradient)
             assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
