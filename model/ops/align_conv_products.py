@@ -50,9 +50,9 @@ def align_conv_forward(
 def _multiply(columns: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
     """columns [n, C] times filters [O, C], plus bias [O], on a CPU.
 
-    In fp32 as a 1x1 convolution of n cells, which oneDNN computes with whatever the processor has. Torch's matrix
-    product is MKL's: it leaves AVX-512 of other makers than Intel unused, and takes twice as long there. The convolution's sums
-    depend on the number of threads, so that the deterministic mode does without.
+    In fp32 as a 1x1 convolution of n cells, which oneDNN computes with whatever the processor has. Torch's
+    matrix product is MKL's: it leaves AVX-512 of other makers than Intel unused, and takes twice as long there.
+    The convolution's sums depend on the number of threads, so that the deterministic mode does without.
     """
     if columns.dtype != torch.float32 or torch.are_deterministic_algorithms_enabled():
         return torch.addmm(bias, columns, filters.T)
