@@ -20,6 +20,8 @@ from .config import RefineDetConfig
 from .detector import RefineDet
 
 MODULES = ("backbone", "arm", "tcb", "adm")
+_BACKWARD = 2.0
+"""cost of a backward pass in forward ones"""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,19 @@ class ModelCost:
     @property
     def num_anchors(self) -> int:
         return sum(self.anchors)
+
+    def training_gflops(self, *, backbone_trained: bool = True, recomputed: bool = False) -> float:
+        """GFLOPs of one image forward and backward.
+
+        backbone_trained  False: its layers stay as they are, and have no backward pass
+        recomputed        the backbone's forward pass is repeated (activation checkpointing)
+        """
+        gflops = self.total_gflops * (1 + _BACKWARD)
+        if not backbone_trained:
+            gflops -= self.gflops["backbone"] * _BACKWARD
+        elif recomputed:
+            gflops += self.gflops["backbone"]
+        return gflops
 
 
 def count_cost(config: RefineDetConfig, input_size: int | None = None) -> ModelCost:

@@ -10,6 +10,7 @@ from refinedet.pipeline.cli.arguments import Job, Overrides
 from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.config.spec_files import load_spec
+from refinedet.pipeline.planning.calibration import DEFAULT_FILE, save_calibration
 from refinedet.pipeline.planning.doctor import examine
 
 app = typer.Typer()
@@ -22,8 +23,14 @@ def plan(
     device: Annotated[str | None, typer.Option(help="CPU, A100, H100 or H200")] = None,
     nodes: Annotated[int | None, typer.Option(min=1, help="instead of cluster.workers")] = None,
     gpus_per_node: Annotated[int | None, typer.Option(min=1)] = None,
+    price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, help="dollars")] = None,
+    node_mtbf_hours: Annotated[float, typer.Option(min=0.1, help="between two losses of a node")] = 6300.0,
+    calibrate: Annotated[bool, typer.Option("--calibrate", help="measure this machine first, for minutes")] = False,
+    calibration: Annotated[
+        str | None, typer.Option(metavar="FILE", help=f"measured rates; default: {DEFAULT_FILE}")
+    ] = None,
 ) -> None:
-    """Check a job; estimate its memory, time and storage.
+    """Check a job; estimate its memory, time, price and storage.
 
     Needs no cluster and no GPU. Example: refinedet plan coco_refinedet1024_resnet101 --nodes 2 --device A100
     """
@@ -33,9 +40,25 @@ def plan(
         from refinedet.pipeline.data.presence import check_data
 
         check_data(spec)
-    from refinedet.pipeline.planning.plan import print_plan  # torch and timm, for seconds
+    from refinedet.pipeline.planning.plan import Assumptions, print_plan  # torch and timm, for seconds
 
-    print_plan(spec, device=device, nodes=nodes, gpus_per_node=gpus_per_node)
+    if calibrate:
+        from refinedet.pipeline.planning.measured_run import calibrate as measure
+
+        typer.echo("Calibrating: a few steps of this job's model on drawn images, on this machine.", err=True)
+        save_calibration(calibration or DEFAULT_FILE, measure(spec))
+    print_plan(
+        spec,
+        Assumptions(
+            device=device,
+            nodes=nodes,
+            gpus_per_node=gpus_per_node,
+            price_per_gpu_hour=price_per_gpu_hour,
+            node_mtbf_hours=node_mtbf_hours,
+            calibrations=calibration or DEFAULT_FILE,
+            elsewhere=calibration is not None,
+        ),
+    )
 
 
 @app.command()

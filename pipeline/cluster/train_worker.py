@@ -18,7 +18,8 @@ from refinedet.pipeline.config.batches import plan_batches
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec_files import parse_spec
 from refinedet.pipeline.evaluation.validation import prepare_validation
-from refinedet.pipeline.planning.plan import DEVICES, estimate, largest_training_model
+from refinedet.pipeline.planning.devices import DEVICES
+from refinedet.pipeline.planning.estimates import estimate_memory, largest_training_model
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
 from refinedet.pipeline.tracking.node_metrics import NodeSampler
@@ -109,5 +110,4 @@ def _memory_estimate(run: Run, world: World) -> float:
     batch = plan_batches(spec.training, world.size)
     device = DEVICES["H100" if spec.cluster.gpus_per_worker else "CPU"]
     training = spec.training.model_copy(update={"precision": resolve_precision(spec.training, world.device)})
-    model = largest_training_model(spec)
-    return estimate(model, count_cost(model), training, batch, device).memory_bytes
+    return estimate_memory(count_cost(largest_training_model(spec)), training, batch, device).total_bytes

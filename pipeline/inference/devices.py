@@ -1,0 +1,24 @@
+"""Accelerators that this project has figures of, and the rate that their vendors state."""
+
+from __future__ import annotations
+
+from types import MappingProxyType
+
+import torch
+
+PEAK_TFLOPS = MappingProxyType({"A100": 312.0, "H100": 989.0, "H200": 989.0})
+"""Dense matrix products in bf16 or fp16 of the SXM modules, TFLOP/s, as NVIDIA states them."""
+
+
+def accelerator_key(device: torch.device) -> str | None:
+    """The device's key in PEAK_TFLOPS; None for a CPU and for a GPU that is not in it."""
+    if device.type != "cuda":
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((key for key in PEAK_TFLOPS if key in name), None)
+
+
+def peak_flops(device: torch.device) -> float | None:
+    """FLOP/s that the vendor states in bf16; None for a CPU, whose clock and units vary, and an unknown GPU."""
+    key = accelerator_key(device)
+    return PEAK_TFLOPS[key] * 1e12 if key else None
