@@ -151,6 +151,7 @@ class TrainingRecorder:
                 **{f"anchors/{name}": value for name, value in line["shares"].items()},
                 **{f"time/{name}_s": value for name, value in line["times"].items()},
                 **{name: line[name] for name in ("epoch", "learning_rate", "gradient_norm", "images_per_s")},
+                **{name: line[name] for name in ("model_tflops", "mfu") if name in line},
                 "memory_gb": line["memory_bytes"] / 2**30,
             },
             time_s=line["time"],

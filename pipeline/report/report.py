@@ -161,6 +161,11 @@ def _tiles(run: RunFolder) -> list[dict[str, str]]:
     rates = sorted(row["images_per_s"] for row in run.steps if "images_per_s" in row)
     if rates:
         tiles.append({"value": f"{rates[len(rates) // 2]:.3g}", "name": "images/s", "note": "in training"})
+    shares = sorted(row["mfu"] for row in run.steps if "mfu" in row)
+    if shares:
+        tiles.append(
+            {"value": f"{100 * shares[len(shares) // 2]:.1f} %", "name": "MFU", "note": "of the devices' peak"}
+        )
     seconds = _training_seconds(run)
     if seconds:
         epochs = int(run.steps[-1].get("epoch", 0)) + 1 if run.steps else 0

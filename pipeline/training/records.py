@@ -58,11 +58,16 @@ class StepRecord:
     memory_bytes: int
     """device memory in use at its highest, or resident memory on a CPU; of this rank"""
     times: StepTimes
+    model_tflops: float | None = None
+    """TFLOP/s of all ranks, forward and backward with every anchor; recomputed passes do not count; None: unknown"""
+    mfu: float | None = None
+    """the same as a share of what the devices' vendor states in bf16, 0..1; None on a CPU and an unknown GPU"""
 
     def line(self) -> dict[str, Any]:
         """Return the record as a line of metrics.jsonl."""
         kept = ("step", "total_steps", "epoch", "learning_rate", "losses", "shares", "gradient_norm", "images_per_s")
         line = {name: getattr(self, name) for name in (*kept, "memory_bytes", "skipped_steps")}
+        line |= {name: value for name in ("model_tflops", "mfu") if (value := getattr(self, name)) is not None}
         return {**line, "time": time.time(), "times": asdict(self.times)}
 
 

@@ -35,6 +35,8 @@ class Task:
     """when the job began to wait for workers, seconds since 1970; goodput counts from there"""
     fork_from: str | None = None
     """another run's directory or URI, whose newest checkpoint is gone on from where this run has none"""
+    gflops_an_image: float | None = None
+    """of forward and backward, for the rate that is logged; None: not counted"""
     load_initial: Callable[[], object] = lambda: None
     """sets the detector's initial weights; called where there is no checkpoint"""
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from refinedet.model import RefineDet, sum_losses
+from refinedet.model.cost import count_cost
 from refinedet.pipeline.config.batches import BatchPlan, training_sizes
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.data.index import ShardSet, open_shards
@@ -102,6 +103,7 @@ def train_job(
         facts={"spec": spec.model_dump(mode="json"), "shards": shards.digest},
         began_at=attempt.began_at,
         fork_from=storage.absolute(spec.training.fork_from) if spec.training.fork_from else None,
+        gflops_an_image=_count_gflops(run) if world.is_main else None,
         load_initial=functools.partial(load_initial_weights, detector, initial) if initial else lambda: None,
     )
     tell = link.push if world.is_main else _discard
@@ -123,6 +125,14 @@ def check_classes(run: Run, shards: ShardSet) -> None:
             f"model.num_classes is {run.spec.model.num_classes}, but the data set has {shards.num_classes} "
             f"categories; set model.num_classes={shards.num_classes}."
         )
+
+
+def _count_gflops(run: Run) -> float:
+    """GFLOPs of an image of training, a mean over the input sizes; recomputed passes are no work of the model."""
+    spec, sizes = run.spec, training_sizes(run.spec)
+    trained = spec.training.backbone_lr_multiplier != 0
+    costs = [count_cost(replace(spec.model, input_size=size, num_levels=spec.model.levels)) for size in sizes]
+    return sum(cost.training_gflops(backbone_trained=trained) for cost in costs) / len(costs)
 
 
 def _open_shards(run: Run) -> ShardSet | None:

@@ -7,6 +7,7 @@ import resource
 from contextlib import ExitStack
 
 import torch
+from refinedet.pipeline.inference.devices import peak_flops
 from refinedet.pipeline.training.checkpoint import Checkpoint, best_checkpoint
 from refinedet.pipeline.training.clock import StepClock
 from refinedet.pipeline.training.exchange import Agreed, agree
@@ -47,6 +48,7 @@ class Upkeep:
         self._profiler = StepProfiler(self.spec.profile_steps, task.run_dir, world)
         self._stack.callback(self._profiler.close)
         self._stragglers = StragglerWatch(world)
+        self._peak_flops = peak_flops(world.device)
         self._saved = False
         """a save was begun in this step"""
         if checkpoint:
@@ -151,6 +153,7 @@ class Upkeep:
             return
         epoch, index = divmod(state.step - 1, state.schedule.steps_per_epoch)
         parts = len(engine.names)
+        images_per_s = engine.plan.global_batch / (times.total - times.validation)
         self.callbacks.on_step(
             StepRecord(
                 step=state.step,
@@ -165,11 +168,19 @@ class Upkeep:
                 applied=outcome.applied,
                 skipped_steps=state.skipped,
                 images=engine.plan.global_batch,
-                images_per_s=engine.plan.global_batch / (times.total - times.validation),
+                images_per_s=images_per_s,
                 memory_bytes=_memory_bytes(self.world.device),
                 times=times,
+                **self._rate(images_per_s),
             )
         )
+
+    def _rate(self, images_per_s: float) -> dict[str, float]:
+        """TFLOP/s of the model and their share of the devices' peak, as far as either is known."""
+        if self.task.gflops_an_image is None:
+            return {}
+        flops, peak = images_per_s * self.task.gflops_an_image * 1e9, self._peak_flops
+        return {"model_tflops": flops / 1e12} | ({"mfu": flops / (peak * self.world.size)} if peak else {})
 
     def finish(self, stopped: bool) -> TrainResult:
         """Wait for the last save, and write the weights; they are written somewhere also where it fails."""

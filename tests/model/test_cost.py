@@ -36,3 +36,21 @@ def test_checkpointing_keeps_less_and_a_detector_without_tcb_has_no_arm():
     assert 0 < recomputed.activation_bytes < plain.activation_bytes
     cost = count_cost(RefineDetConfig(**small, head="vanilla", theta=1.0, cascade=False, tcb=False))
     assert set(cost.parameters) == {"backbone", "adm"}
+
+
+def test_an_image_of_training_costs_three_times_what_torch_counts_forward():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = RefineDetConfig(num_classes=3, input_size=128, backbone="resnet18", head="vanilla")
+    with torch.device("meta"):
+        model = RefineDet(config).train()
+    counter = FlopCounterMode(display=False)
+    with counter:
+        model(torch.empty(2, 3, 128, 128, dtype=torch.uint8, device="meta"), dense=True)
+    forward = counter.get_total_flops() / 2e9
+    cost = count_cost(config)
+    assert cost.total_gflops == pytest.approx(forward, rel=1e-3)
+    assert cost.training_gflops() == pytest.approx(3 * forward, rel=1e-3)
+    frozen = cost.training_gflops(backbone_trained=False)
+    assert frozen == pytest.approx(3 * forward - 2 * cost.gflops["backbone"], rel=1e-3)
+    assert cost.training_gflops(recomputed=True) == pytest.approx(3 * forward + cost.gflops["backbone"], rel=1e-3)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from refinedet.model import RefineDet
+from refinedet.model.cost import count_cost
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.data.shards import prepare_shards
@@ -69,6 +70,21 @@ def test_a_job_runs_to_its_end_and_tells_of_it(world: World, run: Run) -> None:
         assert 0 < record.shares["rows"] <= 1
         assert record.line()["shares"] == record.shares
     assert [event.kind for event in again.events] == ["preflight", "resumed", "validated", "saved"]
+
+
+@pytest.mark.parametrize("peak", [None, 2e12])
+def test_the_rate_of_the_model_is_logged_and_its_share_of_a_peak_that_is_known(
+    world: World, run: Run, peak: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("refinedet.pipeline.training.upkeep.peak_flops", lambda device: peak)
+    link = ListLink(stop_at=2)
+    train_job(run, world, link, validate=lambda detector, epochs: {"AP": 0.5})
+    forward = count_cost(run.spec.model).total_gflops
+    for record in link.steps:
+        flops = record.images_per_s * 3 * forward * 1e9
+        assert record.model_tflops == pytest.approx(flops / 1e12)
+        assert record.mfu == (pytest.approx(flops / peak) if peak else None)
+        assert ("mfu" in record.line()) is bool(peak)
 
 
 def test_pretrained_layers_stay_as_they_are_where_their_rate_is_0(world: World, run: Run) -> None:
