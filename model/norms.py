@@ -64,7 +64,7 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         if not self.training or (ranks == 1 and input.numel() == input.shape[1]):
             return normalize_by_running(self, input)
         if input.device.type != "cpu":
-            if ranks == 1:
+            if ranks == 1 or input.device.type == "meta":  # where costs are counted, there is nothing to gather
                 return normalize_by_batch(self, input)
             with self.waiting():
                 return super().forward(input)

@@ -157,7 +157,7 @@ def render(
     kind: Annotated[str, typer.Option(help="job: ends with its cluster; cluster: stays")] = "job",
     namespace: Annotated[str | None, typer.Option(help="default: kubectl's")] = None,
     queue: Annotated[str | None, typer.Option(help="Kueue LocalQueue")] = None,
-    spot: Annotated[str | None, typer.Option(help="gke, eks or karpenter: workers on its spot nodes")] = None,
+    spot: Annotated[str | None, typer.Option(help="gke, eks, karpenter or aks: workers on its spot nodes")] = None,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="a training pod fills a node")] = 8,
     memory_per_worker_gib: Annotated[int, typer.Option(min=1, help="of each training worker")] = 32,
     volume_claim: Annotated[str | None, typer.Option(help="PersistentVolumeClaim mounted at /shared")] = None,

@@ -23,11 +23,15 @@ SHARED = "/shared"
 _CACHE = "/cache"
 _MAX_NAME = 47  # KubeRay's limit for a RayJob, so that the names it derives stay legal
 
-# How each platform marks its spot nodes; the label is the taint's key too where the platform sets one.
-_SPOT_LABELS = {
-    "gke": ("cloud.google.com/gke-spot", "true"),
-    "eks": ("eks.amazonaws.com/capacityType", "SPOT"),
-    "karpenter": ("karpenter.sh/capacity-type", "spot"),
+_WATCHER = "/opt/preemption/drain_on_notice.py"
+"""in the image: turns a cloud's notice into `ray drain-node`"""
+# How each platform marks its spot nodes (the label is the taint's key too where the platform sets one), whose metadata
+# announces that one is taken away, and the seconds that the cloud grants from then on.
+_SPOT = {
+    "gke": ("cloud.google.com/gke-spot", "true", "gcp", 30),
+    "eks": ("eks.amazonaws.com/capacityType", "SPOT", "aws", 120),
+    "karpenter": ("karpenter.sh/capacity-type", "spot", "aws", 120),
+    "aks": ("kubernetes.azure.com/scalesetpriority", "spot", "azure", 30),
 }
 
 
@@ -52,7 +56,7 @@ class KubeRay:
     kind: Literal["job", "cluster"] = "job"
     namespace: str | None = None
     queue: str | None = None
-    spot: Literal["gke", "eks", "karpenter"] | None = None
+    spot: Literal["gke", "eks", "karpenter", "aks"] | None = None
     gpus_per_node: int = 8
     memory_per_worker_gib: int = 32
     volume_claim: str | None = None
@@ -78,8 +82,9 @@ def render_kuberay(spec: JobSpec, options: KubeRay) -> str:
         ray_version=ray.__version__,
         autoscaling=AUTOSCALING,
         scales=options.queue is None,
-        spot=_SPOT_LABELS[options.spot] if options.spot else None,
-        grace_s=int(spec.cluster.stop_grace_s) + STOP_MARGIN_S,
+        spot=_SPOT[options.spot] if options.spot else None,
+        watcher=_WATCHER,
+        grace_s=_grace_s(spec, options),
         head=_head(options, name),
         groups=_worker_groups(spec, options),
         limits=lambda requests: {key: value for key, value in requests.items() if key != "cpu"},
@@ -94,6 +99,12 @@ def resource_name(run: str) -> str:
     if name != run or len(name) > _MAX_NAME:  # two runs never share a name
         name = f"{name[: _MAX_NAME - 7].rstrip('-')}-{hashlib.sha256(run.encode()).hexdigest()[:6]}"
     return name
+
+
+def _grace_s(spec: JobSpec, options: KubeRay) -> int:
+    """Seconds between SIGTERM and the end of a worker's pod: those of a stop, on spot nodes at most the cloud's."""
+    of_a_stop = int(spec.cluster.stop_grace_s) + STOP_MARGIN_S
+    return min(of_a_stop, _SPOT[options.spot][3]) if options.spot else of_a_stop
 
 
 def workers_per_pod(spec: JobSpec, options: KubeRay) -> int:
@@ -112,7 +123,7 @@ def workers_per_pod(spec: JobSpec, options: KubeRay) -> int:
 def _check(spec: JobSpec, options: KubeRay) -> None:
     for name, value, known in (
         ("kind", options.kind, ("job", "cluster")),
-        ("spot", options.spot, (None, *_SPOT_LABELS)),
+        ("spot", options.spot, (None, *_SPOT)),
     ):
         if value not in known:
             raise UserError(f"{name} must be one of {', '.join(filter(None, known))}, received {value!r}")

@@ -27,7 +27,7 @@ class Calibration:
     model        for people
     fingerprint  of all that the rate depends on but the hardware
     workers      that ran at the same time
-    training     GFLOP/s that one worker reached: of the slower and the faster quarter of the steps
+    training     GFLOP/s that one worker reached: in the slowest and the fastest of some blocks of steps
     detection    the same of detection, decoding and NMS included: of the slower and the faster validation
     measured_at  date
     """

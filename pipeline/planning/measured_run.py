@@ -16,7 +16,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from statistics import quantiles
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -34,10 +34,12 @@ from refinedet.pipeline.runs.environment import processor
 from refinedet.pipeline.runs.errors import UserError
 
 _WARM_UP = 5
+_BLOCKS = 4
+"""of the steps after the warm-up; the slowest and the fastest are the ends of the range"""
 _EPOCHS = 2
-_FEWEST_STEPS, _MOST_STEPS = 12, 40
+_FEWEST_STEPS, _MOST_STEPS = 12, 120
 _LIMIT_S = 240.0
-"""of the steps, at the lower end of the range; fewer are measured where they would take longer"""
+"""of the steps, at the lower end of the assumed range; fewer are measured where they would take longer"""
 _TIMEOUT_S = 3600
 _DRAWN_CLASSES = 10
 
@@ -143,22 +145,29 @@ def _run(spec: JobSpec, workers: int, folder: str) -> list[dict[str, Any]]:
         raise UserError(f"the calibration was not over after {_TIMEOUT_S:,} s; calibrate a smaller model.") from None
     metrics = Path(folder, spec.name, "metrics.jsonl")
     if done.returncode or not metrics.exists():
-        lines = [line for line in done.stderr.splitlines() if line.strip()]
-        raise UserError(f"the calibration's training failed: {lines[-1] if lines else f'status {done.returncode}'}")
+        raise UserError(f"the calibration's training failed: {_fault(done.stderr) or f'status {done.returncode}'}")
     return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
+def _fault(log: str) -> str:
+    """The line of a worker's error: the last one before torchrun reports that a worker has failed."""
+    before, _, _ = log.partition("torch/distributed/elastic")
+    lines = [line for line in before.splitlines()[:-1] if line.strip()]
+    return lines[-1] if lines else ""
+
+
 def _training_rates(spec: JobSpec, workers: int, lines: Sequence[dict[str, Any]]) -> tuple[float, float]:
-    """GFLOP/s of one worker in the slower and the faster quarter of the steps, without validation and saving."""
+    """GFLOP/s of one worker in the slowest and the fastest block of steps, without validation and saving."""
     seconds = [
         line["times"]["total"] - line["times"]["validation"] - line["times"]["checkpoint"]
         for line in lines
         if "losses" in line and line["step"] > _WARM_UP
     ]
-    fast, _, slow = quantiles(seconds, n=4)
+    size = len(seconds) // _BLOCKS
+    blocks = [fmean(seconds[at * size : (at + 1) * size]) for at in range(_BLOCKS)]
     model = largest_training_model(spec)
     work = spec.training.global_batch / workers * training_gflops(model, count_cost(model), spec.training)
-    return work / slow, work / fast
+    return work / max(blocks), work / min(blocks)
 
 
 def _detection_rates(spec: JobSpec, workers: int, lines: Sequence[dict[str, Any]]) -> tuple[float, float]:

@@ -89,6 +89,7 @@ def schemas(shared_dir) -> dict[str, jsonschema.Draft7Validator]:
         ({"queue": "team-a", "spot": "gke", "namespace": "vision", "service_account": "trainer"}, {}),
         ({"volume_claim": "runs", "spot": "karpenter", "retries": 0}, {"gpus_per_worker": 0}),
         ({"network_policy": True, "tls": True, "spot": "eks"}, {"placement": "STRICT_SPREAD"}),
+        ({"spot": "aks"}, {"stop_grace_s": 20}),
     ],
 )
 def test_manifests_are_what_the_definitions_allow(schemas, kind, options, cluster):
@@ -132,7 +133,11 @@ def test_every_option_is_a_flag_of_the_command(request):
 
 
 def test_every_job_of_the_repository_can_be_rendered(schemas, request):
-    jobs = [path for path in (request.config.rootpath / "jobs").rglob("*.yaml") if path.parent.name != "base"]
+    jobs = [
+        path
+        for path in (request.config.rootpath / "jobs").rglob("*.yaml")
+        if path.parent.name not in ("base", "sweeps")
+    ]
     assert len(jobs) > 25
     for job in jobs:
         documents = _documents(load_spec(str(job), REMOTE))
@@ -217,6 +222,28 @@ def test_workers_may_be_on_spot_nodes_and_the_head_is_not():
         assert any(entry["key"] == "cloud.google.com/gke-spot" for entry in group["template"]["spec"]["tolerations"])
 
 
+@pytest.mark.parametrize(
+    ("spot", "cloud", "granted"),
+    [("eks", "aws", 120), ("karpenter", "aws", 120), ("gke", "gcp", 30), ("aks", "azure", 30)],
+)
+def test_spot_pods_watch_for_the_notice_and_have_the_time_that_the_cloud_grants(spot, cloud, granted, request):
+    for grace in (20, 240):
+        job = _documents(_spec(stop_grace_s=grace), spot=spot)["RayJob"]
+        head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]
+        assert "lifecycle" not in head
+        for group in _groups(job).values():
+            pod = group["template"]["spec"]
+            assert pod["terminationGracePeriodSeconds"] == min(grace + 30, granted)
+            (shell, flag, line) = pod["containers"][0]["lifecycle"]["postStart"]["exec"]["command"]
+            assert (shell, flag) == ("/bin/sh", "-c")
+            assert f"/opt/preemption/drain_on_notice.py --cloud {cloud} " in line
+            assert line.endswith("&"), "the hook must end, or the container never counts as started"
+    image = (request.config.rootpath / "infra" / "Dockerfile").read_text()
+    assert "COPY infra/preemption /opt/preemption" in image.rsplit("\nFROM ", 1)[-1]
+    on_demand = _groups(_documents(_spec())["RayJob"])["training"]["template"]["spec"]["containers"][0]
+    assert "lifecycle" not in on_demand
+
+
 def test_no_pod_runs_as_root_or_holds_a_secret():
     text = render_kuberay(_spec(), KubeRay(image="x"))
     for document in yaml.safe_load_all(text):
@@ -249,7 +276,7 @@ def test_what_could_not_work_is_refused_in_a_sentence(change, said):
     assert "hunter2" not in str(refused.value)
 
 
-@pytest.mark.parametrize("options", [{"kind": "pod"}, {"spot": "azure"}])
+@pytest.mark.parametrize("options", [{"kind": "pod"}, {"spot": "oracle"}])
 def test_an_unknown_choice_is_refused_with_those_there_are(options):
     with pytest.raises(UserError, match="must be one of"):
         render_kuberay(_spec(), KubeRay(image="x", **options))

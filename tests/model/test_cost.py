@@ -54,3 +54,12 @@ def test_an_image_of_training_costs_three_times_what_torch_counts_forward():
     frozen = cost.training_gflops(backbone_trained=False)
     assert frozen == pytest.approx(3 * forward - 2 * cost.gflops["backbone"], rel=1e-3)
     assert cost.training_gflops(recomputed=True) == pytest.approx(3 * forward + cost.gflops["backbone"], rel=1e-3)
+
+
+def test_a_worker_among_others_counts_what_one_alone_does(monkeypatch: pytest.MonkeyPatch):
+    """It must not wait for the others: rank 0 counts, while they do something else."""
+    config = RefineDetConfig(num_classes=3, input_size=64, backbone="resnet18", norm="frozen")
+    alone = count_cost(config)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    assert count_cost(config) == alone
