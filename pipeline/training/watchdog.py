@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from types import FrameType
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 
 EXIT_STALLED = 75
 """Exit status of a worker that a stall ended: it may be tried again"""
+_READERS = 32
+"""reports that rank 0 reads at once"""
 
 
 @dataclass(frozen=True)
@@ -165,14 +168,30 @@ class Watchdog:
         if self._since > time.monotonic() - self._limit_s:
             _try("the report of a slow step", lambda: storage.remove(report))  # or it would speak for the next stall
             return None  # it went on after all
-        reports = []
-        for rank in range(self._world.size):
-            with suppress(Exception):  # not there, or storage is away
-                reports.append(StallReport(**storage.read_json(storage.join(self._folder, f"rank-{rank}.json"))))
-        verdict = judge_stall(reports or [mine], self.hosts)
+        return self._judge(mine)
+
+    def _judge(self, mine: StallReport) -> StallVerdict:
+        """Rank 0 reads all reports and writes the verdict, which the others read: one read a rank, not one a pair."""
         found = storage.join(self._folder, "verdict.json")
-        _try("a verdict", lambda: storage.write_json(found, asdict(verdict)))
-        return verdict
+        if self._world.is_main:
+            with ThreadPoolExecutor(_READERS, "stall-reports") as pool:
+                read = list(pool.map(self._read_report, range(1, self._world.size)))
+            verdict = judge_stall([mine, *(report for report in read if report)], self.hosts)
+            _try("a verdict", lambda: storage.write_json(found, asdict(verdict)))
+            return verdict
+        ends = time.monotonic() + min(30.0, self._timeout_s)
+        while time.monotonic() < ends and not self._closed.wait(min(1.0, self._timeout_s / 20)):
+            with suppress(Exception):  # not there yet, or storage is away
+                written = storage.read_json(found)
+                ranks, hosts = tuple(written["ranks"]), tuple(written["hosts"])
+                return StallVerdict(written["step"], ranks, hosts, written["reason"], (mine,))
+        reason = "gave no verdict: the process is frozen, dead, or cut off from storage"
+        return StallVerdict(mine.step, (0,), (self.hosts[0],), reason, (mine,))
+
+    def _read_report(self, rank: int) -> StallReport | None:
+        with suppress(Exception):  # not there, or storage is away
+            return StallReport(**storage.read_json(storage.join(self._folder, f"rank-{rank}.json")))
+        return None
 
 
 def _try(what: str, action: Callable[[], object]) -> None:

@@ -22,6 +22,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
         "bench_multiscale",
         "bench_evaluation_memory",
         "bench_shards",
+        "bench_ranks",
     ],
 )
 def test_a_benchmark_runs_to_its_end(tmp_path: Path, name: str) -> None:

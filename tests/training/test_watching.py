@@ -131,6 +131,54 @@ def test_a_stall_is_told_of_where_storage_is_away(world: World, tmp_path: Path) 
     assert told[0].ranks == (0,)
 
 
+def test_rank_0_judges_a_stall_and_the_others_take_its_verdict(tmp_path: Path) -> None:
+    """Three ranks in one process: 0 and 1 wait in a collective, 2 computes."""
+    verdicts: dict[int, StallVerdict] = {}
+    watchdogs = []
+    for rank in range(3):
+        clock = StepClock(torch.device("cpu"))
+        clock.phase = "forward" if rank == 2 else "reduce"
+        world = cast(World, ThreeRanks(rank))
+        watchdogs.append(
+            Watchdog(str(tmp_path), world, clock, 1.0, lambda found, rank=rank: verdicts.update({rank: found}))
+        )
+    deadline = time.monotonic() + 20
+    while len(verdicts) < 3 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    for watchdog in watchdogs:
+        watchdog.close()
+    assert {rank: found.ranks for rank, found in verdicts.items()} == {0: (2,), 1: (2,), 2: (2,)}
+    assert len({str(found) for found in verdicts.values()}) == 1
+    assert len(verdicts[0].reports) == 3
+
+
+def test_where_rank_0_gives_no_verdict_it_is_named(tmp_path: Path) -> None:
+    verdicts: list[StallVerdict] = []
+    clock = StepClock(torch.device("cpu"))
+    watchdog = Watchdog(str(tmp_path), cast(World, ThreeRanks(1)), clock, 0.5, verdicts.append)
+    deadline = time.monotonic() + 20
+    while not verdicts and time.monotonic() < deadline:
+        time.sleep(0.05)
+    watchdog.close()
+    assert (verdicts[0].ranks, verdicts[0].hosts) == ((0,), ("host-0",))
+    assert "gave no verdict" in str(verdicts[0])
+
+
+class ThreeRanks:
+    """One of three ranks that share a folder; collectives give what the others would."""
+
+    size, device = 3, torch.device("cpu")
+
+    def __init__(self, rank: int) -> None:
+        self.rank, self.is_main = rank, rank == 0
+
+    def broadcast_object(self, value: tuple[int, str]) -> tuple[int, str]:
+        return (1, value[1])  # the same attempt on all
+
+    def all_gather_object(self, value: str) -> list[str]:
+        return [f"host-{rank}" for rank in range(3)]
+
+
 def test_a_slow_step_leaves_no_report_behind(world: World, tmp_path: Path) -> None:
     told: list[StallVerdict] = []
     watchdog = Watchdog(str(tmp_path), world, StepClock(world.device), 1.0, told.append)
