@@ -111,7 +111,7 @@ def test_services_hold_no_password_and_name_what_is_there(file):
     services = content["services"]
     for service in services.values():
         for name, value in (service.get("environment") or {}).items():
-            if re.search(r"PASSWORD|SECRET|KEY$", name) and name != "AWS_ACCESS_KEY_ID":
+            if re.search(r"PASSWORD|SECRET|KEY$", name):
                 assert re.fullmatch(r"\$\{\w+:\?[^}]+\}", value), f"{name} must come from the environment"
         for other in service.get("depends_on") or ():
             assert other in services
@@ -151,6 +151,37 @@ def test_every_metric_that_is_shown_or_alerted_on_is_kept():
     assert all(rule["annotations"]["remedy"] for group in alerts["groups"] for rule in group["rules"])
 
 
+def test_alerts_reach_a_receiver_that_exists():
+    """What Prometheus sends to, Alertmanager listens at; every route names a receiver; no URL of one is in the file."""
+    services = yaml.safe_load((INFRA / "monitoring" / "compose.yaml").read_text())["services"]
+    (listened,) = (word for word in services["alertmanager"]["command"] if word.startswith("--web.listen-address="))
+    sent = yaml.safe_load((INFRA / "monitoring" / "prometheus.yml").read_text())["alerting"]["alertmanagers"]
+    assert sent[0]["static_configs"][0]["targets"] == [listened.partition("=")[2]]
+    content = yaml.safe_load((INFRA / "monitoring" / "alertmanager.yml").read_text())
+    receivers = {receiver["name"]: receiver for receiver in content["receivers"]}
+    routes = [content["route"], *content["route"]["routes"]]
+    assert {route["receiver"] for route in routes} == set(receivers)
+    (webhook,) = receivers["team"]["webhook_configs"]
+    assert set(webhook) == {"url_file", "send_resolved"}
+    (secret,) = services["alertmanager"]["configs"]
+    assert secret["target"] == webhook["url_file"]
+    alerts = yaml.safe_load((INFRA / "monitoring" / "alerts.yml").read_text())["groups"][0]["rules"]
+    severities = {rule["labels"]["severity"] for rule in alerts}
+    assert "page" in severities
+    named = {name for rule in content["inhibit_rules"] for text in (*rule["source_matchers"], *rule["target_matchers"])
+             for name in re.findall(r"[A-Z]\w+", text)}  # fmt: skip
+    assert named <= {rule["alert"] for rule in alerts}
+
+
+def test_skypilot_starts_a_job_whose_keys_exist():
+    content = yaml.safe_load((INFRA / "skypilot" / "train.yaml").read_text())
+    assert set(re.findall(r"\$(?:BUCKET|JOB)\b", content["run"])) == {f"${name}" for name in content["envs"]}
+    command = content["run"].replace("$BUCKET", content["envs"]["BUCKET"]).replace('"', "")
+    overrides = [word for word in command.split("refinedet.pipeline.training")[1].split() if "=" in word]
+    spec = load_spec(content["envs"]["JOB"], overrides)
+    assert spec.runs == "s3://BUCKET/runs"
+
+
 def test_prometheus_accepts_its_files():
     promtool = _program("promtool")
     folder = INFRA / "monitoring"
@@ -159,7 +190,12 @@ def test_prometheus_accepts_its_files():
     subprocess.run(command, cwd=folder, check=True, capture_output=True)
 
 
+def test_alertmanager_accepts_its_file():
+    command = [_program("amtool"), "check-config", str(INFRA / "monitoring" / "alertmanager.yml")]
+    subprocess.run(command, check=True, capture_output=True)
+
+
 def test_the_servers_mlflow_is_the_clients():
     pins = dict(re.findall(r"^(mlflow|boto3)==(\S+)$", (INFRA.parent / "constraints.txt").read_text(), re.MULTILINE))
-    server = dict(re.findall(r"(mlflow|boto3)==(\S+)", (INFRA / "mlflow" / "Dockerfile").read_text()))
+    server = dict(re.findall(r"'?(mlflow|boto3)(?:\[auth\])?==([\d.]+)", (INFRA / "mlflow" / "Dockerfile").read_text()))
     assert server == pins

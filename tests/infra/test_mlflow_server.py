@@ -1,27 +1,33 @@
-"""The MLflow server of infra/mlflow for real: PostgreSQL, an S3-like store, the server, a run, and an outage."""
+"""The MLflow server of infra/mlflow for real: PostgreSQL, an S3-like store, a login, a run, and an outage."""
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import glob
 import importlib.util
+import json
 import os
+import re
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from refinedet.pipeline.config.spec import Tracking
 from refinedet.pipeline.tracking.runs import RunTracker
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 _START_S = 240
+INFRA = Path(__file__).resolve().parents[2] / "infra"
 
 
 def _free_port() -> int:
@@ -138,20 +144,61 @@ def store(folder) -> Iterator[dict[str, str]]:
         yield environment
 
 
+_LOGIN = ("admin", "correct horse battery")
+
+
 def _server(database: str, store: dict[str, str], folder: Path, port: int):
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    """The command of infra/mlflow/Dockerfile with the environment of compose.yaml."""
+    uri = database.replace("postgresql://", "postgresql+psycopg2://")
+    config = yaml.safe_load((INFRA / "mlflow" / "compose.yaml").read_text())["configs"]["auth"]["content"]
+    auth = folder / "auth.ini"
+    auth.write_text(re.sub(r"database_uri = .*", f"database_uri = {uri}", config))
+    image = (INFRA / "mlflow" / "Dockerfile").read_text()
+    (command,) = re.findall(r"^CMD (\[.*\])$", image, re.MULTILINE)
+    _, *arguments = json.loads(command)
+    arguments = ["127.0.0.1" if word == "0.0.0.0" else str(port) if word == "5000" else word for word in arguments]
     environment = store | {
-        "MLFLOW_BACKEND_STORE_URI": database.replace("postgresql://", "postgresql+psycopg2://"),
+        "MLFLOW_BACKEND_STORE_URI": uri,
         "MLFLOW_ARTIFACTS_DESTINATION": "s3://mlflow/",
+        "MLFLOW_AUTH_CONFIG_PATH": str(auth),
+        "MLFLOW_AUTH_ADMIN_PASSWORD": _LOGIN[1],
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": "of the test",
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
     }
-    return _running("MLflow", command, _answers(f"http://127.0.0.1:{port}/health"), folder / "mlflow.log", environment)
+    whole = [sys.executable, "-m", "mlflow", *arguments, "--workers", "1"]
+    return _running("MLflow", whole, _answers(f"http://127.0.0.1:{port}/health"), folder / "mlflow.log", environment)
 
 
-def test_a_run_is_held_by_postgresql_and_the_store_through_an_outage(database, store, folder, caplog):
+def _status(url: str, login: tuple[str, str] | None = None) -> int:
+    request = urllib.request.Request(url)
+    if login:
+        request.add_header("Authorization", "Basic " + base64.b64encode(":".join(login).encode()).decode())
+    try:
+        with urllib.request.urlopen(request, timeout=30) as response:
+            return response.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+def test_without_the_login_nothing_is_answered_but_that_the_server_is_there(database, store, folder):
+    pytest.importorskip("flask_wtf", reason="needs Flask-WTF (mlflow[auth]), which is not installed")
+    port = _free_port()
+    runs = f"http://127.0.0.1:{port}/api/2.0/mlflow/experiments/get?experiment_id=0"
+    with _server(database, store, folder, port):
+        assert _status(f"http://127.0.0.1:{port}/health") == 200
+        assert _status(runs) == 401
+        assert _status(runs, ("admin", "guessed it")) == 401
+        assert _status(runs, _LOGIN) == 200
+
+
+def test_a_run_is_held_by_postgresql_and_the_store_through_an_outage(database, store, folder, caplog, monkeypatch):
+    pytest.importorskip("flask_wtf", reason="needs Flask-WTF (mlflow[auth]), which is not installed")
     import boto3
     import psycopg2
+
+    monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", _LOGIN[0])
+    monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", _LOGIN[1])
 
     port = _free_port()
     runs = folder / "runs"
