@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
 import torch
 from refinedet.pipeline.training.records import StepTimes
 from refinedet.pipeline.training.world import World
+from torch import Tensor
 
 OWN_WORK = ("data", "forward", "checkpoint")
 """Phases in which a rank does not wait for others; backward reduces gradients as it goes."""
@@ -34,22 +34,21 @@ class Straggler:
         return f"rank {self.rank} is slow in {self.part}: {times}"
 
 
-def find_stragglers(work: Sequence[Sequence[float]]) -> list[Straggler]:
+def find_stragglers(work: Tensor) -> list[Straggler]:
     """Ranks whose own work takes longer than that of the rest by half, and by more than noise.
 
-    work     [ranks][phases of OWN_WORK]  seconds a step
+    work     [ranks, phases of OWN_WORK]  seconds a step
     returns  slowest first
     """
     if len(work) < 2:
         return []
-    totals = [sum(phases) for phases in work]
-    typical = sorted(totals)[(len(totals) - 1) // 2]
-    least = [min(phases) for phases in zip(*work, strict=True)]
+    totals = work.sum(1)
+    typical = float(totals.sort().values[(len(work) - 1) // 2])
+    excess = work - work.amin(0)
     found = []
-    for rank, phases in enumerate(work):
-        if totals[rank] > max(_RATIO * typical, typical + _LEAST_S):
-            excess = [seconds - others for seconds, others in zip(phases, least, strict=True)]
-            found.append(Straggler(rank, OWN_WORK[excess.index(max(excess))], totals[rank], typical))
+    for rank in (totals > max(_RATIO * typical, typical + _LEAST_S)).nonzero().flatten().tolist():
+        part = OWN_WORK[int(excess[rank].argmax())]
+        found.append(Straggler(rank, part, float(totals[rank]), typical))
     return sorted(found, key=lambda straggler: -straggler.seconds)
 
 
@@ -71,7 +70,7 @@ class StragglerWatch:
         medians = [median(getattr(step, phase) for step in self._steps) for phase in OWN_WORK]
         self._steps.clear()
         row = torch.tensor(medians, dtype=torch.float64, device=self._world.device)
-        found = find_stragglers(self._world.all_gather(row).tolist())
+        found = find_stragglers(self._world.all_gather(row).cpu())
         seen = {(straggler.rank, straggler.part) for straggler in found}
         self._suspects = Counter({suspect: self._suspects[suspect] + 1 for suspect in seen})
         return [straggler for straggler in found if self._suspects[straggler.rank, straggler.part] == _WINDOWS]

@@ -24,14 +24,11 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
-import ray
 import safetensors.torch
 import torch
-from refinedet.pipeline.cluster.recorder import TrainingRecorder
-from refinedet.pipeline.cluster.worker_task import NodeSample
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec, Tracking
-from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs import settings, storage
 from refinedet.pipeline.runs.progress import ProgressDisplay
 from refinedet.pipeline.tracking.runs import RunTracker
 from refinedet.pipeline.training.checkpoint import FORMAT, load_checkpoint
@@ -108,6 +105,9 @@ def driver_ms(ranks: int, calls: int) -> dict[str, float]:
     As in a job, every tenth step is logged. MLflow's writing goes on in a thread of the tracker; what it takes of the
     interpreter is measured with it.
     """
+    from refinedet.pipeline.cluster.recorder import TrainingRecorder
+    from refinedet.pipeline.cluster.worker_task import NodeSample
+
     with tempfile.TemporaryDirectory() as folder:
         data = {"format": "shapes", "train": [{"count": 4}]}
         run = Run(JobSpec.model_validate({"name": "r", "runs": folder, "data": data}))
@@ -238,7 +238,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     torch.set_num_threads(1)
-    ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)  # the recorder's gauges are Ray's
+    settings.provide("ray")
+    settings.provide_ray_token()
+    import ray  # which reads the token when it is loaded
+
+    ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False)  # the recorder's gauges are Ray's
     try:
         rows = [measure(ranks, options.quick) for ranks in RANKS[: 2 if options.quick else 3]]
     finally:

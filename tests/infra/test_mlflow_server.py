@@ -225,7 +225,7 @@ def test_a_run_is_held_by_postgresql_and_the_store_through_an_outage(database, s
     with contextlib.closing(psycopg2.connect(database)) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT step, value FROM metrics WHERE key = 'loss/total' ORDER BY step")
         assert cursor.fetchall() == [(1, 3.0), (2, 2.0), (3, 1.0)]
-        cursor.execute("SELECT run_uuid, status FROM runs")
+        cursor.execute("SELECT run_uuid, status FROM runs WHERE name = 'job'")
         assert cursor.fetchall() == [(tracker.run_id, "KILLED")]
         cursor.execute("SELECT value FROM params WHERE key = 'training.epochs'")
         assert cursor.fetchall() == [("3",)]

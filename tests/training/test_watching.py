@@ -23,22 +23,22 @@ def times(**parts: float) -> StepTimes:
 
 
 def test_equal_ranks_have_no_straggler() -> None:
-    assert find_stragglers([[0.01, 0.1, 0.0], [0.01, 0.11, 0.0]]) == []
+    assert find_stragglers(torch.tensor([[0.01, 0.1, 0.0], [0.01, 0.11, 0.0]])) == []
 
 
 def test_what_two_equal_ranks_differ_by_on_a_busy_machine_is_no_straggler() -> None:
-    assert find_stragglers([[0.02, 0.056, 0.0], [0.02, 0.079, 0.0]]) == []
+    assert find_stragglers(torch.tensor([[0.02, 0.056, 0.0], [0.02, 0.079, 0.0]])) == []
 
 
 @pytest.mark.parametrize("part", OWN_WORK)
 def test_the_slow_rank_and_its_slow_part_are_named(part: str) -> None:
     slow = [0.6 if phase == part else 0.05 for phase in OWN_WORK]
-    (found,) = find_stragglers([[0.05, 0.05, 0.0], [0.05, 0.05, 0.0], slow])
+    (found,) = find_stragglers(torch.tensor([[0.05, 0.05, 0.0], [0.05, 0.05, 0.0], slow]))
     assert (found.rank, found.part) == (2, part)
 
 
 def test_of_two_ranks_the_slower_is_named() -> None:
-    (found,) = find_stragglers([[0.01, 0.5, 0.0], [0.01, 0.1, 0.0]])
+    (found,) = find_stragglers(torch.tensor([[0.01, 0.5, 0.0], [0.01, 0.1, 0.0]]))
     assert (found.rank, found.part) == (0, "forward")
 
 
