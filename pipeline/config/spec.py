@@ -190,7 +190,7 @@ class Cluster(Section):
     labels: dict[str, str] = Field(default={})
     """node labels that the workers need"""
     max_failures: NonNegativeInt = 3
-    """worker or node failures survived before the job fails"""
+    """failures of workers or nodes that a job survives; a new checkpoint gives them back, preemptions do not count"""
     resource_timeout_s: PositiveFloat = 300
     """how long to wait for workers to be placed, also after a node was lost"""
     resize_interval_s: PositiveFloat = 60

@@ -14,6 +14,7 @@ from refinedet.pipeline.training.checkpoint import Checkpoint, load_checkpoint, 
 from refinedet.pipeline.training.ema import AveragedWeights
 from refinedet.pipeline.training.engine import Engine
 from refinedet.pipeline.training.feed import Feed
+from refinedet.pipeline.training.profile import check_profile_steps
 from refinedet.pipeline.training.records import TrainResult
 from refinedet.pipeline.training.resume import check_same_data, check_steps_left
 from refinedet.pipeline.training.state import restore_detector, seed_everything, select
@@ -70,6 +71,7 @@ def start(
     epoch, batch = (checkpoint.manifest["epoch"], checkpoint.manifest["batch"]) if checkpoint else (0, 0)
     stream = stack.enter_context(closing(task.make_stream(Cursor(epoch, batch), plan)))
     schedule = make_schedule(spec, stream.batches_per_epoch)
+    check_profile_steps(spec.profile_steps, schedule.total_steps)
     feed = Feed(iter(stream), world.device, spec.channels_last)
     state = TrainState(engine, average, feed, schedule, task.seed)
     if checkpoint:

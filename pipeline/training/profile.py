@@ -7,10 +7,19 @@ import os
 import tempfile
 
 from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.training.world import World
 from torch.profiler import profile
 
 logger = logging.getLogger(__name__)
+
+
+def check_profile_steps(steps: tuple[int, int] | None, total_steps: int) -> None:
+    """A window that ends after the run: UserError."""
+    if steps and steps[1] > total_steps:
+        raise UserError(
+            f"training.profile_steps {list(steps)} ends after the run's {total_steps} steps; choose a window within them"
+        )
 
 
 class StepProfiler:
