@@ -18,7 +18,7 @@ def check_profile_steps(steps: tuple[int, int] | None, total_steps: int) -> None
     """A window that ends after the run: UserError."""
     if steps and steps[1] > total_steps:
         raise UserError(
-            f"training.profile_steps {list(steps)} ends after the run's {total_steps} steps; choose a window within them"
+            f"training.profile_steps {list(steps)} ends after the run's {total_steps} steps; choose one within them"
         )
 
 

@@ -90,7 +90,7 @@ def test_the_rate_of_the_model_is_logged_and_its_share_of_a_peak_that_is_known(
 def test_a_window_of_profiling_outside_the_run_is_the_users_mistake(world: World, run: Run) -> None:
     training = run.spec.training.model_copy(update={"profile_steps": (2, 5)})
     outside = Run(run.spec.model_copy(update={"training": training}))
-    with pytest.raises(UserError, match=r"profile_steps \[2, 5\] ends after the run's 4 steps; choose a window within"):
+    with pytest.raises(UserError, match=r"profile_steps \[2, 5\] ends after the run's 4 steps; choose one within"):
         train_job(outside, world, ListLink(), validate=lambda detector, epochs: {"AP": 0.5})
 
 
