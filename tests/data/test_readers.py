@@ -1,10 +1,11 @@
-"""VOC and shapes as they come out of the shards; COCO's and VOC's real photos."""
+"""VOC and shapes as they come out of the shards; whole data sets, drawn and, where they are, of real photos."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
 from pathlib import Path
+from xml.etree import ElementTree
 
 import numpy as np
 import pytest
@@ -17,6 +18,10 @@ from refinedet.pipeline.data.shapes import SHAPES, draw_shapes, write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.runs.errors import UserError
 
+from tests.outside import outside
+
+COCO_PHOTOS, VOC_PHOTOS = outside("data", "coco-mini"), outside("data", "voc-mini", "VOCdevkit")
+SIDES = ("xmin", "ymin", "xmax", "ymax")
 OBJECT = (
     "<object><name>{}</name><difficult>{}</difficult><bndbox><xmin>{}</xmin><ymin>{}</ymin>"
     "<xmax>{}</xmax><ymax>{}</ymax></bndbox><part><bndbox><xmin>1</xmin></bndbox></part></object>"
@@ -138,14 +143,23 @@ def test_ground_truth_is_written_again_for_other_shards(coco_folder: Callable[..
     assert json.loads(path.read_text())["annotations"][0]["bbox"] == [1, 1, 20, 20]
 
 
+@pytest.fixture(params=[None, *COCO_PHOTOS], ids=lambda root: "photos" if root else "drawn")
+def coco_root(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A data set laid out as COCO 2017, with crowds and sparse ids."""
+    if request.param is None:
+        for part, count in (("train2017", 60), ("val2017", 25)):
+            write_shapes(str(tmp_path / "coco"), count, seed=3, part=part, image_size=96)
+    return request.param or tmp_path / "coco"
+
+
 @pytest.mark.parametrize("part", ["train", "val"])
-def test_coco_photos_come_back_as_they_went_in(shared_dir: Path, tmp_path: Path, part: str) -> None:
-    root = shared_dir / "data" / "coco-mini"
+def test_coco_comes_back_as_it_went_in(coco_root: Path, tmp_path: Path, part: str) -> None:
     file = f"annotations/instances_{part}2017.json"
     split = Split(images=f"{part}2017", annotations=file)
-    data = Data(format="coco", root=str(root), train=(split,), val=(split,), shard_bytes=4 * 2**20)
+    data = Data(format="coco", root=str(coco_root), train=(split,), val=(split,), shard_bytes=2**17)
     shards = prepare_shards(data, "train", str(tmp_path / "shards"))
-    original = json.loads((root / file).read_text())
+    original = json.loads((coco_root / file).read_text())
+    assert len(shards) > 1
     assert shards.num_samples == len(original["images"])
     assert [category.id for category in shards.categories] == sorted(entry["id"] for entry in original["categories"])
     write_coco_annotations(shards, str(tmp_path / "truth.json"))
@@ -155,17 +169,36 @@ def test_coco_photos_come_back_as_they_went_in(shared_dir: Path, tmp_path: Path,
         [entry[name] for name in names] for entry in original["annotations"]
     )
     sample = next(iter(EvaluationSamples(shards, [shards.num_samples - 1])))
-    image, _ = decode_image((root / f"{part}2017" / sample.file_name).read_bytes())
+    image, _ = decode_image((coco_root / f"{part}2017" / sample.file_name).read_bytes())
     assert image is not None
     np.testing.assert_array_equal(sample.image, image)
     assert not check_shards(str(tmp_path / "shards"), decode=False).faults
 
 
-def test_voc_photos_are_read(shared_dir: Path, tmp_path: Path) -> None:
-    splits = {part: (Split(set=f"VOC2012/{part}"),) for part in ("train", "val")}
-    data = Data(format="voc", root=str(shared_dir / "data" / "voc-mini" / "VOCdevkit"), **splits)  # type: ignore[arg-type]
-    shards = prepare_shards(data, "val", str(tmp_path / "shards"))
+@pytest.fixture(params=[None, *VOC_PHOTOS], ids=lambda root: "photos" if root else "drawn")
+def voc_data(request: pytest.FixtureRequest, voc_folder: Callable[[dict[str, list]], Data]) -> Data:
+    if request.param is None:
+        crowd = [("dog", number % 2, 1 + number, 2, 30 + number, 40) for number in range(9)]
+        return voc_folder({"a": [("dog", 1, 5, 6, 20, 30), ("cat", 0, 1, 1, 64, 48)], "b": [], "c": crowd})
+    return Data(
+        format="voc", root=str(request.param), train=(Split(set="VOC2012/train"),), val=(Split(set="VOC2012/val"),)
+    )
+
+
+@pytest.mark.parametrize("part", ["train", "val"])
+def test_voc_is_read_as_its_files_say(voc_data: Data, tmp_path: Path, part: str) -> None:
+    shards = prepare_shards(voc_data, part, str(tmp_path / "shards"))
     report = check_shards(str(tmp_path / "shards"))
+    year, _, name = getattr(voc_data, part)[0].set.partition("/")
+    folder = Path(voc_data.root) / year
+    listed = (folder / "ImageSets" / "Main" / f"{name}.txt").read_text().split()
     assert report.faults == ()
-    assert report.num_samples == 50
-    assert any(sample.difficult.any() for sample in EvaluationSamples(shards))
+    assert report.num_samples == len(listed)
+    difficult = 0
+    for sample in EvaluationSamples(shards):
+        entries = ElementTree.parse(folder / "Annotations" / f"{Path(sample.file_name).stem}.xml").findall("object")
+        found = [[float(entry.findtext(f"bndbox/{side}", "")) for side in SIDES] for entry in entries]
+        np.testing.assert_allclose(sample.boxes, np.reshape(found, (-1, 4)) - (1, 1, 0, 0))
+        assert sample.difficult.tolist() == [entry.findtext("difficult") == "1" for entry in entries]
+        difficult += int(sample.difficult.sum())
+    assert difficult

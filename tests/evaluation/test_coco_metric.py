@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -14,11 +14,15 @@ from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.runs.errors import UserError
 
+from tests.outside import outside
+
 from .judges import evaluate_by_pycocotools, judge_by_faster_coco_eval, judge_by_pycocotools
 from .random_truth import random_truth
 
 COCO = make_protocol("coco")
-KNOWN = {
+PHOTOS = outside("data", "cocoeval-100")
+# pycocotools' numbers of 100 photos that ship with it, which lie beside the repository
+KNOWN_OF_PHOTOS = {
     "AP": 0.504581,
     "AP50": 0.696973,
     "AP75": 0.572982,
@@ -31,11 +35,39 @@ KNOWN = {
 }
 
 
-@pytest.fixture(scope="module")
-def cocoeval_100(shared_dir) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    folder = shared_dir / "data" / "cocoeval-100"
-    truth = json.loads((folder / "instances_val2014_100.json").read_text())
-    return truth, json.loads((folder / "instances_val2014_fakebbox100_results.json").read_text())
+# pycocotools' numbers of 100 made-up images, `random_truth(100, images=100, categories=20)`
+KNOWN_OF_MADE_UP = {
+    "AP": 0.143816,
+    "AP50": 0.263609,
+    "AP75": 0.114888,
+    "APs": 0.278702,
+    "APm": 0.155854,
+    "APl": 0.072817,
+    "AR1": 0.254662,
+    "AR10": 0.809716,
+    "AR100": 0.833517,
+}
+
+
+class Known(NamedTuple):
+    """Ground truth, results rows, and the numbers that pycocotools gave for them when they were recorded."""
+
+    truth: dict[str, Any]
+    rows: list[dict[str, Any]]
+    values: dict[str, float]
+
+
+@pytest.fixture(
+    scope="module",
+    params=[None, *PHOTOS],
+    ids=lambda folder: "photos" if folder else "made-up",
+)
+def hundred_images(request) -> Known:
+    if request.param is None:
+        return Known(*random_truth(100, images=100, categories=20), KNOWN_OF_MADE_UP)
+    truth = json.loads((request.param / "instances_val2014_100.json").read_text())
+    rows = json.loads((request.param / "instances_val2014_fakebbox100_results.json").read_text())
+    return Known(truth, rows, KNOWN_OF_PHOTOS)
 
 
 def evaluate_in_parts(truth: dict[str, Any], rows: list[dict[str, Any]], workers: int) -> dict[str, float]:
@@ -49,11 +81,11 @@ def evaluate_in_parts(truth: dict[str, Any], rows: list[dict[str, Any]], workers
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3, 5])
-def test_known_answer_at_any_number_of_workers(cocoeval_100, workers):
-    truth, rows = cocoeval_100
+def test_known_answer_at_any_number_of_workers(hundred_images, workers):
+    truth, rows, known = hundred_images
     values = evaluate_in_parts(truth, rows, workers)
     assert values == judge_by_pycocotools(truth, rows)
-    assert {name: round(values[name], 6) for name in KNOWN} == KNOWN
+    assert {name: round(values[name], 6) for name in known} == known
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -109,8 +141,8 @@ def test_more_detections_of_a_class_than_count():
     assert evaluate("coco", truth, rows).values == judge_by_pycocotools(truth, rows)
 
 
-def test_per_class_is_pycocotools_on_that_class(cocoeval_100):
-    truth, rows = cocoeval_100
+def test_per_class_is_pycocotools_on_that_class(hundred_images):
+    truth, rows, _ = hundred_images
     metrics = evaluate("coco", truth, rows)
     for category in truth["categories"][:5]:
         alone = {**truth, "categories": [category]}

@@ -13,8 +13,8 @@ from refinedet.model.ops import library
 from refinedet.model.ops.align_conv import align_conv, top_rows
 from refinedet.model.ops.align_conv_reference import align_conv_reference
 
-from tests.conftest import REPOSITORY
 from tests.model.ops.align_conv_cases import Case, make_case, outputs_and_gradients, relative_error
+from tests.outside import REPOSITORY
 
 pytestmark = pytest.mark.gpu
 

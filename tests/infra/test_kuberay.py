@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from dataclasses import fields
+from pathlib import Path
 
 import jsonschema
 import pytest
@@ -15,6 +17,10 @@ from refinedet.pipeline.config.spec_files import load_spec, parse_spec
 from refinedet.pipeline.runs.errors import UserError
 from typer.testing import CliRunner
 
+from tests.infra.kuberay_definitions import FIELDS, read_definitions
+from tests.outside import REPOSITORY, outside
+
+KINDS = ("job", "cluster")
 REMOTE = ("runs=s3://bucket/runs", "data.root=s3://bucket/coco", "data.shards=s3://bucket/shards")
 JOB = "jobs/coco_refinedet1024_resnet101.yaml"
 
@@ -65,33 +71,44 @@ def _strict(schema):
     return result
 
 
-@pytest.fixture(scope="session")
-def schemas(shared_dir) -> dict[str, jsonschema.Draft7Validator]:
-    folder = shared_dir / "schemas" / "kuberay"
-    if not folder.is_dir():
-        pytest.skip("needs KubeRay's resource definitions in ../shared/schemas/kuberay")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+OPTIONS = [
+    ({}, {"workers": {"min": 4, "max": 24}, "labels": {"zone": "a"}}),
+    ({"queue": "team-a", "spot": "gke", "namespace": "vision", "service_account": "trainer"}, {}),
+    ({"volume_claim": "runs", "spot": "karpenter", "retries": 0}, {"gpus_per_worker": 0}),
+    ({"network_policy": True, "tls": True, "spot": "eks"}, {"placement": "STRICT_SPREAD"}),
+    ({"spot": "aks"}, {"stop_grace_s": 20}),
+]
+
+
+def _every_job() -> list[Path]:
+    return [path for path in (REPOSITORY / "jobs").rglob("*.yaml") if path.parent.name not in ("base", "sweeps")]
+
+
+def render_every_kind() -> dict[str, list[dict]]:
+    """By kind, every manifest that the tests of this file hold against KubeRay's definitions."""
+    found: dict[str, list[dict]] = {"RayJob": [], "RayCluster": []}
+    rendered = [_documents(_spec(**cluster), kind=kind, **options) for options, cluster in OPTIONS for kind in KINDS]
+    rendered += [_documents(load_spec(str(job), REMOTE)) for job in _every_job()]
+    for documents in rendered:
+        for kind in found.keys() & documents.keys():
+            found[kind].append(documents[kind])
+    return found
+
+
+@pytest.fixture(scope="session", params=[FIELDS, *outside("schemas", "kuberay")], ids=lambda path: path.stem)
+def schemas(request) -> dict[str, jsonschema.Draft7Validator]:
+    """KubeRay's own definitions where they are; the fields of them that we use, which the tree holds."""
+    path = request.param
     found = {}
-    for file, kind in (("ray.io_rayjobs.yaml", "RayJob"), ("ray.io_rayclusters.yaml", "RayCluster")):
-        definition = yaml.load((folder / file).read_text(), Loader=loader)
-        version = next(entry for entry in definition["spec"]["versions"] if entry["name"] == "v1")
-        schema = _strict(version["schema"]["openAPIV3Schema"])
+    for kind, definition in (read_definitions(path) if path.is_dir() else json.loads(path.read_text())).items():
+        schema = _strict(definition)
         schema["properties"]["metadata"] = {"type": "object"}
         found[kind] = jsonschema.Draft7Validator(schema)
     return found
 
 
-@pytest.mark.parametrize("kind", ["job", "cluster"])
-@pytest.mark.parametrize(
-    ("options", "cluster"),
-    [
-        ({}, {"workers": {"min": 4, "max": 24}, "labels": {"zone": "a"}}),
-        ({"queue": "team-a", "spot": "gke", "namespace": "vision", "service_account": "trainer"}, {}),
-        ({"volume_claim": "runs", "spot": "karpenter", "retries": 0}, {"gpus_per_worker": 0}),
-        ({"network_policy": True, "tls": True, "spot": "eks"}, {"placement": "STRICT_SPREAD"}),
-        ({"spot": "aks"}, {"stop_grace_s": 20}),
-    ],
-)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("options", "cluster"), OPTIONS)
 def test_manifests_are_what_the_definitions_allow(schemas, kind, options, cluster):
     for name, document in _documents(_spec(**cluster), kind=kind, **options).items():
         if name in schemas:
@@ -132,12 +149,8 @@ def test_every_option_is_a_flag_of_the_command(request):
     assert {field.name for field in fields(KubeRay)} <= set(inspect.signature(render).parameters)
 
 
-def test_every_job_of_the_repository_can_be_rendered(schemas, request):
-    jobs = [
-        path
-        for path in (request.config.rootpath / "jobs").rglob("*.yaml")
-        if path.parent.name not in ("base", "sweeps")
-    ]
+def test_every_job_of_the_repository_can_be_rendered(schemas):
+    jobs = _every_job()
     assert len(jobs) > 25
     for job in jobs:
         documents = _documents(load_spec(str(job), REMOTE))

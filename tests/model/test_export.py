@@ -1,11 +1,13 @@
-"""Exported graphs against the eager model, on real photos where they are."""
+"""Exported graphs against the eager model, on drawn pictures, and on real photos where they are."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from refinedet.model.anchors import order_rows
 from refinedet.model.export import DetectionGraph, export_onnx, export_program, finish_detections
 from refinedet.model.ops.align_conv_reference import align_conv_reference
@@ -13,13 +15,40 @@ from refinedet.model.portable import align_conv_portable
 from torch import Tensor
 
 from tests.model.cases import random_images
+from tests.outside import outside
+
+PHOTOS = outside("data", "coco-mini", "val2017")
 
 
-def read_photos(shared_dir: Path, size: int, count: int = 4) -> Tensor:
-    cv2 = pytest.importorskip("cv2")
-    paths = sorted((shared_dir / "data" / "coco-mini" / "val2017").glob("*.jpg"))[:count]
-    photos = [cv2.resize(cv2.imread(str(path)), (size, size))[..., ::-1].copy() for path in paths]
-    return torch.stack([torch.from_numpy(photo).permute(2, 0, 1) for photo in photos])
+def draw_picture(seed: int, size: int) -> Tensor:
+    """Discs and bars on a slope of grey, uint8 [3, H, W]."""
+    generator = torch.Generator().manual_seed(seed)
+    draw = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
+    x, y = torch.arange(size).float(), torch.arange(size).float()[:, None]
+    picture = (60 + 120 * (x * draw(1) + y * draw(1)) / (2 * size)).expand(3, size, size).clone()
+    for number in range(6):
+        left, top, radius = (draw(3) * torch.tensor([1.0, 1.0, 0.3]) * size).tolist()
+        across = (x - left).abs() if number % 2 else (x - left).abs() * 3
+        inside = across**2 + (y - top) ** 2 < radius**2
+        picture[:, inside] = (draw(3) * 255)[:, None]
+    return picture.to(torch.uint8)
+
+
+def read_photo(path: Path, size: int) -> Tensor:
+    with Image.open(path) as photo:
+        return torch.from_numpy(np.array(photo.convert("RGB").resize((size, size)))).permute(2, 0, 1)
+
+
+def make_images(source: Path | None, size: int, count: int = 4) -> Tensor:
+    """Images [count, 3, size, size] of a directory of photos, or drawn ones."""
+    if source is None:
+        return torch.stack([draw_picture(seed, size) for seed in range(count)])
+    return torch.stack([read_photo(path, size) for path in sorted(source.glob("*.jpg"))[:count]])
+
+
+@pytest.fixture(params=[None, *PHOTOS], ids=lambda source: "photos" if source else "drawn")
+def source(request) -> Path | None:
+    return request.param
 
 
 def assert_same_detections(model, images, boxes, scores):
@@ -54,11 +83,11 @@ def test_portable_align_conv_is_align_conv(kernel):
     assert torch.allclose(ours.flatten(0, 1)[order], expected, atol=1e-3)
 
 
-def test_exported_program_detects_the_same_on_photos(build, shared_dir):
+def test_exported_program_detects_the_same(build, source):
     model = build(theta=0.6).eval()
     program = export_program(model, 64, 64).module()
     for count in (1, 4):  # the batch is free
-        images = read_photos(shared_dir, 64, count)
+        images = make_images(source, 64, count)
         with torch.no_grad():
             boxes, scores = program(images)
         assert_same_detections(model, images, boxes, scores)
@@ -67,19 +96,19 @@ def test_exported_program_detects_the_same_on_photos(build, shared_dir):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("options", [{"theta": 0.6, "input_size": 128}, {"head": "deform"}, {"head": "vanilla"}])
-def test_onnx_runtime_detects_the_same_on_photos(build, shared_dir, tmp_path, options):
+def test_onnx_runtime_detects_the_same(build, source, tmp_path, options):
     runtime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     model = build(**options).eval()
     size = model.config.input_size
     export_onnx(model, tmp_path / "model.onnx", size, size)
-    images = read_photos(shared_dir, size)
+    images = make_images(source, size)
     session = runtime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     boxes, scores = session.run(["boxes", "scores"], {"images": images.numpy()})
     assert_same_detections(model, images, torch.from_numpy(boxes), torch.from_numpy(scores))
 
 
-def test_random_images_without_photos(build):
+def test_random_images(build):
     model = build(head="vanilla").eval()
     images = random_images(torch.Generator().manual_seed(0), 3)
     with torch.no_grad():

