@@ -21,7 +21,7 @@ PHOTOS = outside("data", "coco-mini", "val2017")
 
 
 def draw_picture(seed: int, size: int) -> Tensor:
-    """Discs and bars on a slope of grey, uint8 [3, H, W]."""
+    """Grained discs and ellipses on a slope of grey, uint8 [3, H, W]."""
     generator = torch.Generator().manual_seed(seed)
     draw = lambda *shape: torch.rand(*shape, generator=generator)  # noqa: E731
     x, y = torch.arange(size).float(), torch.arange(size).float()[:, None]
@@ -31,7 +31,8 @@ def draw_picture(seed: int, size: int) -> Tensor:
         across = (x - left).abs() if number % 2 else (x - left).abs() * 3
         inside = across**2 + (y - top) ** 2 < radius**2
         picture[:, inside] = (draw(3) * 255)[:, None]
-    return picture.to(torch.uint8)
+    # Grained: where a picture is flat, an untrained detector's scores tie, and rounding orders them.
+    return (picture + 40 * (draw(3, size, size) - 0.5)).clamp(0, 255).to(torch.uint8)
 
 
 def read_photo(path: Path, size: int) -> Tensor:
