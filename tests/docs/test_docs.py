@@ -7,12 +7,15 @@ import shlex
 from pathlib import Path
 
 import click
+import nbformat
 import pytest
 import typer
 from refinedet.pipeline.cli.main import app
 from refinedet.pipeline.config.reference import describe_spec
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs.settings import describe
+
+from tests.docs.notebooks import NOTEBOOKS, execute
 
 ROOT = Path(__file__).parents[2]
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("infra/*.md"), *ROOT.glob("csrc/*.md")])
@@ -88,7 +91,33 @@ def test_the_table_of_the_environment_is_generated() -> None:
 
 def test_the_navigation_of_the_site_holds_every_page() -> None:
     named = set(re.findall(r": (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
-    assert named == {page.name for page in ROOT.glob("docs/*.md")}
+    notebooks = {f"notebooks/{notebook.stem}.md" for notebook in NOTEBOOKS}  # made pages by docs/notebooks/pages.py
+    assert named == {page.name for page in ROOT.glob("docs/*.md")} | notebooks
+
+
+@pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda notebook: notebook.stem)
+def test_notebooks_hold_what_they_show_and_little_else(notebook: Path) -> None:
+    content = notebook.read_text()
+    assert len(content) < 200_000, "python -m tests.docs.notebooks"
+    assert '"outputs": [\n    {' in content, "it shows nothing: python -m tests.docs.notebooks"
+    assert str(ROOT) not in content
+    assert "/tmp/" not in content
+
+
+def test_the_detector_by_hand_still_shows_what_its_notebook_holds() -> None:
+    (path,) = (notebook for notebook in NOTEBOOKS if notebook.stem == "detector-by-hand")
+    assert texts(execute(path)) == texts(nbformat.read(path, as_version=4))
+
+
+@pytest.mark.slow
+@pytest.mark.dist
+def test_the_notebook_that_reads_a_run_executes() -> None:
+    (path,) = (notebook for notebook in NOTEBOOKS if notebook.stem == "a-run-read")
+    assert texts(execute(path)) == texts(nbformat.read(path, as_version=4))
+
+
+def texts(notebook: nbformat.NotebookNode) -> list[str]:
+    return [output.text for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output]
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
