@@ -107,7 +107,7 @@ def _chunks(run: Run, job: DetectionJob, workers: int) -> tuple[Chunk, ...]:
         known = storage.read_json(path)
         if known["fingerprint"] == job.fingerprint:
             return tuple(Chunk(index, start, stop) for index, (start, stop) in enumerate(known["chunks"]))
-    chunks = split_into_chunks(len(job.image_ids), run.spec.evaluation.images_per_piece, workers)
+    chunks = split_into_chunks(len(job.image_ids), run.spec.evaluation.images_per_chunk, workers)
     cut = [(chunk.start, chunk.stop) for chunk in chunks]
     storage.write_json(path, {"fingerprint": job.fingerprint, "chunks": cut})
     return chunks

@@ -28,7 +28,7 @@ from refinedet.pipeline.runs.progress import ProgressDisplay
 _HARMLESS = (
     "cluster.",
     "evaluation.diagnose=",
-    "evaluation.images_per_piece=",
+    "evaluation.images_per_chunk=",
     "evaluation.trace_images=",
     "tracking.",
 )

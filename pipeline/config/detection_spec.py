@@ -43,8 +43,8 @@ class Evaluation(Section):
     """images that a worker detects in at once"""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """of detection, in validation too; auto: bf16 where the device computes in it natively, else fp32"""
-    images_per_piece: PositiveInt = 256
-    """a piece is the unit that is handed to a worker and committed"""
+    images_per_chunk: PositiveInt = 256
+    """a chunk is the unit that is handed to a worker and committed"""
     merge: MergeRule | None = None
     """default: the model's own inference (section IV-H)"""
     metric: MetricName | None = None

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 from refinedet.pipeline.config.checks import weights_file
-from refinedet.pipeline.config.identity import spec_difference
+from refinedet.pipeline.config.identity import lasting_part, spec_difference
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.config.spec_files import dump_spec, parse_spec
 from refinedet.pipeline.runs import storage
@@ -78,7 +78,7 @@ class Run(RunDirectory):
                 f"another name (name=OTHER), or remove {self.path} to start it afresh."
             )
         with contextlib.suppress(UserError):  # written by an older release: keys that came since have their defaults
-            before = parse_spec(before, source=path).model_dump(mode="json")
+            before = parse_spec(lasting_part(before), source=path).model_dump(mode="json")
         difference = spec_difference(before, self.spec.model_dump(mode="json"))
         if difference:
             raise UserError(

@@ -43,7 +43,7 @@ class Found:
         return Found(self.boxes[index], self.scores[index], self.labels[index], self.image[index])
 
 
-def detect_piece(
+def detect_positions(
     model: RefineDet,
     shards: ShardSet,
     positions: Sequence[int],
@@ -69,7 +69,7 @@ def detect_samples(
     evaluation: Evaluation,
     autocast: torch.dtype | None = None,
 ) -> tuple[DetectionTable, list[int]]:
-    """Like `detect_piece`, for any samples; also return the ids of the images, in order."""
+    """Like `detect_positions`, for any samples; also return the ids of the images, in order."""
     size = (model.config.input_size, model.config.input_size)
     rule = evaluation.merge
     config = model.config if rule is None else unsuppressed(model.config)

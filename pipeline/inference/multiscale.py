@@ -35,7 +35,7 @@ def detect_by_rules(
 ) -> dict[str, DetectionTable]:
     """Detections of the samples at `positions` by each rule; the views of an image are computed once for all rules.
 
-    Otherwise as `detect_piece`.
+    Otherwise as `detect_positions`.
     """
     samples = EvaluationSamples(shards, positions, max_bad_samples=max_bad_samples)
     return detect_samples_by_rules(model, samples, shards.categories, multiscale, rules, autocast)

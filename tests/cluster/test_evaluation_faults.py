@@ -30,7 +30,7 @@ from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.progress import ProgressDisplay
 from rich.console import Console
 
-from .test_evaluation_stage import detect, make_run, pieces_begun
+from .test_evaluation_stage import chunks_begun, detect, make_run
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.usefixtures("connected")]
 
@@ -93,7 +93,7 @@ def detect_again(
         path.unlink()
     Path(run.file("away")).unlink(missing_ok=True)
     Path(run.file("fault")).write_text(fault)
-    before = len(pieces_begun(run))
+    before = len(chunks_begun(run))
     told: list[str] = []
     began = time.monotonic()
     detect(run, job, told)
@@ -101,7 +101,7 @@ def detect_again(
     assert not Path(run.file("fault")).exists(), "nothing struck, so that this shows nothing"
     assert Path(job.detections).read_bytes() == detections
     assert Path(run.file("metrics.json")).read_bytes() == metrics
-    again = len(pieces_begun(run)) - before - len(list(Path(job.folder).glob("chunk-*.json")))
+    again = len(chunks_begun(run)) - before - len(list(Path(job.folder).glob("chunk-*.json")))
     print(f"{fault}: {took:.0f} s, {again} chunks done again, {told}")  # noqa: T201
     return told, again
 
@@ -169,14 +169,14 @@ def test_a_damaged_chunk_is_done_again_alone(undisturbed: tuple[Run, DetectionJo
     content = bytearray(damaged.read_bytes())
     content[len(content) // 2] ^= 0x04
     damaged.write_bytes(content)
-    before, written = len(pieces_begun(run)), {path: path.stat().st_mtime_ns for path in chunks if path != damaged}
+    before, written = len(chunks_begun(run)), {path: path.stat().st_mtime_ns for path in chunks if path != damaged}
     console = Console(record=True, width=300, file=io.StringIO())
     with ProgressDisplay(console) as display, detection_stage.DetectionPool() as pool:
         display.stage("evaluate")
         detect_and_measure(run, job, pool, display=display, stop=threading.Event())
     lines = [line for line in console.export_text().splitlines() if line.startswith("!")]
     assert lines == [f"! done again, as damaged or of other settings: {damaged}"]
-    assert len(pieces_begun(run)) - before == 1
+    assert len(chunks_begun(run)) - before == 1
     assert {path: path.stat().st_mtime_ns for path in written} == written
     assert Path(job.detections).read_bytes() == detections
     assert Path(run.file("metrics.json")).read_bytes() == metrics

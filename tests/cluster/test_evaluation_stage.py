@@ -51,7 +51,7 @@ VOC_CLASSES = load_spec(str(Path(__file__).parents[2] / "jobs" / "voc07_refinede
 
 pytestmark = pytest.mark.dist
 
-NUM_IMAGES, IMAGES_PER_PIECE = 24, 4
+NUM_IMAGES, IMAGES_PER_CHUNK = 24, 4
 
 
 def make_run(folder: Path, **changes: Any) -> Run:
@@ -62,7 +62,7 @@ def make_run(folder: Path, **changes: Any) -> Run:
         "data": {**SPEC["data"], "train": [{"count": 4}], "val": [{"count": NUM_IMAGES}]},
         "model": {**SPEC["model"], "theta": 1.0, "score_threshold": 0.0, "max_detections": 30},
         # A convolution's last bit may differ with the size of the batch, which differs at a cut.
-        "evaluation": {"images_per_piece": IMAGES_PER_PIECE, "batch_size": 1},
+        "evaluation": {"images_per_chunk": IMAGES_PER_CHUNK, "batch_size": 1},
         "cluster": {"workers": 1},
     }
     run = Run(JobSpec.model_validate({**values, **changes}))
@@ -95,24 +95,24 @@ def detect(run: Run, job: DetectionJob, told: list[str] | None = None):
     return found
 
 
-def pieces_begun(run: Run) -> list[str]:
-    """Names of the pieces that workers detected on, in the words of their logs."""
+def chunks_begun(run: Run) -> list[str]:
+    """Names of the chunks that workers detected on, in the words of their logs."""
     lines = [line for path in Path(run.path, "logs").glob("single-*.log") for line in path.read_text().splitlines()]
     return sorted(line.split("detection_worker: ")[1].split(":")[0] for line in lines if "detecting on" in line)
 
 
 class Killer(threading.Thread):
-    """Kills one worker, hard, once it has a second piece of the run in hand."""
+    """Kills one worker, hard, once it has a second chunk of the run in hand."""
 
     def __init__(self, run: Run) -> None:
         super().__init__(daemon=True)
         self.run_to_watch = run
-        self.before = len(pieces_begun(run))
+        self.before = len(chunks_begun(run))
         self.killed: int | None = None
 
     def run(self) -> None:
         for _ in range(20_000):
-            if len(pieces_begun(self.run_to_watch)) > self.before + 1:
+            if len(chunks_begun(self.run_to_watch)) > self.before + 1:
                 for process in psutil.Process().children(recursive=True):
                     try:
                         if "DetectionWorker.work" in " ".join(process.cmdline()):
@@ -129,14 +129,14 @@ def shapes_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return make_run(tmp_path_factory.mktemp("shapes"))
 
 
-def test_a_killed_worker_and_a_cut_file_cost_a_piece_each_and_no_digit(
+def test_a_killed_worker_and_a_cut_file_cost_a_chunk_each_and_no_digit(
     connected: None, shapes_run: Run, caplog
 ) -> None:
     alone = with_workers(shapes_run, 1)
     job, inputs = make_detection_job(alone, "single")
     undisturbed = detect(alone, job)
-    names = [f"chunk-{index:05d}.json" for index in range(NUM_IMAGES // IMAGES_PER_PIECE)]
-    assert pieces_begun(shapes_run) == names
+    names = [f"chunk-{index:05d}.json" for index in range(NUM_IMAGES // IMAGES_PER_CHUNK)]
+    assert chunks_begun(shapes_run) == names
     results, measured = Path(job.detections), Path(shapes_run.file("metrics.json"))
     whole, numbers = results.read_bytes(), measured.read_bytes()
     truth, rows = json.loads(Path(job.truth).read_text()), json.loads(whole)
@@ -172,7 +172,7 @@ def test_a_killed_worker_and_a_cut_file_cost_a_piece_each_and_no_digit(
     assert len(told) == 1, told
     assert "died (" in told[0]
     assert disturbed.damaged == [str(cut)]
-    assert len(names) - 1 <= len(pieces_begun(shapes_run)) - len(names) <= len(names), "at most one piece twice"
+    assert len(names) - 1 <= len(chunks_begun(shapes_run)) - len(names) <= len(names), "at most one chunk twice"
     assert kept.stat().st_mtime_ns == written
     assert results.read_bytes() == whole
     assert measured.read_bytes() == numbers
@@ -242,9 +242,9 @@ def test_a_voc_job_is_measured_by_its_years_rule_and_by_every_merge_rule(connect
     assert {row["rule"] for row in table} == set(MERGE_RULES)
     assert [row["mAP"] for row in table] == sorted((row["mAP"] for row in table), reverse=True)
     assert next(row["mAP"] for row in table if row["rule"] == "box voting") == expected.values["mAP"]
-    pieces = [*Path(job.folder).glob("chunk-*.json"), *Path(job.folder).glob("*/chunk-*.json")]
-    assert len(pieces) == 2 * (1 + len(MERGE_RULES))
-    assert len({len(path.read_bytes()) for path in pieces if path.name == "chunk-00000.json"}) >= len(MERGE_RULES) - 1
+    files = [*Path(job.folder).glob("chunk-*.json"), *Path(job.folder).glob("*/chunk-*.json")]
+    assert len(files) == 2 * (1 + len(MERGE_RULES))
+    assert len({len(path.read_bytes()) for path in files if path.name == "chunk-00000.json"}) >= len(MERGE_RULES) - 1
 
     folder = Path(run.path, "submission", "multiscale", "results", "VOC2007", "Main")
     written = sorted(path.name for path in folder.iterdir())

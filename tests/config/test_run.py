@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from refinedet.pipeline.config.identity import lasting_part, spec_difference
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
@@ -95,6 +96,17 @@ def test_a_spec_of_an_older_release_lacks_keys_that_have_defaults(tmp_path: Path
     path.write_text("\n".join(line for line in path.read_text().splitlines() if "ema_decay" not in line))
     with Run(make_spec(tmp_path)).open():
         pass
+
+
+def test_a_key_of_an_older_release_where_changes_are_allowed_is_no_difference(tmp_path: Path) -> None:
+    run = Run(make_spec(tmp_path))
+    with run.open():
+        before = yaml.safe_load((tmp_path / "r" / "spec.yaml").read_text())
+    before["evaluation"]["images_per_piece"] = before["evaluation"].pop("images_per_chunk")
+    del before["data"]["sampling"]  # came later, and has a default
+    (tmp_path / "r" / "spec.yaml").write_text(yaml.safe_dump(before))
+    with run.open():
+        assert "images_per_chunk" in (tmp_path / "r" / "spec.yaml").read_text()
 
 
 def test_a_run_is_worked_on_by_one_process(tmp_path: Path) -> None:

@@ -17,14 +17,14 @@ ROWS = [
 
 
 @given(st.integers(0, 500), st.integers(1, 100))
-def test_pieces_cover_every_sample_once(num_samples, images_per_piece):
-    chunks = split_into_chunks(num_samples, images_per_piece)
+def test_chunks_cover_every_sample_once(num_samples, images_per_chunk):
+    chunks = split_into_chunks(num_samples, images_per_chunk)
     assert [position for chunk in chunks for position in chunk.positions] == list(range(num_samples))
     assert [chunk.index for chunk in chunks] == list(range(len(chunks)))
-    assert all(0 < len(chunk.positions) <= images_per_piece for chunk in chunks)
+    assert all(0 < len(chunk.positions) <= images_per_chunk for chunk in chunks)
 
 
-def test_a_piece_comes_back_as_it_was(tmp_path):
+def test_a_chunk_comes_back_as_it_was(tmp_path):
     (chunk,) = split_into_chunks(2, 8)
     assert read_chunk(str(tmp_path), chunk) is None
     write_chunk(str(tmp_path), chunk, ChunkResult(DetectionTable.of(ROWS)), fingerprint="a")
@@ -38,7 +38,7 @@ def test_a_piece_comes_back_as_it_was(tmp_path):
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.5, 0.99])
-def test_a_piece_cut_short_is_named_and_missing(tmp_path, caplog, share):
+def test_a_chunk_cut_short_is_named_and_missing(tmp_path, caplog, share):
     chunks = split_into_chunks(6, 2)
     for chunk in chunks:
         write_chunk(str(tmp_path), chunk, ChunkResult(DetectionTable.of(ROWS)))
@@ -50,7 +50,7 @@ def test_a_piece_cut_short_is_named_and_missing(tmp_path, caplog, share):
     assert f"{chunks[1].name} is damaged" in caplog.text
 
 
-def test_a_piece_of_another_evaluation_is_done_again(tmp_path, caplog):
+def test_a_chunk_of_another_evaluation_is_done_again(tmp_path, caplog):
     (chunk,) = split_into_chunks(2, 2)
     write_chunk(str(tmp_path), chunk, ChunkResult(DetectionTable.of(ROWS)), fingerprint="weights a")
     assert read_chunk(str(tmp_path), chunk, fingerprint="weights b") is None

@@ -1,4 +1,4 @@
-"""The evaluation equals pycocotools to the last digit, in whatever pieces; each trap of the format on its own."""
+"""The evaluation equals pycocotools to the last digit, in whatever chunks; each trap of the format on its own."""
 
 from __future__ import annotations
 

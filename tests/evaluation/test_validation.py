@@ -1,4 +1,4 @@
-"""Detection on real shards by a real model: the same numbers alone, on several ranks, and in pieces."""
+"""Detection on real shards by a real model: the same numbers alone, on several ranks, and in chunks."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from refinedet.pipeline.evaluation.metrics import (
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.evaluation.unreadable import sum_unreadable
 from refinedet.pipeline.evaluation.validation import validate
-from refinedet.pipeline.inference.detect import detect_piece
+from refinedet.pipeline.inference.detect import detect_positions
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.inference.multiscale import detect_by_rules
 from refinedet.pipeline.runs.errors import UserError
@@ -98,7 +98,7 @@ def run_ranks(size: int, run) -> list[Any]:
 def test_validation_is_the_same_on_any_number_of_ranks(model, shards, truth, rule):
     truth = truth.select(~truth.crowd)  # VOC has no rule for crowds
     model.eval()  # threads share the model
-    whole = evaluate(rule, truth, detect_piece(model, shards, range(shards.num_samples), evaluation=EVALUATION))
+    whole = evaluate(rule, truth, detect_positions(model, shards, range(shards.num_samples), evaluation=EVALUATION))
 
     def run(rank: int, all_gather):
         return validate(
@@ -224,10 +224,10 @@ def test_a_validation_that_takes_too_long_is_ended_on_all_ranks(model, shards, t
         assert "rank 1: TimeoutError: 0 of 4 images" in str(outcome)
 
 
-def test_pieces_matched_apart_equal_the_whole(model, shards, truth):
-    pieces = split_into_chunks(shards.num_samples, 3)
-    ids = [[sample.image_id for sample in EvaluationSamples(shards, piece.positions)] for piece in pieces]
-    tables = [detect_piece(model, shards, piece.positions, evaluation=EVALUATION) for piece in pieces]
+def test_chunks_matched_apart_equal_the_whole(model, shards, truth):
+    chunks = split_into_chunks(shards.num_samples, 3)
+    ids = [[sample.image_id for sample in EvaluationSamples(shards, chunk.positions)] for chunk in chunks]
+    tables = [detect_positions(model, shards, chunk.positions, evaluation=EVALUATION) for chunk in chunks]
     apart = accumulate_matches(
         COCO, truth, [match_detections(COCO, truth, table, part) for table, part in zip(tables, ids, strict=True)]
     )
