@@ -329,7 +329,7 @@ def test_mistakes_are_met_before_a_worker_starts(shapes_run: Run, tmp_path: Path
     folder = shapes_run.path
     with pytest.raises(UserError, match="no run's directory"):
         evaluate_run(str(tmp_path), "single")
-    with pytest.raises(UserError, match=r"memory://nowhere/run/spec\.yaml"):
+    with pytest.raises(UserError, match=r"memory://nowhere/run. is no run.s directory"):
         evaluate_run("memory://nowhere/run", "single")
     elsewhere = shapes_run.spec.model_copy(update={"name": "run", "runs": "memory://somewhere"})
     storage.write_bytes("memory://somewhere/run/spec.yaml", dump_spec(elsewhere).encode())
