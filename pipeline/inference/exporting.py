@@ -44,7 +44,7 @@ def export_weights(
         found = write(model, file, example)
         with torch.no_grad():
             expected = DetectionGraph(model).eval()(example)
-        difference = max(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True))
+            difference = max(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True))
         if not difference <= _TOLERANCE:
             raise JobError(f"the exported graph differs from the detector by {difference:.2g}; {output} is not written")
         shutil.copyfile(file, output)

@@ -70,7 +70,7 @@ MERGE_METHODS: dict[MergeMethod, tuple[Callable[[Candidates, MergeRule, float], 
     "wbf": (merge_by_fusion, 0.55),
 }
 """method -> (function, the IoU from which boxes merge where the spec gives none)"""
-assert MERGE_METHODS.keys() == set(get_args(MergeMethod)), "MergeMethod of config/spec.py must name these methods"
+assert MERGE_METHODS.keys() == set(get_args(MergeMethod)), "MergeMethod in config/detection_spec.py has other names"
 
 
 def merge_boxes(
