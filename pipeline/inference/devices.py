@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from types import MappingProxyType
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 PEAK_TFLOPS = MappingProxyType({"A100": 312.0, "H100": 989.0, "H200": 989.0})
 """Dense matrix products in bf16 or fp16 of the SXM modules, TFLOP/s, as NVIDIA states them."""
@@ -14,6 +16,8 @@ def accelerator_key(device: torch.device) -> str | None:
     """The device's key in PEAK_TFLOPS; None for a CPU and for a GPU that is not in it."""
     if device.type != "cuda":
         return None
+    import torch  # commands read the table before they need torch, which takes seconds
+
     name = torch.cuda.get_device_name(device)
     return next((key for key in PEAK_TFLOPS if key in name), None)
 
