@@ -1,18 +1,11 @@
-"""One Ray for all tests here: a small cluster, to which this process is connected too where a test asks for it.
-
-It has no token: Ray reads its settings once in a process, which many tests share.
-"""
+"""One Ray for all tests here: a small cluster, to which this process is connected too where a test asks for it."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 from refinedet.pipeline.config.spec import Cluster
-
-os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.drills.bench import Bench
 
