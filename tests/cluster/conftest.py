@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-from refinedet.pipeline.config.spec import Cluster
 from refinedet.pipeline.cluster.session import ray_session
+from refinedet.pipeline.config.spec import Cluster
 from refinedet.pipeline.drills.bench import Bench
 
 
