@@ -26,7 +26,7 @@ _Encoded = tuple[str, bytes]
 
 @dataclass(frozen=True)
 class Settings:
-    """How a replica runs the detector.
+    """Settings of a replica.
 
     threads  of torch; Ray leaves it at one
     wait_s   longest wait of an image for others to be detected with

@@ -29,7 +29,7 @@ _MALLOC = {"MALLOC_MMAP_MAX_": "65536", "MALLOC_TRIM_THRESHOLD_": str(2**17)}
 
 @dataclass(frozen=True)
 class Server:
-    """Where a detector is served.
+    """Place where a detector is served.
 
     gpus     of each replica
     address  of the cluster, as `refinedet launch`; default: a local node, which ends with the server

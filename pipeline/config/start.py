@@ -1,4 +1,4 @@
-"""What a run starts from, checked before anything is started: a file of weights, or another run's checkpoint."""
+"""Check of the start of a run, before anything runs: a file of weights, or another run's checkpoint."""
 
 from __future__ import annotations
 

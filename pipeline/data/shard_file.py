@@ -76,7 +76,7 @@ class ShardWork(NamedTuple):
 
 
 class WrittenShard(NamedTuple):
-    """What came of a shard: its line of the index, and the faults of its images."""
+    """Result of a shard: its line of the index, and the faults of its images."""
 
     number: int
     line: dict[str, Any]

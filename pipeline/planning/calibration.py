@@ -43,7 +43,7 @@ class Calibration:
 
 
 def fingerprint(spec: JobSpec) -> str:
-    """What a rate belongs to: model, sizes, precisions, threads, micro-batch; not its number of classes."""
+    """Digest of what a rate belongs to: model, sizes, precisions, threads, micro-batch; not the number of classes."""
     model = spec.model_dump(mode="json")["model"]
     training, evaluation = spec.training, spec.evaluation
     facts = {

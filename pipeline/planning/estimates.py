@@ -97,7 +97,7 @@ def estimate_step(
 
 @dataclass(frozen=True)
 class Workload:
-    """What a job does, whatever it runs on.
+    """Amount of work of a job, whatever it runs on.
 
     steps            0: not known
     forward_gflops   of one image of detection

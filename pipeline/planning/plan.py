@@ -47,7 +47,7 @@ _IMAGES_A_CORE = 280
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What the user may say about the machines.
+    """Facts about the machines that the user may give.
 
     device             key of DEVICES; None: by the spec
     nodes              instead of those that the workers fill
