@@ -25,11 +25,19 @@ AS_PROCESSES = [
 ]
 
 
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A detector's directory."""
+    folder = tmp_path_factory.mktemp("detector") / "whole"
+    config = RefineDetConfig(num_classes=2, input_size=64, backbone="resnet18", tcb_channels=8)
+    RefineDet(config).save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     write_files(tmp_path)
-    model = RefineDet(RefineDetConfig(num_classes=2, input_size=64, backbone="resnet18", tcb_channels=8))
-    model.save_pretrained(tmp_path / "whole")
+    (tmp_path / "whole").symlink_to(detector)
     monkeypatch.chdir(tmp_path)
     for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
         monkeypatch.delenv(name, raising=False)

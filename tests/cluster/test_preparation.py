@@ -124,6 +124,7 @@ def test_tasks_run_on_every_node_and_a_bounded_number_at_a_time(run: Run, second
     assert files_of(tmp_path / "shards") == files_of(alone)
 
 
+@pytest.mark.slow
 def test_a_task_that_dies_is_run_again_and_one_that_dies_again_and_again_is_an_error(run: Run, tmp_path: Path) -> None:
     died = tmp_path / "died"
 
@@ -156,6 +157,7 @@ def test_faults_of_images_come_from_the_tasks(run: Run, tmp_path: Path) -> None:
     assert shards[1].line["num_samples"] == 0
 
 
+@pytest.mark.slow
 def test_a_stop_ends_the_tasks_and_the_next_run_writes_the_rest(run: Run, tmp_path: Path) -> None:
     data = run.spec.data.model_copy(update={"train": (Split(count=400),), "val": ()})
     run = Run(run.spec.model_copy(update={"data": data}))
