@@ -114,11 +114,11 @@ def _create(path: str, content: bytes) -> bool:
     fs, name = storage.filesystem(path)
     if storage.is_local(path):
         partial = f"{name}.{uuid.uuid4().hex[:8]}.partial"
+        with open(partial, "wb") as file:
+            file.write(content)
         try:
-            with open(partial, "wb") as file:
-                file.write(content)
             os.link(partial, name)  # a lock is never seen half written
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # not found: the writer that holds the lock removed partial files
             return False
         finally:
             with suppress(FileNotFoundError):
@@ -131,6 +131,7 @@ def _create(path: str, content: bytes) -> bool:
         fs.pipe_file(name, content, mode="create")
     except FileExistsError:
         return False
-    except (TypeError, NotImplementedError, ValueError):  # a store without conditional writes
+    except (TypeError, NotImplementedError, ValueError):
+        logger.warning("the store of %s has no conditional writes: two writers that start at once may both write", path)
         fs.pipe_file(name, content)
     return True

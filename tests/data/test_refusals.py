@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -234,6 +235,26 @@ def test_a_killed_writer_leaves_nothing_behind(coco_folder: Write, tmp_path: Pat
     assert check_shards(str(folder)).faults == ()
     assert not list(folder.glob("*.partial"))
     assert not (folder / "writer.lock").exists()
+
+
+def test_a_writer_that_waits_outlives_the_removal_of_partial_files(tmp_path: Path) -> None:
+    """The holder removes every partial file, also the one that a waiting writer is about to make the lock of."""
+    ended = threading.Event()
+
+    def tidy() -> None:
+        while not ended.is_set():
+            for path in tmp_path.glob("*.partial"):
+                path.unlink(missing_ok=True)
+
+    tidying = threading.Thread(target=tidy)
+    tidying.start()
+    try:
+        for _ in range(200):
+            with writer_lock(str(tmp_path)) as lock:
+                lock.check()
+    finally:
+        ended.set()
+        tidying.join()
 
 
 def test_a_lock_expires_and_its_late_owner_notices(
