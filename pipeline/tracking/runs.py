@@ -61,7 +61,8 @@ class RunTracker(RunWriter):
         self._owner = uuid.uuid4().hex
         stores.prepare_store(self.uri)
         stores.quiet_mlflow()
-        client = MlflowClient(self.uri)
+        with stores.opening_alone(self.uri):
+            client = MlflowClient(self.uri)
         known = read_identity(run_dir)
         self.identity = known.get("identity") or uuid.uuid4().hex
         try:

@@ -5,11 +5,14 @@ Import this before MLflow: it reads its environment when it is imported.
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import sqlite3
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from refinedet.pipeline.config.spec import Tracking
 from refinedet.pipeline.runs import settings, storage
@@ -79,6 +82,17 @@ def prepare_store(uri: str) -> None:
             f"MLflow's store {path} cannot be opened ({error}); "
             "repair or move the file, or set tracking.uri to a server or another file"
         ) from error
+
+
+@contextmanager
+def opening_alone(uri: str) -> Iterator[None]:
+    """Hold other jobs off while the block opens a SQLite store: MLflow makes the tables of a new one without a lock."""
+    if not uri.startswith("sqlite:///"):
+        yield
+        return
+    with open(uri.removeprefix("sqlite:///").split("?")[0] + ".lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def check_store(tracking: Tracking, runs: str) -> None:

@@ -98,6 +98,39 @@ def test_a_killed_process_leaves_a_run_that_is_marked_and_resumed(runs):
     assert _history(tracker, "loss") == [(1, 2.0), (2, 1.0)]
 
 
+def test_jobs_that_start_together_share_a_new_store(tmp_path):
+    runs = tmp_path / "runs"  # without the tables that the fixture has made
+    runs.mkdir()
+    code = f"""
+        import sys, time
+        from pathlib import Path
+        from refinedet.pipeline.config.spec import Tracking
+        from refinedet.pipeline.tracking.runs import RunTracker
+        name = sys.argv[1]
+        print("ready", flush=True)
+        while not Path({str(tmp_path / "go")!r}).exists():
+            time.sleep(0.001)
+        with RunTracker(Tracking(), name=name, run_dir={str(runs)!r} + "/" + name, runs={str(runs)!r}) as tracker:
+            tracker.log_metrics(1, {{"loss": 2.0}})
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    jobs = [
+        subprocess.Popen([*command, name], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        for name in ("a", "b")
+    ]
+    for job in jobs:
+        assert job.stdout is not None
+        assert job.stdout.readline() == "ready\n"
+    (tmp_path / "go").touch()
+    for job in jobs:
+        _, errors = job.communicate(timeout=120)
+        assert job.returncode == 0, errors
+    client = MlflowClient(f"sqlite:///{runs}/mlflow.db")
+    (experiment,) = [one for one in client.search_experiments() if one.name != "Default"]
+    found = client.search_runs([experiment.experiment_id], "metrics.loss = 2 and attributes.status = 'FINISHED'")
+    assert sorted(run.info.run_name for run in found) == ["a", "b"]
+
+
 def test_replayed_records_change_nothing(runs):
     with _open(runs) as tracker:
         for _ in range(2):
