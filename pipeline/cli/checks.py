@@ -11,6 +11,7 @@ from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.planning.calibration import DEFAULT_FILE, save_calibration
+from refinedet.pipeline.planning.devices import find_device
 from refinedet.pipeline.planning.doctor import examine
 
 app = typer.Typer()
@@ -36,6 +37,8 @@ def plan(
     """
     spec = load_spec(job, overrides or ())
     check_spec(spec)
+    if device:
+        find_device(device)
     if not (device or nodes or gpus_per_node):  # a plan for other machines, which may see other data
         from refinedet.pipeline.data.presence import check_data
 

@@ -41,10 +41,12 @@ def compare(
             raise UserError("--page is for two to six runs; a sweep has a table, or --json.")
         print_sweep(load_sweep(runs[0], runs[1:]), as_json)
         return
+    from refinedet.pipeline.report.run_data import read_runs
+
+    folders = read_runs([storage.absolute(run) for run in runs])
     from refinedet.pipeline.report.run_comparison import build_comparison, compare_runs  # matplotlib takes a second
 
-    paths = [storage.absolute(run) for run in runs]
-    found = compare_runs(paths)
+    found = compare_runs(folders)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(found), indent=1))
     else:
@@ -54,7 +56,7 @@ def compare(
                 cells = [[row.name, *row.values, *([row.difference] if title != "Specs" else [])] for row in rows]
                 _print_table(title, columns, cells)
     if page:
-        typer.echo(build_comparison(paths, storage.absolute(page)), err=as_json)
+        typer.echo(build_comparison(folders, storage.absolute(page)), err=as_json)
 
 
 @app.command()

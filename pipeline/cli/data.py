@@ -26,10 +26,13 @@ def shard(job: Job, overrides: Overrides = None) -> None:
 
     They go to data.shards, or into the run's directory. Example: refinedet shard JOB.yaml data.root=datasets/coco
     """
-    from refinedet.pipeline.data.shards import prepare_shards
-    from refinedet.pipeline.runs.progress import ProgressDisplay
+    from refinedet.pipeline.data.presence import check_data
 
     run = Run(load_spec(job, overrides or ()))
+    check_data(run.spec)
+    from refinedet.pipeline.data.shards import prepare_shards  # webdataset takes torch, which takes seconds
+    from refinedet.pipeline.runs.progress import ProgressDisplay
+
     with ProgressDisplay() as display:
         for part in ("train", "val"):
             if not getattr(run.spec.data, part):
@@ -56,11 +59,14 @@ def init(
     """
     import os
 
-    import torch
+    from refinedet.pipeline.data.recognition import recognise
     from refinedet.pipeline.planning.initial_job import Hardware, propose_job
 
+    found = recognise(directory)
+    import torch  # after what may be wrong with the directory: it takes seconds
+
     hardware = Hardware(torch.cuda.device_count(), os.cpu_count() or 1)
-    job = propose_job(directory, hardware, name, str(output) if output else None)
+    job = propose_job(found, hardware, name, str(output) if output else None)
     if Path(job.file).exists():
         raise UserError(f"{job.file} exists: remove it, or choose another file with --output")
     Path(job.file).write_text(job.text)
@@ -84,10 +90,11 @@ def data_show(
     Example: refinedet data show JOB.yaml --output samples.png
     """
     from refinedet.pipeline.data.index import open_shards
-    from refinedet.pipeline.data.sheets import show_classes, show_samples
 
     run = Run(load_spec(job, overrides or ()))
     spec, shards = run.spec, open_shards(storage.join(run.shards, part))
+    from refinedet.pipeline.data.sheets import show_classes, show_samples  # with torch, for seconds
+
     plain = plain or part == "val"
     sizes, batch = training_sizes(spec), spec.training.global_batch
     if plain:
@@ -108,13 +115,14 @@ def data_stats(
 
     Boxes beside the anchors, duplicates, and images that are in train and val.
     """
-    from refinedet.pipeline.data.index import open_shards
-    from refinedet.pipeline.data.job_statistics import find_parts, job_statistics, statistics_rows
-    from rich.console import Console
-    from rich.table import Table
+    from refinedet.pipeline.data.index import find_parts, open_shards
 
     run = Run(load_spec(job, overrides or ()))
     parts = find_parts(run.shards) or {"train": open_shards(storage.join(run.shards, "train"))}
+    from refinedet.pipeline.data.job_statistics import job_statistics, statistics_rows  # with torch, for seconds
+    from rich.console import Console
+    from rich.table import Table
+
     statistics = job_statistics(parts, run.spec.model)
     table = Table("", *parts, box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for name, values in statistics_rows(statistics):
@@ -130,7 +138,10 @@ def data_stats(
 @data_app.command("check")
 def data_check(shards: Annotated[str, typer.Argument(help="directory or URI of shards")]) -> None:
     """Verify every digest and every box of shards."""
-    from refinedet.pipeline.data.inspection import check_shards
+    from refinedet.pipeline.data.index import open_shards
+
+    open_shards(shards)
+    from refinedet.pipeline.data.inspection import check_shards  # with torch, for seconds
 
     found = check_shards(shards)
     for fault in found.faults:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from refinedet.pipeline.cli.arguments import Address, Detector, Json, Output, Overrides, Shards, Weights
+from refinedet.pipeline.inference.devices import check_device_name
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.directory import check_run_directory
 from refinedet.pipeline.runs.errors import JobError, UserError
@@ -66,6 +67,7 @@ def predict(
     ):
         if value not in known:
             raise UserError(f"{option} must be one of {', '.join(known)}, received {value!r}.")
+    check_device_name(device)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output must be a directory, received the file {output}.")
     from refinedet.pipeline.inference.sources import find_sources
@@ -121,6 +123,8 @@ def export(
     A graph of standard operators: images in, boxes and scores of every anchor out.
     Example: refinedet export runs/quickstart --output detector.onnx
     """
+    if not output.parent.is_dir() or output.is_dir():
+        raise UserError(f"--output must be a file in an existing directory, received {output}.")
     from refinedet.pipeline.inference.exporting import export_weights
 
     typer.echo(export_weights(weights, output, format, height, width))
@@ -136,9 +140,12 @@ def report(
         check_run_directory(run)
     from refinedet.pipeline.report.report import build_report
     from refinedet.pipeline.report.run_comparison import build_comparison
+    from refinedet.pipeline.report.run_data import read_runs
 
     paths = [storage.absolute(run) for run in runs]
-    typer.echo(build_report(paths[0]) if len(paths) == 1 else build_comparison(paths, storage.absolute(output)))
+    typer.echo(
+        build_report(paths[0]) if len(paths) == 1 else build_comparison(read_runs(paths), storage.absolute(output))
+    )
 
 
 @app.command()

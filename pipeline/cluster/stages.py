@@ -14,11 +14,12 @@ from refinedet.pipeline.cluster.preparation_stage import run_preparation
 from refinedet.pipeline.cluster.recorder import TrainingRecorder
 from refinedet.pipeline.cluster.training_stage import run_training
 from refinedet.pipeline.config.identity import lasting_part
-from refinedet.pipeline.data.index import check_same_categories, open_shards
-from refinedet.pipeline.data.job_statistics import JOB_STATISTICS, find_parts, job_statistics
+from refinedet.pipeline.data.index import check_same_categories, find_parts, open_shards
+from refinedet.pipeline.data.job_statistics import job_statistics
 from refinedet.pipeline.evaluation.detection_job import DetectionJob, make_detection_job
 from refinedet.pipeline.report.report import build_report
 from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.directory import JOB_STATISTICS
 from refinedet.pipeline.training.training_job import check_classes
 
 Mode = Literal["single", "multiscale"]

@@ -28,8 +28,6 @@ from refinedet.pipeline.runs.errors import JobError, StoppedError, UserError
 from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
 from refinedet.pipeline.training.worker_checks import PreflightReport
 
-FAULT_VARIABLE = "REFINEDET_FAULT"
-"""environment, drills only: "MODULE:FUNCTION ARGUMENTS", see `WorkerTask.fault`"""
 NODE_LABEL = "ray.io/node-id"
 _POLL_S = 0.3
 _PATIENCE_S = 30.0
@@ -178,7 +176,7 @@ class _Training:
         task = WorkerTask(
             spec=self.run.spec_for_workers(),
             mailbox=self.mailbox.actor,
-            fault=settings.read(FAULT_VARIABLE) or "",
+            fault=settings.read(settings.FAULT_VARIABLE) or "",
             preflight_only=self.preflight_only,
             estimate_memory=self.preflight_only or bool(cluster.gpus_per_worker),
             began_at=self.began_at,

@@ -1,4 +1,4 @@
-"""Encoded images: their headers, strict decoding, re-encoding, the plain resize of evaluation, stacking to a tensor.
+"""Encoded images: their headers, strict decoding, re-encoding, and the plain resize of evaluation.
 
 A decoder that fills in what a damaged file lacks makes training data that nobody took. Every image is decoded
 strictly: what libjpeg-turbo only warns of is a refusal, the chunks of a PNG must match their checksums, and a WebP
@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import cv2
 import numpy as np
 import simplejpeg
-import torch
 from PIL import Image
-from torch import Tensor
-from torch.utils.data import default_collate
 
 MAX_PIXELS = 100_000_000
 """of an image: a header that claims more is refused before a decoder takes the memory for it"""
@@ -146,14 +142,3 @@ def resize_image(image: np.ndarray, size: int | tuple[int, int]) -> np.ndarray:
     """Plain bilinear resize of uint8 [H, W, 3] to a square side or (height, width): how evaluation sees an image."""
     height, width = (size, size) if isinstance(size, int) else size
     return cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-
-
-def image_tensor(image: np.ndarray) -> Tensor:
-    """A uint8 image [H, W, 3] as [3, H, W], without a copy where the array is contiguous and writable."""
-    return torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)
-
-
-def stack_images(images: Sequence[np.ndarray]) -> Tensor:
-    """uint8 images [H, W, 3] of one size to one uint8 tensor [B, 3, H, W], channels-last in memory."""
-    # In a worker of a loader this writes to shared memory at once, where the batch would be copied to otherwise.
-    return default_collate([torch.from_numpy(image) for image in images]).permute(0, 3, 1, 2)

@@ -17,7 +17,7 @@ from dataclasses import dataclass, fields
 from typing import Any, NamedTuple
 
 import numpy as np
-from refinedet.pipeline.data.remote import read_file, read_file_cached
+from refinedet.pipeline.data.remote import exists, read_file, read_file_cached
 from refinedet.pipeline.data.samples import Category
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -199,3 +199,9 @@ def open_shards(url: str) -> ShardSet:
     if version != FORMAT_VERSION:
         raise UserError(f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}: write them again")
     return ShardSet(url, index)
+
+
+def find_parts(shards: str) -> dict[str, ShardSet]:
+    """The parts "train" and "val" whose shards exist below a job's directory or URI of shards."""
+    urls = {part: storage.join(shards, part) for part in ("train", "val")}
+    return {part: open_shards(url) for part, url in urls.items() if exists(storage.join(url, INDEX))}

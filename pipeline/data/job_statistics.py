@@ -10,22 +10,13 @@ from typing import Any
 
 import numpy as np
 from refinedet.model.config import RefineDetConfig
-from refinedet.pipeline.data.index import INDEX, ShardSet, open_shards
+from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.reading import read_facts
-from refinedet.pipeline.data.remote import exists
 from refinedet.pipeline.data.statistics import ELONGATED, anchor_reach, image_hashes, read_statistics
-from refinedet.pipeline.runs import storage
 
-JOB_STATISTICS = "data.json"
 _EXAMPLES = 3
 _MANY_UNREACHED = 0.05
 """share of a part's objects from which the anchors are worth a sentence"""
-
-
-def find_parts(shards: str) -> dict[str, ShardSet]:
-    """The parts "train" and "val" whose shards exist below a job's directory or URI of shards."""
-    urls = {part: storage.join(shards, part) for part in ("train", "val")}
-    return {part: open_shards(url) for part, url in urls.items() if exists(storage.join(url, INDEX))}
 
 
 def job_statistics(parts: Mapping[str, ShardSet], model: RefineDetConfig) -> dict[str, Any]:

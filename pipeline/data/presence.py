@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.data.index import INDEX
@@ -16,8 +18,11 @@ _ONE_FILE = ("coco", "lvis", "cvat")
 
 def check_data(spec: JobSpec) -> None:
     """UserError where neither the shards of a job nor the data sets that they are written from exist here."""
+    shards = Run(spec).shards
+    if storage.is_local(shards) and os.path.isfile(shards):
+        raise UserError(f"data.shards must be a directory, received the file {shards}.")
     for part in ("train", "val"):
-        if storage.exists(storage.join(Run(spec).shards, part, INDEX)):
+        if storage.exists(storage.join(shards, part, INDEX)):
             continue
         for split in getattr(spec.data, part):
             root_of(spec.data, split)

@@ -19,7 +19,7 @@ from refinedet.pipeline.config.batches import BatchPlan
 from refinedet.pipeline.config.spec import Augmentation
 from refinedet.pipeline.data.augmentation import Picture, augment
 from refinedet.pipeline.data.cache import ShardCache, prefetch
-from refinedet.pipeline.data.images import resize_image, stack_images
+from refinedet.pipeline.data.images import resize_image
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.order import (
     batch_bounds,
@@ -32,6 +32,7 @@ from refinedet.pipeline.data.randomness import keyed_integer
 from refinedet.pipeline.data.reading import SampleReader, grey_sample
 from refinedet.pipeline.data.samples import BadSample, Batch, Cursor, Sample
 from refinedet.pipeline.data.sampling import EpochDraws, Repeats
+from refinedet.pipeline.data.tensors import stack_images
 from torch import Tensor
 from torch.utils.data import IterableDataset, get_worker_info
 

@@ -21,7 +21,6 @@ from typing import Any
 
 import psutil
 import yaml
-from refinedet.pipeline.cluster.training_stage import FAULT_VARIABLE
 from refinedet.pipeline.drills.faults import hook
 from refinedet.pipeline.runs import settings
 from refinedet.pipeline.runs.errors import JobError
@@ -144,7 +143,7 @@ class Bench:
         stages = "train" if (self.folder / "shards" / "train" / "index.json").exists() else "prepare,train"
         command = [sys.executable, "-m", "refinedet.pipeline.cli", "launch", str(spec), "--stages", stages]
         command += ["--address", self.cluster.address]
-        environment = settings.inherited(**({FAULT_VARIABLE: hook(fault)} if fault else {}))
+        environment = settings.inherited(**({settings.FAULT_VARIABLE: hook(fault)} if fault else {}))
         output = self.folder / f"{spec.stem}.{time.time_ns()}.out"
         with open(output, "wb") as file:
             process = subprocess.Popen(

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from refinedet.model import sum_losses
+from refinedet import model
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
@@ -41,7 +41,7 @@ def hook(faults: str) -> str:
 
 def faulty_loss(faults: str, run: Run, rank: int) -> Callable[..., Any]:
     """The loss of the run's model, with the faults of this rank; a file in the run records that one struck."""
-    loss: Callable[..., Any] = functools.partial(sum_losses, config=run.spec.model)
+    loss: Callable[..., Any] = functools.partial(model.sum_losses, config=run.spec.model)
     for fault in parse_faults(faults):
         if fault.rank == rank:
             loss = _broken(loss, fault, run.path)

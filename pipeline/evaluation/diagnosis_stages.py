@@ -14,8 +14,8 @@ from refinedet.model.anchors import count_anchors
 from refinedet.model.boxes import decode_boxes
 from refinedet.model.filtering import select_survivors
 from refinedet.model.structures import Detections, Predictions
-from refinedet.pipeline.data.images import image_tensor
 from refinedet.pipeline.data.samples import Sample
+from refinedet.pipeline.data.tensors import image_tensor
 from refinedet.pipeline.evaluation.diagnosis import STAGES, LevelStages
 from refinedet.pipeline.evaluation.diagnosis_examination import IOU
 from refinedet.pipeline.inference.detect import evaluating

@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from refinedet.model import RefineDet, RefineDetConfig, detect_images
 from refinedet.pipeline.config.spec import Evaluation
-from refinedet.pipeline.data.images import image_tensor
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.reading import EvaluationSamples
 from refinedet.pipeline.data.samples import Category, Sample
+from refinedet.pipeline.data.tensors import image_tensor
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.inference.merging import merge_boxes
 from torch import Tensor

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from types import MappingProxyType
 from typing import TYPE_CHECKING
+
+from refinedet.pipeline.runs.errors import UserError
 
 if TYPE_CHECKING:
     import torch
 
 PEAK_TFLOPS = MappingProxyType({"A100": 312.0, "H100": 989.0, "H200": 989.0})
 """Dense matrix products in bf16 or fp16 of the SXM modules, TFLOP/s, as NVIDIA states them."""
+
+
+def check_device_name(name: str | None) -> None:
+    """UserError for what is no name of a device; whether it is there is another question."""
+    if name is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UserError(f"The device must be cpu, cuda or cuda:N, received {name!r}.")
 
 
 def accelerator_key(device: torch.device) -> str | None:

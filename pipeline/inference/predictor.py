@@ -12,6 +12,7 @@ from refinedet.model import RefineDet
 from refinedet.pipeline.config.recipes import resolve_merge, resolve_passes
 from refinedet.pipeline.config.spec import Multiscale
 from refinedet.pipeline.inference.detect import Found, detect_view, evaluating
+from refinedet.pipeline.inference.devices import check_device_name
 from refinedet.pipeline.inference.merging import merge_boxes
 from refinedet.pipeline.inference.multiscale import detect_in_views
 from refinedet.pipeline.inference.precision import autocast_type
@@ -80,12 +81,10 @@ class Predictor:
 
 
 def _device(name: str | None) -> torch.device:
-    try:
-        place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"The device must be cpu, cuda or cuda:N, received {name!r}.") from None
-    if place.type not in ("cpu", "cuda") or (place.index or 0) >= max(1, torch.cuda.device_count()):
-        raise UserError(f"The device must be cpu, cuda or cuda:N, received {name!r}.")
+    check_device_name(name)
+    place = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
     if place.type == "cuda" and not torch.cuda.is_available():
         raise UserError(f"The device {name!r} needs a GPU, and torch finds none here; leave it out, or give cpu.")
+    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"There is no device {name!r}; torch finds {torch.cuda.device_count()} GPUs here.")
     return place

@@ -12,7 +12,7 @@ from typing import Any
 import safetensors.torch
 import torch
 from refinedet.model import RefineDet, RefineDetConfig, load_weights
-from refinedet.model.hub import CATEGORIES
+from refinedet.model.hub_files import CATEGORIES
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from safetensors import SafetensorError

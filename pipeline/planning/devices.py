@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from refinedet.pipeline.inference.devices import PEAK_TFLOPS
+from refinedet.pipeline.runs.errors import UserError
 
 _GIB = 2**30
 
@@ -66,6 +67,13 @@ DEVICES = {
     "H100": Device("H100 80 GB", 79 * _GIB, PEAK_TFLOPS["H100"], _GPU_UTILIZATION, 40, _PUBLISHED, node_gb_s=80),
     "H200": Device("H200", 139 * _GIB, PEAK_TFLOPS["H200"], _GPU_UTILIZATION, 40, _PUBLISHED, node_gb_s=80),
 }
+
+
+def find_device(name: str) -> Device:
+    """The device of a key of DEVICES, in any case of letters; UserError where there is none."""
+    if name.upper() not in DEVICES:
+        raise UserError(f"There is no device {name!r} in the plan's model; choose one of {', '.join(DEVICES)}.")
+    return DEVICES[name.upper()]
 
 
 def assumed_speed(device: Device, training_precision: str, detection_precision: str, cores: float = 1) -> Speed:

@@ -13,7 +13,7 @@ from refinedet.pipeline.config.spec_files import parse_spec
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.images import read_header
 from refinedet.pipeline.data.readers import Part, read_part
-from refinedet.pipeline.data.recognition import Recognised, recognise
+from refinedet.pipeline.data.recognition import Recognised
 
 _MANY = 2**62
 _SMALLEST_ANCHOR = 32  # pixels
@@ -44,13 +44,12 @@ class InitialJob:
     """one line about the data set"""
 
 
-def propose_job(root: str, hardware: Hardware, name: str | None = None, file: str | None = None) -> InitialJob:
-    """Recognise a data set and write a job that trains on it. Raises UserError for what cannot be trained on.
+def propose_job(found: Recognised, hardware: Hardware, name: str | None = None, file: str | None = None) -> InitialJob:
+    """Write a job that trains on a data set. Raises UserError for what cannot be trained on.
 
     name  default: the directory's
     file  path that the spec will have, for its comments; default: NAME.yaml
     """
-    found = recognise(root)
     faults = FaultLog(_MANY, found.root, silent=True)
     held_out = not found.val and len(_read(found, "train", faults).records) >= _FEWEST_DIVIDED
     if held_out:

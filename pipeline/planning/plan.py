@@ -16,10 +16,11 @@ from refinedet.pipeline.config.recipes import describe_source, estimate_cost, re
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.schedule import make_schedule
 from refinedet.pipeline.config.spec import JobSpec
-from refinedet.pipeline.data.job_statistics import find_parts, job_statistics
+from refinedet.pipeline.data.index import find_parts
+from refinedet.pipeline.data.job_statistics import job_statistics
 from refinedet.pipeline.data.readers import format_of
 from refinedet.pipeline.planning.calibration import load_calibrations, measured_speed
-from refinedet.pipeline.planning.devices import DEVICES, Device, Speed, assumed_speed
+from refinedet.pipeline.planning.devices import Device, Speed, assumed_speed, find_device
 from refinedet.pipeline.planning.estimates import (
     RESTART_S,
     Duration,
@@ -34,7 +35,6 @@ from refinedet.pipeline.planning.estimates import (
 from refinedet.pipeline.planning.workload import UNKNOWN_IMAGES, describe_workload, epoch_length, evaluated_images
 from refinedet.pipeline.runs.durations import describe_duration
 from refinedet.pipeline.runs.environment import processor
-from refinedet.pipeline.runs.errors import UserError
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -94,11 +94,7 @@ def make_plan(spec: JobSpec, assumed: Assumptions = Assumptions()) -> _Plan:
     """
     check_spec(spec)
     key = (assumed.device or ("A100" if spec.cluster.gpus_per_worker else "CPU")).upper()
-    device = DEVICES.get(key)
-    if device is None:
-        raise UserError(
-            f"There is no device {assumed.device!r} in the plan's model; choose one of {', '.join(DEVICES)}."
-        )
+    device = find_device(key)
     workers = spec.cluster.min_workers
     if assumed.gpus_per_node or (assumed.nodes and device.is_gpu):
         workers = (assumed.nodes or 1) * (assumed.gpus_per_node or device.per_node)

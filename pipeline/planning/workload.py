@@ -8,7 +8,7 @@ from refinedet.model.cost import count_cost
 from refinedet.pipeline.config.recipes import estimate_cost, resolve_passes
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
-from refinedet.pipeline.data.job_statistics import find_parts
+from refinedet.pipeline.data.index import find_parts
 from refinedet.pipeline.data.sampling import expected_repeats
 from refinedet.pipeline.planning.estimates import Workload
 

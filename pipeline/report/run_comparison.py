@@ -15,11 +15,8 @@ from refinedet.pipeline.report.run_data import RunFolder, read_run
 from refinedet.pipeline.report.training_charts import duration, epochs_of, get, ledger_total
 from refinedet.pipeline.report.verdict import headline, signed, verdict
 from refinedet.pipeline.runs import storage
-from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.redaction import flatten
 
-MAX_RUNS = 6
-"""as many columns as a page holds"""
 _NOT_COMPARED = ("name", "runs")
 _MAX_CLASSES = 15
 
@@ -48,15 +45,9 @@ class Comparison:
     classes: tuple[Row, ...]
 
 
-def compare_runs(run_dirs: Sequence[str]) -> Comparison:
-    """Compare two to six runs. UserError where a directory is no run, or their number is another."""
-    return _compare(_read_runs(run_dirs))
-
-
-def build_comparison(run_dirs: Sequence[str], output: str) -> str:
-    """Write the runs side by side as one offline page to `output`; returns it."""
-    runs = _read_runs(run_dirs)
-    comparison = _compare(runs)
+def build_comparison(runs: Sequence[RunFolder], output: str) -> str:
+    """Write the runs of `run_data.read_runs` side by side as one offline page to `output`; returns it."""
+    comparison = compare_runs(runs)
     page = template_environment().get_template("comparison.html.j2").render(
         comparison=comparison,
         runs=[
@@ -89,16 +80,8 @@ def run_rows(runs_dir: str) -> list[dict[str, str]]:
     return rows
 
 
-def _read_runs(run_dirs: Sequence[str]) -> list[RunFolder]:
-    if not 2 <= len(run_dirs) <= MAX_RUNS:
-        raise UserError(f"Give 2 to {MAX_RUNS} runs to compare, received {len(run_dirs)}.")
-    for path in run_dirs:
-        if not storage.exists(storage.join(path, "spec.yaml")):
-            raise UserError(f"{path!r} is no run's directory (it has no spec.yaml); give one, as in runs/quickstart.")
-    return [read_run(path) for path in run_dirs]
-
-
-def _compare(runs: Sequence[RunFolder]) -> Comparison:
+def compare_runs(runs: Sequence[RunFolder]) -> Comparison:
+    """Compare what `run_data.read_runs` has read."""
     names = [run.name for run in runs]
     if len(set(names)) < len(names):  # the same name in different directories
         names = [f"{name} ({index})" for index, name in enumerate(names, start=1)]

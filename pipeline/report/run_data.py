@@ -10,13 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
-from refinedet.pipeline.data.job_statistics import JOB_STATISTICS
 from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.directory import JOB_STATISTICS, check_run_directory
+from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.metrics_file import metric_values
 from refinedet.pipeline.runs.redaction import redact
 from refinedet.pipeline.runs.timeline import Span, read_timeline
@@ -25,6 +26,8 @@ logger = logging.getLogger(__name__)
 
 METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MODES = ("single", "multiscale")
+MAX_RUNS = 6
+"""in a comparison: as many columns as a page holds"""
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,15 @@ class RunFolder:
     @property
     def status(self) -> str:
         return str(self.tracking.get("status", "UNKNOWN"))
+
+
+def read_runs(paths: Sequence[str]) -> list[RunFolder]:
+    """Read two to six runs, to compare them; UserError for another number, or where a directory is no run's."""
+    if not 2 <= len(paths) <= MAX_RUNS:
+        raise UserError(f"Give 2 to {MAX_RUNS} runs to compare, received {len(paths)}.")
+    for path in paths:
+        check_run_directory(path)
+    return [read_run(path) for path in paths]
 
 
 def read_run(path: str) -> RunFolder:

@@ -15,6 +15,9 @@ from refinedet.pipeline.runs.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+JOB_STATISTICS = "data.json"
+"""file of a run: what its data sets hold"""
+
 
 def check_run_directory(directory: str) -> None:
     """UserError where a directory is no run's."""

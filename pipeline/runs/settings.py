@@ -65,6 +65,7 @@ _ALL = (
     Variable("GIT_PYTHON_REFRESH", "mlflow", "text", "quiet", "MLflow's git library runs without git"),
 )
 VARIABLES = {variable.name: variable for variable in _ALL}
+FAULT_VARIABLE = "REFINEDET_FAULT"
 
 
 def read(name: str) -> str | None:

@@ -37,12 +37,12 @@ import torch  # noqa: E402
 import webdataset as wds  # noqa: E402
 from refinedet.pipeline.config.spec import Augmentation, Data, Split  # noqa: E402
 from refinedet.pipeline.data.augmentation import INTERPOLATIONS, MEAN_RGB, augment  # noqa: E402
-from refinedet.pipeline.data.images import stack_images  # noqa: E402
 from refinedet.pipeline.data.index import FORMAT_VERSION, ShardSet, contents_name, open_shards  # noqa: E402
 from refinedet.pipeline.data.order import EpochOrder  # noqa: E402
 from refinedet.pipeline.data.reading import decode_sample  # noqa: E402
 from refinedet.pipeline.data.samples import Cursor  # noqa: E402
 from refinedet.pipeline.data.shards import prepare_shards  # noqa: E402
+from refinedet.pipeline.data.tensors import stack_images  # noqa: E402
 from refinedet.pipeline.runs import storage  # noqa: E402
 
 from tests.data.streams import PLAIN, open_stream  # noqa: E402

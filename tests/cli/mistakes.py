@@ -87,7 +87,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["predict", "whole", "photo.png", "--output", "photo.png"], "photo.png"),
     (["predict", "whole", "photo.png", "--format", "xml"], "xml"),
     (["predict", "whole", "photo.png", "--precision", "int8"], "int8"),
-    (["predict", "cut.safetensors", "photo.png", "--device", "gpu"], "gpu"),
+    (["predict", "whole", "photo.png", "--device", "gpu"], "gpu"),
     (["serve", "nowhere"], "nowhere"),
     (["serve", "whole", "--device", "tpu"], "tpu"),
     (["serve", "whole", "--host", "300.1.1.1"], "300.1.1.1"),

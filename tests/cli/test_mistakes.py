@@ -83,3 +83,23 @@ def test_a_process_ends_the_same(arguments: list[str], here: Path) -> None:
     command = [sys.executable, "-m", "refinedet.pipeline.cli", *arguments]
     done = subprocess.run(command, cwd=here, env=environment, capture_output=True, text=True)
     check(done.returncode, done.stderr, next(said for known, said in MISTAKES if known == arguments))
+
+
+def test_the_answer_does_not_wait_for_torch(here: Path) -> None:
+    """Torch takes seconds to load; a backbone's name alone is known only to timm, which needs it."""
+    code = """
+import contextlib, io, sys
+from refinedet.pipeline.cli.main import main
+from tests.cli.mistakes import MISTAKES
+for arguments, _ in MISTAKES:
+    if not any(word.startswith("model.backbone=") for word in arguments):
+        sys.argv = ["refinedet", *arguments]
+        with contextlib.suppress(SystemExit), contextlib.redirect_stderr(io.StringIO()):
+            main()
+        if "torch" in sys.modules:
+            sys.exit(f"torch was loaded for {' '.join(arguments)}")
+"""
+    root = Path(__file__).parents[2]
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run([sys.executable, "-c", code], cwd=here, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from refinedet.pipeline.cluster.dashboard import HEADERS
 from refinedet.pipeline.cluster.jobs import JobsClient
-from refinedet.pipeline.cluster.training_stage import FAULT_VARIABLE
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.config.spec_files import dump_spec
 from refinedet.pipeline.drills.faults import hook
 from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.settings import FAULT_VARIABLE
 
 from tests.cluster.hosts import RayCluster, one_host
 

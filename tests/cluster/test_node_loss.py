@@ -13,9 +13,9 @@ from typing import Any
 import psutil
 import pytest
 import yaml
-from refinedet.pipeline.cluster.training_stage import FAULT_VARIABLE
 from refinedet.pipeline.drills.bench import SPEC
 from refinedet.pipeline.drills.faults import hook
+from refinedet.pipeline.runs.settings import FAULT_VARIABLE
 
 from tests.cluster.hosts import RayCluster, reason_against_two_hosts, two_hosts
 

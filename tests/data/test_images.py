@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageOps
-from refinedet.pipeline.data.images import decode_image, read_header, resize_image, stack_images, turn_upright
+from refinedet.pipeline.data.images import decode_image, read_header, resize_image, turn_upright
+from refinedet.pipeline.data.tensors import stack_images
 
 
 def picture(mode: str = "RGB", **options: object) -> bytes:

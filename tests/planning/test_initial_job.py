@@ -36,7 +36,7 @@ def test_the_job_of_every_format_reads_its_data(
     tmp_path: Path, images: dict[str, bytes], write: Callable[[Path, dict[str, bytes]], tuple[str, Split]]
 ) -> None:
     name, _ = write(tmp_path / "set", images)
-    job = propose_job(str(tmp_path / "set"), CPU)
+    job = propose_job(recognise(str(tmp_path / "set")), CPU)
     spec = parse_spec(yaml.safe_load(job.text), source="init")
     check_spec(spec)
     assert spec.data.format == name
@@ -74,7 +74,7 @@ def test_lists_of_voc_years_are_told_apart(tmp_path: Path, images: dict[str, byt
 def test_the_schedule_is_for_the_number_of_images(tmp_path: Path, images: dict[str, bytes]) -> None:
     formats.write_coco(tmp_path / "set", images)
     for hardware, workers in ((CPU, 2), (GPUS, 8)):
-        spec = parse_spec(yaml.safe_load(propose_job(str(tmp_path / "set"), hardware).text), source="init")
+        spec = parse_spec(yaml.safe_load(propose_job(recognise(str(tmp_path / "set")), hardware).text), source="init")
         assert spec.cluster.max_workers == workers
         assert spec.training.decay_epochs[-1] < spec.training.epochs
         assert spec.training.warmup_epochs <= spec.training.epochs / 10
@@ -93,7 +93,7 @@ def test_init_writes_a_file_once(tmp_path: Path, images: dict[str, bytes], monke
 def test_a_tenth_is_held_out_where_there_is_no_validation_split(tmp_path: Path, images: dict[str, bytes]) -> None:
     for number in range(10):
         formats.write_labelme(tmp_path / "set" / f"{number}", images)
-    job = propose_job(str(tmp_path / "set"), CPU)
+    job = propose_job(recognise(str(tmp_path / "set")), CPU)
     assert "to validate on (no validation split was found: every tenth image is held out)" in job.summary
     spec = parse_spec(yaml.safe_load(job.text), source="init")
     counts = [prepare_shards(spec.data, part, str(tmp_path / part)).num_samples for part in ("train", "val")]

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 from refinedet.pipeline.report.report import build_report
 from refinedet.pipeline.report.run_comparison import build_comparison
+from refinedet.pipeline.report.run_data import read_runs
 
 from tests.report.synthetic import images, write_run
 
@@ -138,7 +139,7 @@ def test_dark_and_light_are_both_readable(page, tmp_path):
 def test_runs_side_by_side_fit_too(width, tmp_path):
     for name in ("one", "two"):
         write_run(tmp_path / name, num_images=4, size=32, num_steps=24)
-    path = build_comparison([str(tmp_path / "one"), str(tmp_path / "two")], str(tmp_path / "both.html"))
+    path = build_comparison(read_runs([str(tmp_path / "one"), str(tmp_path / "two")]), str(tmp_path / "both.html"))
     with open(path) as file:
         assert _measure(file.read(), width, tmp_path)["faults"] == []
 

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from refinedet.pipeline.report.run_comparison import build_comparison, compare_runs, run_rows
+from refinedet.pipeline.report.run_data import read_runs
 from refinedet.pipeline.runs.errors import UserError
 
 from tests.report.synthetic import write_run
@@ -23,7 +24,7 @@ def runs(tmp_path_factory):
 
 
 def test_runs_are_compared_by_results_and_by_what_is_different(runs):
-    found = compare_runs([str(runs / "first"), str(runs / "second")])
+    found = compare_runs(read_runs([str(runs / "first"), str(runs / "second")]))
     assert found.names == ("first", "second")
     ap = next(row for row in found.results if row.name == "AP, single scale")
     assert (ap.values, ap.difference) == (("0.503", "0.400"), "−0.103")
@@ -32,14 +33,14 @@ def test_runs_are_compared_by_results_and_by_what_is_different(runs):
 
 
 def test_a_run_beside_itself_has_no_difference(runs):
-    found = compare_runs([str(runs / "first")] * 2)
+    found = compare_runs(read_runs([str(runs / "first")] * 2))
     assert found.names == ("first (1)", "first (2)")
     assert found.spec == ()
     assert {row.difference for row in found.results} <= {"0.000", ""}
 
 
 def test_the_page_holds_both_runs_and_needs_no_network(runs, tmp_path):
-    path = build_comparison([str(runs / "first"), str(runs / "second")], str(tmp_path / "both.html"))
+    path = build_comparison(read_runs([str(runs / "first"), str(runs / "second")]), str(tmp_path / "both.html"))
     page = (tmp_path / "both.html").read_text()
     assert path == str(tmp_path / "both.html")
     assert "training.learning_rate" in page
@@ -50,7 +51,7 @@ def test_the_page_holds_both_runs_and_needs_no_network(runs, tmp_path):
 @pytest.mark.parametrize("names", [[], ["first"], ["first", "nowhere"], ["first"] * 7])
 def test_what_cannot_be_compared_is_a_user_error(runs, names):
     with pytest.raises(UserError):
-        compare_runs([str(runs / name) for name in names])
+        read_runs([str(runs / name) for name in names])
 
 
 def test_all_runs_of_a_directory_are_rows(runs, tmp_path):

@@ -1,0 +1,100 @@
+"""Where a detector's file lies, and what its header says; without torch, which takes seconds to load."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+
+FILE, RUN_FILE = "model.safetensors", "weights.safetensors"
+"""name in a directory of `save_pretrained`, and in the directory of a training run"""
+CONFIG, CATEGORIES, PREPROCESSING = "config", "categories", "preprocessing"
+"""keys of the file's metadata; the values are JSON"""
+
+
+def check_detector(source: str) -> None:
+    """Raise ValueError where `source` can be no detector, as far as a path and a file's header tell.
+
+    source  as in `hub.load_detector`; of a URI the protocol is looked at, the hub is not asked
+    """
+    if "://" in source:
+        try:
+            import fsspec
+
+            fsspec.get_filesystem_class(source.partition("://")[0])
+        except (ImportError, ValueError) as error:
+            raise ValueError(f"weights must be readable, received {source!r} ({error}).") from None
+    elif path := _find(source):
+        try:
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"weights must be a safetensors file, received {source!r} ({error}).") from None
+        check_metadata(metadata, source)
+
+
+def check_metadata(metadata: dict[str, str], source: str) -> None:
+    """Raise ValueError where a file's metadata hold no detector's config."""
+    if CONFIG not in metadata:
+        raise ValueError(
+            f"weights must carry the detector's config, received {source!r} without one; build a RefineDet from "
+            "its config and call load_weights."
+        )
+
+
+def _find(source: str) -> Path | None:
+    """Path of the file, None for the hub's owner/name; ValueError where it can be neither."""
+    path = Path(source)
+    if path.is_dir():
+        found = [path / name for name in (FILE, RUN_FILE) if (path / name).is_file()]
+        if not found:
+            raise ValueError(f"a detector's directory must hold {FILE} or {RUN_FILE}, received {source!r} without.")
+        return found[0]
+    if path.is_file():
+        return path
+    if source.count("/") != 1 or source.endswith(".safetensors"):
+        raise ValueError(f"weights must be a file, a directory, a URI or the hub's owner/name, received {source!r}.")
+    return None
+
+
+def read_detector(source: str, hub_options: dict[str, Any]) -> bytes:
+    """Content of the file; ValueError where there is none."""
+    if "://" in source:
+        return _read_uri(source)
+    if path := _find(source):
+        return path.read_bytes()
+    from huggingface_hub import hf_hub_download  # only for the hub
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, FILE, **hub_options)).read_bytes()
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise ValueError(
+            f"weights must exist, received {source!r}, which is no path here and no repository that the hub gives "
+            f"({str(error).splitlines()[0]})."
+        ) from None
+
+
+def _read_uri(source: str) -> bytes:
+    try:
+        import fsspec
+    except ImportError:
+        raise ValueError(f"reading {source!r} needs fsspec; install it with `pip install fsspec`.") from None
+    names = [""] if source.endswith(".safetensors") else [f"/{FILE}", f"/{RUN_FILE}"]
+    for name in names:
+        try:
+            with fsspec.open(f"{source.rstrip('/')}{name}", "rb") as file:
+                return file.read()  # pyright: ignore[reportAttributeAccessIssue]
+        except FileNotFoundError:
+            continue
+        except (OSError, ImportError, ValueError) as error:
+            raise ValueError(f"weights must be readable, received {source!r} ({error}).") from None
+    raise ValueError(f"weights must exist, received {source!r}, which has neither {FILE} nor {RUN_FILE}.")
+
+
+def read_metadata(content: bytes) -> dict[str, str]:
+    """The metadata of a safetensors file: its header is JSON, after eight bytes that hold its length."""
+    length = int.from_bytes(content[:8], "little")
+    return json.loads(content[8 : 8 + length]).get("__metadata__", {})
