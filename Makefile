@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 # Compiled as they are installed: Ray starts a dozen processes for a job, and each would compile what it imports.
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt
 
-.PHONY: quickstart test test-all gpu-check check format docs bench install build clean
+.PHONY: quickstart test test-all gpu-check check format docs bench benchmarks install build clean
 
 quickstart: install
 	$(BIN)/refinedet launch jobs/quickstart.yaml
@@ -41,6 +41,10 @@ gpu-check:
 
 bench: install
 	for bench in tests/bench/bench_*.py; do $(BIN)/python -m tests.bench.$$(basename $$bench .py) || exit 1; done
+
+# The tables of BENCHMARKS.md and the plots of the README, from tests/bench/results/*.json
+benchmarks: install
+	$(BIN)/python -m tests.bench.tables
 
 install: $(VENV)/.installed
 
