@@ -64,6 +64,27 @@ def test_a_mistake_is_one_sentence(tmp_path, changes, said):
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
 def test_sweeps_that_ship_are_read(path):
-    sweep = load_sweep(str(path))
+    sweep = load_sweep(str(path), ["data.root=elsewhere"])
+    assert sweep.spec.name == path.stem
     assert len(sweep.runs) == len(sweep.spec.seeds) * len(sweep.spec.variants)
-    assert sweep.spec.compare
+    assert len({run.spec.model_dump_json(exclude={"name", "seed"}) for run in sweep.runs}) == len(sweep.spec.variants)
+    assert {run.spec.data.root for run in sweep.runs} == {"elsewhere"}
+    head = path.read_text().partition("\nname:")[0]
+    assert f"# Command:   refinedet sweep jobs/sweeps/{path.name}" in head
+    assert all(f"\n# {word}:" in head for word in ("Hardware", "Expected", "Time"))
+
+
+@pytest.mark.parametrize("path", SWEEPS, ids=lambda path: path.stem)
+def test_claims_of_sweeps_that_ship_are_the_papers(path):
+    """mAP of tables II to IV on VOC 2007 test, and of section V-A's deformable convolution."""
+    full, vanilla, no_filtering, no_cascade = 81.1, 80.0, 79.5, 77.3
+    paper = {
+        "full": full, "vanilla": vanilla, "deformable": 80.5, "no_filtering": no_filtering,
+        "no_cascade": no_cascade, "no_tcb": 76.2, "kernel_3": full, "kernel_5": 81.3, "kernel_7": 81.2,
+        "theta_1": no_filtering, "theta_099": vanilla, "theta_098": 80.0, "theta_095": 79.6, "theta_090": 78.1,
+        "theta_080": 75.2,
+    }  # fmt: skip
+    claims = load_sweep(str(path)).spec.compare
+    assert claims
+    for claim in claims:
+        assert claim.paper == pytest.approx(paper[claim.better] - paper[claim.worse])
