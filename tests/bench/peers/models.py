@@ -175,7 +175,9 @@ PEERS: dict[str, Callable[..., Peer]] = {
 }
 
 
-def build_peer(name: str, config: RefineDetConfig, weights: Mapping[str, Tensor], **options: Any) -> Peer:
+def build_peer(
+    name: str, config: RefineDetConfig, weights: Mapping[str, Tensor], seed: int = 0, **options: Any
+) -> Peer:
     """A peer of `PEERS`, its backbone from `weights`; initialised alike in every process."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     return PEERS[name](config, weights, **options).train()

@@ -3,9 +3,10 @@
     refinedet shard jobs/coco_photos.yaml data.root=PHOTOS data.shards=SHARDS
     python -m tests.bench.peers.train ssd --shards SHARDS/train --photos PHOTOS --weights LITE0.pth --output FOLDER
 
-PHOTOS holds val/ and annotations/instances_val.json. FOLDER receives curve.jsonl, one line for each validation, and
-checkpoint.pt; the same command resumes. Everything but the model is equal for all: only `--learning-rate` is tuned for
-each, over the same number of values.
+PHOTOS holds val/ and annotations/instances_val.json. The classes are those of the shards: those of
+`refinedet shard jobs/coco_photos_10.yaml` hold the ten most frequent, and no object of another class. FOLDER receives
+curve.jsonl, one line for each validation, and checkpoint.pt; the same command resumes. Everything but the model is
+equal for all: only `--learning-rate` is tuned for each, over the same number of values.
 """
 
 from __future__ import annotations
@@ -46,9 +47,10 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(args.threads)
     weights = torch.load(args.weights, map_location="cpu", weights_only=True)
-    options: dict[str, Any] = {"num_classes": 80, "tcb_channels": 128, "prediction_block": False}
+    shards = open_shards(str(args.shards))
+    options: dict[str, Any] = {"num_classes": shards.num_classes, "tcb_channels": 128, "prediction_block": False}
     config = RefineDetConfig(backbone=args.backbone, input_size=args.size, **{**options, **json.loads(args.model)})
-    peer = build_peer(args.peer, config, weights).to(memory_format=torch.channels_last)
+    peer = build_peer(args.peer, config, weights, args.seed).to(memory_format=torch.channels_last)
     pretrained = {parameter for name, parameter in peer.named_parameters() if ".body." in name}
     if args.backbone_rate == 0:
         for parameter in pretrained:
@@ -66,13 +68,12 @@ def main() -> None:
         peer.load_state_dict(saved["peer"])
         optimizer.load_state_dict(saved["optimizer"])
         step, seconds = saved["step"], saved["seconds"]
-    shards = open_shards(str(args.shards))
     per_epoch = count_batches(shards.num_samples, BATCH)
     stream = open_stream(
-        shards, input_size=args.size, augmentation=Augmentation(expand=args.expand), seed=0, global_batch=BATCH,
+        shards, input_size=args.size, augmentation=Augmentation(expand=args.expand), seed=args.seed, global_batch=BATCH,
         start=Cursor(*divmod(step, per_epoch)), epochs=args.epochs,
     )  # fmt: skip
-    judge = Judge(args.photos, args.size)
+    judge = Judge(args.photos, args.size, [category.name for category in shards.categories])
     recent: list[dict[str, float]] = []
     for batch in stream:
         began = time.monotonic()
@@ -109,11 +110,13 @@ def learning_rate(epoch: float, epochs: int, peak: float) -> float:
 class Judge:
     """pycocotools on the validation photos, resized to the square input."""
 
-    def __init__(self, photos: Path, size: int, batch: int = 8) -> None:
+    def __init__(self, photos: Path, size: int, classes: Sequence[str], batch: int = 8) -> None:
+        """classes: names, of labels 1, 2, ..."""
         with contextlib.redirect_stdout(io.StringIO()):
             self.truth = COCO(str(photos / "annotations" / "instances_val.json"))
         self.images: list[dict[str, Any]] = self.truth.dataset["images"]
-        self.categories: list[int] = sorted(self.truth.getCatIds())
+        ids = {category["name"]: category["id"] for category in self.truth.dataset["categories"]}
+        self.categories = [ids[name] for name in classes]
         self.photos, self.size, self.batch = photos, size, batch
 
     def score(self, peer: Peer) -> dict[str, float]:
@@ -174,6 +177,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--model", default="{}", help="fields of RefineDetConfig, as JSON")
     parser.add_argument("--validate-every", type=int, default=3, help="epochs")
     parser.add_argument("--save-every", type=int, default=50, help="steps")
+    parser.add_argument("--seed", type=int, default=0, help="of the initial weights, the order and the augmentation")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
