@@ -12,10 +12,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import gc
-import json
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,12 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import torchvision
 from refinedet.model.ops import library
 from refinedet.model.ops.align_conv import align_conv
 from torch import Tensor
 from torch.nn import functional
 from torchvision.ops import deform_conv2d
+
+from tests.bench.record import describe_where, save_result
 
 ASPECTS = ((1.0, 1.0), (2.0**0.5, 0.5**0.5), (0.5**0.5, 2.0**0.5))  # width, height over the anchor's side
 
@@ -264,26 +262,6 @@ def _status(key: str) -> float:
     return next(float(line.split()[1]) for line in lines if line.startswith(key + ":"))
 
 
-def describe_machine(device: torch.device) -> dict[str, str]:
-    cpu = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty", "--exclude", "*"], capture_output=True, text=True, check=False
-    )
-    return {
-        "hardware": torch.cuda.get_device_name()
-        if device.type == "cuda"
-        else f"{cpu}, {torch.get_num_threads()} cores",
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "torch": torch.__version__,
-        "torchvision": torchvision.__version__,
-        "operators": library.describe().reason,
-        "commit": commit.stdout.strip() or "unknown",
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
@@ -314,19 +292,22 @@ def main() -> None:
     medians = {name: statistics.median(times) for name, times in milliseconds.items()}
     floors = {f"AlignConv, {p} %": 1e3 * work.flops * p / 100 / flops for p in (100, 20, 10, 5)}
 
-    machine = describe_machine(device)
-    lines = [f"{key:13} {value}" for key, value in machine.items()]
-    lines.append(
-        f"{'workload':13} {arguments.size} pixels, {work.boxes.shape[0]} anchors, {arguments.channels} channels, "
-        f"K = {arguments.kernel}, {arguments.classes + 5} outputs, {arguments.dtype}, "
-        f"{'planar' if arguments.planar else 'channels-last'}, {work.flops / 1e9:.1f} GFLOP"
+    where = describe_where(["torchvision"], device.type)
+    where["versions"]["operators"] = " and ".join(library.describe().compilers) or library.describe().reason
+    workload = (
+        f"{arguments.size} pixels, {work.boxes.shape[0]:,} anchors, {arguments.channels} channels, "
+        f"{arguments.kernel}x{arguments.kernel}, {arguments.classes + 5} outputs, {arguments.dtype}, "
+        f"{'planar' if arguments.planar else 'channels-last'}, {work.flops / 1e9:.1f} GFLOP."
     )
+    lines = [f"{key:13} {value}" for key, value in {**where, "workload": workload}.items()]
     lines.append(f"\n{'case':46} {'median ms':>10} {'min':>9} {'max':>9} {'of vanilla':>11} {'deform / this':>14}")
+    rows = []
     for name, times in milliseconds.items():
         deform = "deform_conv2d, forward + backward" if "backward" in name else "deform_conv2d"
+        ratios = _ratio(medians, name, "vanilla convolution"), _ratio(medians, deform, name)
+        rows.append([name, f"{medians[name]:.4g}", f"{min(times):.4g} - {max(times):.4g}", *ratios])
         lines.append(
-            f"{name:46} {medians[name]:10.2f} {min(times):9.2f} {max(times):9.2f} "
-            f"{_ratio(medians, name, 'vanilla convolution'):>11} {_ratio(medians, deform, name):>14}"
+            f"{name:46} {medians[name]:10.2f} {min(times):9.2f} {max(times):9.2f} {ratios[0]:>11} {ratios[1]:>14}"
         )
     lines.append(
         f"\nroofline: {flops / 1e9:.0f} GFLOP/s (matrix product), {bandwidth / 1e9:.1f} GB/s (copy); floor ms "
@@ -337,15 +318,15 @@ def main() -> None:
     )
     sys.stdout.write("\n".join(lines) + "\n")
     if arguments.json:
-        report = {
-            "machine": machine,
-            "workload": {**{k: v for k, v in vars(arguments).items() if k != "json"}, "flops": work.flops},
+        figures = {
             "milliseconds": milliseconds,
             "memory_mb": memory,
             "roofline": {"flops_per_s": flops, "bytes_per_s": bandwidth, "floor_ms": floors},
             "library": {key: str(value) for key, value in asdict(library.describe()).items()},
         }
-        arguments.json.write_text(json.dumps(report, indent=2) + "\n")
+        columns = ["case", "median ms", "min - max", "of the vanilla convolution", "times faster than `deform_conv2d`"]
+        spread = f"least and most of {arguments.repeats} repetitions"
+        save_result(arguments.json, columns, rows, where, workload=workload, spread=spread, figures=figures)
 
 
 def _ratio(medians: dict[str, float], above: str, below: str) -> str:

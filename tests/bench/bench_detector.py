@@ -10,7 +10,6 @@ once; the ratios are of medians. On a GPU everything runs under autocast in bf16
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import time
@@ -23,7 +22,7 @@ from torch import Tensor
 from torchvision.models import detection
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 
-from tests.bench.bench_align_conv import describe_machine
+from tests.bench.record import describe_where, save_result
 
 BACKBONES = {"VGG-16": "vgg16_reduced", "ResNet-101": "resnet101"}
 PEERS = ("ssd300_vgg16", "retinanet_resnet50_fpn", "fcos_resnet50_fpn")
@@ -95,14 +94,16 @@ def main() -> None:
         arguments.sizes, arguments.batches, arguments.survivors, arguments.repeats = [320], [1], [10], 1
         arguments.only = ["VGG", "torchvision"]
     device = torch.device(arguments.device)
-    report: dict[str, object] = {"machine": describe_machine(device), "milliseconds": {}}
-    sys.stdout.write("\n".join(f"{key:13} {value}" for key, value in describe_machine(device).items()) + "\n")
+    where = describe_where(["torchvision"], device.type)
+    figures: dict[str, object] = {}
+    rows: list[list[str]] = []
+    sys.stdout.write("\n".join(f"{key:13} {value}" for key, value in where.items()) + "\n")
     for size in arguments.sizes:
         for batch in arguments.batches:
             cases = make_cases(size, batch, device, arguments.survivors)
             cases = {n: c for n, c in cases.items() if not arguments.only or any(part in n for part in arguments.only)}
             times = measure(cases, device, arguments.repeats)
-            report["milliseconds"][f"{size}, batch {batch}"] = times  # type: ignore[index]
+            figures[f"{size}, batch {batch}"] = times
             paper = f"; paper, Titan X, images/s: {PAPER_FPS[size]}" if size in PAPER_FPS and batch == 1 else ""
             sys.stdout.write(
                 f"\n{size} pixels, batch {batch}{paper}\n{'case':40}{'median ms':>10}{'spread':>9}{'FPS':>8}\n"
@@ -110,10 +111,15 @@ def main() -> None:
             for name, values in times.items():
                 median = statistics.median(values)
                 spread = max(values) - min(values)
-                sys.stdout.write(f"{name:40}{median:10.1f}{spread:9.1f}{1e3 * batch / median:8.1f}\n")
+                rate = 1e3 * batch / median
+                rows.append([str(size), str(batch), name, f"{median:.4g}", f"{spread:.3g}", f"{rate:.3g}"])
+                sys.stdout.write(f"{name:40}{median:10.1f}{spread:9.1f}{rate:8.1f}\n")
             sys.stdout.flush()
     if arguments.json:
-        arguments.json.write_text(json.dumps(report, indent=1) + "\n")
+        columns = ["pixels", "batch", "case", "median ms", "spread ms", "images/s"]
+        workload = "Images in, detections out; the percentage is that of the anchors that survive."
+        spread = f"most minus least of {arguments.repeats} repetitions"
+        save_result(arguments.json, columns, rows, where, workload=workload, spread=spread, figures=figures)
 
 
 if __name__ == "__main__":

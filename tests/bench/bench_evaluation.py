@@ -2,6 +2,8 @@
 
     python tests/bench/bench_evaluation.py [--images 5000] [--repeats 3] [--json OUT]
 
+Beside OUT, evaluation_workers.json is written.
+
 Every evaluator starts from the same Python objects (an instances dict and a list of rows) and ends with the twelve
 numbers; pycocotools runs once, as it takes a minute. Times are CPU time of all threads, so that a busy machine counts
 less. Workers are processes that hold their images' detections: for them it is the CPU time of the longest matching, and
@@ -11,17 +13,12 @@ the wall clock of reading the matches and accumulating in the driver, as long as
 from __future__ import annotations
 
 import argparse
-import json
 import multiprocessing
-import os
 import pickle
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +37,7 @@ from refinedet.pipeline.evaluation.metrics import (  # noqa: E402
 from refinedet.pipeline.evaluation.truth import GroundTruth  # noqa: E402
 from refinedet.pipeline.inference.detections import DetectionTable  # noqa: E402
 
+from tests.bench.record import describe_where, save_result  # noqa: E402
 from tests.evaluation.judges import judge_by_faster_coco_eval, judge_by_pycocotools  # noqa: E402
 
 COCO = make_protocol("coco")
@@ -81,20 +79,6 @@ def evaluate_by_workers(
     return max(answer[0] for answer in answers), seconds, sum(len(answer[1]) for answer in answers), metrics.values
 
 
-def hardware() -> dict[str, Any]:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    cpu = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?")
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    packages = ("numpy", "pycocotools", "faster-coco-eval")
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in packages},
-        "commit": commit.stdout.strip(),
-    }
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=5000)
@@ -117,15 +101,18 @@ def main() -> None:
     for name, run, repeats in runs:
         times[name], values[name] = measure(run, repeats)
     base = statistics.median(times["pycocotools"])
-    report: dict[str, Any] = {"hardware": hardware(), "settings": vars(args), "evaluators": {}, "workers": {}}
-    sys.stdout.write(f"{args.images} images x {args.detections} detections, {args.categories} categories\n")
+    workload = f"{args.images:,} images x {args.detections} detections, {args.categories} categories, CPU seconds."
+    evaluators, by_workers = [], []
+    sys.stdout.write(f"{workload}\n")
     sys.stdout.write(f"{'evaluator':20}{'median s':>10}{'spread s':>10}{'/ pycocotools':>15}  twelve numbers\n")
     for name, seconds in times.items():
         median, spread = statistics.median(seconds), max(seconds) - min(seconds)
         worst = max(abs(values[name][key] - values["pycocotools"][key]) for key in values[name])
         same = "equal to the last digit" if worst == 0 else f"differ by {worst:.1e}"
         sys.stdout.write(f"{name:20}{median:10.2f}{spread:10.2f}{median / base:15.3f}  {same}\n")
-        report["evaluators"][name] = {"seconds": seconds, "ratio": median / base, "largest_difference": worst}
+        evaluators.append(
+            [name, f"{median:.3g}", f"{spread:.2f}" if len(seconds) > 1 else "", f"{median / base:.3f}", same]
+        )
     sys.stdout.write(f"{'':20}{'matching s':>10}{'rest s':>10}{'whole s':>10}{'times':>10}{'MB sent':>10}\n")
     alone = 0.0
     for workers in (1, 2, 3, 5):
@@ -139,10 +126,19 @@ def main() -> None:
             f"{alone / whole:10.1f}{sent / 1e6:10.1f}"
         )
         sys.stdout.write(f"{'':5}  {'equal to the last digit' if equal else 'DIFFERENT'}\n")
-        report["workers"][workers] = {"matching_s": matching, "rest_s": rest, "bytes": sent, "equal": equal}
-    sys.stdout.write(f"{report['hardware']}\n")
+        seconds = [f"{value:.3f}" for value in (matching, rest, whole)]
+        by_workers.append(
+            [str(workers), *seconds, f"{alone / whole:.1f}", f"{sent / 1e6:.1f}", "yes" if equal else "NO"]
+        )
+    where = describe_where(["numpy", "pycocotools", "faster-coco-eval"])
+    sys.stdout.write(f"{where}\n")
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        columns = ["evaluator", "median s", "spread s", "of pycocotools", "twelve numbers"]
+        spread = f"most minus least of {args.repeats} repetitions"
+        save_result(args.json, columns, evaluators, where, workload=workload, spread=spread)
+        columns = ["workers", "matching s", "the rest s", "whole s", "times faster", "MB sent", "equal numbers"]
+        beside = Path(args.json).with_name("evaluation_workers.json")
+        save_result(beside, columns, by_workers, where, workload=workload, spread=None)
 
 
 if __name__ == "__main__":

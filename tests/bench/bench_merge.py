@@ -12,16 +12,12 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +29,8 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 from refinedet.model.ops import library, merge  # noqa: E402
+
+from tests.bench.record import describe_where, save_result  # noqa: E402
 
 CLASSICAL = r"""
 #include <algorithm>
@@ -181,18 +179,9 @@ def main() -> None:
     }
     kept = {name: run() for name, run in runs.items()}
     times = measure(runs, args.repeats)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    hardware = {
-        "cpu": next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "?"),
-        "cores": os.cpu_count(),
-        "threads": args.threads,
-        "python": platform.python_version(),
-        "versions": {name: version(name) for name in ("torch", "torchvision", "numpy")},
-        "library": library.describe().compilers,
-        "commit": commit.stdout.strip(),
-    }
-    report: dict[str, Any] = {"hardware": hardware, "settings": vars(args), "results": {}}
+    where = describe_where(["torchvision", "numpy"])
+    where["versions"]["operators"] = " and ".join(library.describe().compilers)
+    rows, figures = [], {}
     sys.stdout.write(f"{args.boxes} boxes of each of {args.classes} classes, {args.threads} thread(s)\n")
     sys.stdout.write(f"{'':44}{'median ms':>10}{'spread ms':>10}{'boxes left':>12}{'times faster':>14}\n")
     names = list(runs)
@@ -201,10 +190,14 @@ def main() -> None:
         ours = next((other for other in names if name.startswith(f"{other}, ")), None)
         faster = f"{median / (statistics.median(times[ours]) * 1e3):.1f}" if ours else ""
         sys.stdout.write(f"{name:44}{median:10.2f}{spread:10.2f}{kept[name]:12d}{faster:>14}\n")
-        report["results"][name] = {"seconds": times[name], "left": kept[name]}
-    sys.stdout.write(f"{hardware}\n")
+        rows.append([name, f"{median:.3g}", f"{spread:.2g}", str(kept[name]), faster])
+        figures[name] = {"seconds": times[name], "left": kept[name]}
+    sys.stdout.write(f"{where}\n")
     if args.json:
-        Path(args.json).write_text(json.dumps(report, indent=1) + "\n")
+        columns = ["", "median ms", "spread ms", "boxes left", "times slower than ours"]
+        workload = f"{args.boxes} boxes of each of {args.classes} classes, CPU milliseconds."
+        spread = f"most minus least of {args.repeats} repetitions in turns"
+        save_result(args.json, columns, rows, where, workload=workload, spread=spread, figures=figures)
 
 
 if __name__ == "__main__":

@@ -15,14 +15,12 @@ import argparse
 import io
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,6 +43,7 @@ from refinedet.pipeline.data.shards import prepare_shards  # noqa: E402
 from refinedet.pipeline.data.tensors import stack_images  # noqa: E402
 from refinedet.pipeline.runs import storage  # noqa: E402
 
+from tests.bench.record import describe_where, save_result  # noqa: E402
 from tests.data.streams import PLAIN, open_stream  # noqa: E402
 
 BATCH = 8
@@ -265,25 +264,8 @@ def measure_large_index() -> dict[str, float]:
         return json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=environment).stdout)
 
 
-def facts() -> dict[str, str]:
-    git = ["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    names = ("torch", "torchvision", "opencv-python-headless", "webdataset", "numpy")
-    processor = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = [line for line in cpuinfo.read_text().splitlines() if line.startswith("model name")]
-        processor = models[0].partition(":")[2].strip() if models else processor
-    return {
-        "hardware": f"{processor}, {os.cpu_count()} cores",
-        "versions": ", ".join(f"{name} {version(name)}" for name in names),
-        "commit": commit or "none",
-    }
-
-
 def table(result: dict[str, Any], shards: ShardSet) -> Iterator[str]:
-    yield f"{result['hardware']}; {result['versions']}; commit {result['commit']}"
-    yield f"\n{shards.num_samples} photos, views of {result['size']} x {result['size']}, one core\n"
+    yield f"{shards.num_samples} photos, views of {result['size']} x {result['size']}, one core\n"
     yield f"{'':34}{'images/s of CPU':>16}{'lowest':>9}{'highest':>9}{'stream with full augmentation is':>36}"
     for name, values in result["rates"].items():
         ratio = f"{result['ratios'][name]:30.2f} times" if name != STREAM else ""
@@ -325,14 +307,25 @@ def main() -> None:
         first, clocked = measure_workers(shards, arguments.size, 64 * arguments.turns)
     index = measure_large_index()
 
-    result: dict[str, Any] = {**facts(), "size": arguments.size, "rounds": arguments.rounds, "rates": rates}
+    result: dict[str, Any] = {"size": arguments.size, "rounds": arguments.rounds, "rates": rates}
     ours = statistics.median(rates[STREAM])
     result["ratios"] = {name: ours / statistics.median(values) for name, values in rates.items() if name != STREAM}
     result |= {"cold_start_s": cold, "two_workers_first_batch_s": first, "two_workers_images_per_s": clocked}
     result["large_index"] = index
-    sys.stdout.write("\n".join(table(result, shards)) + "\n")
+    where = describe_where(["torchvision", "opencv-python-headless", "webdataset", "numpy"])
+    sys.stdout.write(f"{where}\n" + "\n".join(table(result, shards)) + "\n")
     if arguments.json:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+        rows = [
+            [name, f"{statistics.median(values):.1f}", f"{min(values):.1f} - {max(values):.1f}",
+             f"{result['ratios'][name]:.2f} times as fast" if name in result["ratios"] else ""]
+            for name, values in rates.items()
+        ]  # fmt: skip
+        columns = ["", "images/s", "lowest - highest", "the stream is"]
+        workload = (
+            f"{shards.num_samples} photos of COCO, views of {arguments.size} x {arguments.size}, one core, CPU time."
+        )
+        spread = f"lowest and highest of {arguments.rounds} rounds"
+        save_result(arguments.json, columns, rows, where, workload=workload, spread=spread, figures=result)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.bench.tables import read_result, render
+
 REPOSITORY = Path(__file__).resolve().parents[2]
+WITH_TABLES = {"bench_align_conv", "bench_detector", "bench_merge", "bench_ranks"}
 
 
 @pytest.mark.slow
@@ -29,7 +32,8 @@ def test_a_benchmark_runs_to_its_end(tmp_path: Path, name: str) -> None:
     command = [sys.executable, "-m", f"tests.bench.{name}", "--quick", "--json", str(tmp_path / "report.json")]
     done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=280, check=False)
     assert done.returncode == 0, done.stderr
-    assert json.loads((tmp_path / "report.json").read_text())
+    report = tmp_path / "report.json"
+    assert render(read_result(report)) if name in WITH_TABLES else json.loads(report.read_text())
 
 
 def test_the_check_of_a_gpu_ends_at_once_where_there_is_none() -> None:
