@@ -34,6 +34,16 @@ STYLE: Any = {
 }
 
 
+TERMS = {
+    "full > vanilla": "AlignConv over\nvanilla convolution",
+    "full > deformable": "AlignConv over\ndeformable convolution",
+    "vanilla > no_filtering": "negative anchor filtering",
+    "no_filtering > no_cascade": "two-step cascaded\nregression",
+    "full > no_cascade": "AlignConv, filtering and\ncascade together",
+    "no_cascade > no_tcb": "transfer connection\nblocks",
+}
+
+
 def draw_all(folder: Path = RESULTS) -> dict[Path, str]:
     """SVG of every plot whose result is there."""
     found: dict[Path, str] = {}
@@ -81,19 +91,19 @@ def draw_claims(axes: Axes, result: dict[str, Any]) -> None:
         first = row == 0
         axes.errorbar(
             float(found["mean"]), row - 0.12, xerr=spread, fmt="o", color=OURS, markersize=7, capsize=4, linewidth=1.8,
-            label=f"here: mean ± standard deviation of {len(seeds)} seeds" if first else None,
+            label="here: mean ± standard deviation" if first else None,
         )  # fmt: skip
         axes.plot(seeds, [row - 0.12] * len(seeds), "|", color=OURS, markersize=11, alpha=0.55,
                   label="here: each seed" if first else None)  # fmt: skip
         if claim["paper"] is not None:
             axes.plot(float(claim["paper"]), row + 0.18, "D", color=PAPER, markersize=6,
-                      label="paper (VOC 2007 test, mAP; one run)" if first else None)  # fmt: skip
+                      label="paper: VOC 2007, one run" if first else None)  # fmt: skip
     axes.axvline(0, color="#1f2328", linewidth=1)
-    names = [claim["claim"].replace("_", " ").replace(" > ", " minus ") for claim in claims]
+    names = [TERMS.get(claim["claim"], claim["claim"].replace("_", " ")) for claim in claims]
     axes.set_yticks(range(len(claims)), names)
     axes.set_ylim(len(claims) - 0.5, -0.5)
     axes.grid(axis="y", visible=False)
-    axes.set_xlabel("difference of AP in points (drawn images, 128 pixels)")
+    axes.set_xlabel("gain in points of AP (drawn images) and mAP (paper)")
     figure = axes.get_figure()
     assert figure is not None
     figure.legend(loc="outside upper center", ncols=3, fontsize=9, columnspacing=1.2, handletextpad=0.4)
