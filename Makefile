@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Compiled as they are installed: Ray starts a dozen processes for a job, and each would compile what it imports.
 UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint constraints.txt
+# For one file; the default of a minute is too short for a machine at full load.
+export UV_COMPILE_BYTECODE_TIMEOUT := 600
 
 .PHONY: quickstart test test-all gpu-check check format docs bench benchmarks install build clean
 

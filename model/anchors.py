@@ -20,7 +20,7 @@ def tile_anchors(height: int, width: int, strides: Sequence[int]) -> Tensor:
     height, width  of the network input, pixels; multiples of every stride
     returns        [A, 4]  xyxy, pixels, fp32
     """
-    levels = []
+    levels: list[Tensor] = []
     for stride in strides:
         ys = (torch.arange(height // stride, dtype=torch.float64) + 0.5) * stride
         xs = (torch.arange(width // stride, dtype=torch.float64) + 0.5) * stride
@@ -44,7 +44,8 @@ def order_rows(batch: int, height: int, width: int, strides: Sequence[int]) -> T
     """
     counts = count_anchors(height, width, strides)
     images = torch.arange(batch)[None, :, None] * sum(counts)
-    places, start = [], 0
+    places: list[Tensor] = []
+    start = 0
     for count in counts:
         own = torch.arange(start, start + count).view(-1, len(ASPECTS))
         places.append((own.T[:, None] + images).flatten())

@@ -3,6 +3,9 @@
 B images, F_l channels of level l, H_l W_l its cells: the input's sides over stride 8, 16, 32, 64 (, 128)
 """
 
+# torch's `checkpoint` is typed in part.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import difflib
@@ -18,7 +21,7 @@ from timm.models import FeatureListNet
 from timm.models.resnet import Bottleneck as TimmBottleneck
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils import checkpoint
 
 from .config import VGG16_REDUCED, MapNorm, RefineDetConfig
 from .layers import Bottleneck, L2Norm, build_conv
@@ -73,7 +76,7 @@ class TimmBackbone(nn.Module):
         """x [B, 3, H, W], normalised -> normalised maps [B, F_l, H_l, W_l], fine to coarse."""
         recompute = self.checkpointing and self.training and isinstance(self.body, FeatureListNet)
         features = self._run_by_blocks(x) if recompute else self.body(x)
-        maps = []
+        maps: list[Tensor] = []
         for stride, position in zip((8, 16, 32), self.wanted, strict=True):
             y = features[position].permute(0, 3, 1, 2) if self.channels_last else features[position]
             size = (x.shape[2] // stride, x.shape[3] // stride)
@@ -86,7 +89,7 @@ class TimmBackbone(nn.Module):
 
     def _run_by_blocks(self, x: Tensor) -> list[Tensor]:
         """The body's forward, keeping of each residual block its input alone."""
-        features = []
+        features: list[Tensor] = []
         for name, stage in self.body.items():
             if isinstance(stage, nn.Sequential):
                 for block in stage:
@@ -130,7 +133,7 @@ class ReducedVgg16(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """x [B, 3, H, W], normalised -> normalised maps [B, F_l, H_l, W_l], fine to coarse."""
-        maps = []
+        maps: list[Tensor] = []
         for number, stage in enumerate(self.stages):
             x = run_checkpointed(stage, x) if self.checkpointing and self.training else stage(x)
             if number >= 3:
@@ -152,7 +155,7 @@ def run_checkpointed(module: nn.Module, x: Tensor, forward: Callable[[Tensor], T
     forward  what to call; default: the module itself
     """
     contexts = lambda: (nullcontext(), hold_statistics(module))  # noqa: E731
-    return checkpoint(forward or module, x, use_reentrant=False, context_fn=contexts)
+    return checkpoint.checkpoint(forward or module, x, use_reentrant=False, context_fn=contexts)
 
 
 def _checkpoint_blocks(body: Any, name: str) -> None:

@@ -132,7 +132,7 @@ class RefineDetConfig:
 @functools.cache
 def _literals() -> dict[str, tuple[Any, ...]]:
     """The values of every field that has a fixed set of them."""
-    found = {}
+    found: dict[str, tuple[Any, ...]] = {}
     for name, hint in get_type_hints(RefineDetConfig).items():
         parts = [hint] if get_origin(hint) is Literal else get_args(hint)
         if any(get_origin(part) is Literal for part in parts):

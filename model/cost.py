@@ -5,7 +5,7 @@ B images, A anchors an image. Everything is counted on torch's meta device, wher
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -109,7 +109,7 @@ def _count_activations(model: RefineDet, size: int) -> int:
     model.train()
     if model.adm.kind == "align":
         model.adm.kind = "vanilla"
-    kept = []
+    kept: list[int] = []
     for batch in (2, 3):
         with _count_saved(model) as storages:
             predictions = model(_blank(batch, size), dense=True)
@@ -119,7 +119,7 @@ def _count_activations(model: RefineDet, size: int) -> int:
 
 
 @contextmanager
-def _count_saved(model: RefineDet) -> Iterator[dict[int, int]]:
+def _count_saved(model: RefineDet) -> Generator[dict[int, int]]:
     """Collect the distinct storages that autograd saves, other than the model's own; id -> bytes."""
     storages: dict[int, int] = {}
     held: list[Any] = []  # so that no storage is freed and its id used again

@@ -6,6 +6,9 @@ The graph takes images and gives a box and class scores for every anchor, the fo
 and TensorRT's EfficientNMS take them; `finish_detections` is the rest of section IV-H.
 """
 
+# torch's `onnx.export` is typed in part.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from pathlib import Path

@@ -28,7 +28,7 @@ def select_survivors(arm_class: Tensor, theta: float) -> Tensor:
 
 def share_by_level(survivors: Tensor, level_anchors: Sequence[int]) -> Tensor:
     """Share of each level's anchors that survive: [B, A] bool -> [levels], fp32."""
-    return torch.stack([level.float().mean() for level in survivors.split(list(level_anchors), dim=1)])
+    return torch.stack([level.float().mean() for level in torch.split(survivors, list(level_anchors), dim=1)])
 
 
 def select_trained_rows(survivors: Tensor | None, matches: Matches) -> Tensor:

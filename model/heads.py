@@ -4,6 +4,9 @@ B images, A anchors an image (level, y, x, aspect), F_l channels and H_l W_l cel
 O outputs an anchor (4 deltas, then the classes, background first), N chosen anchors
 """
 
+# torchvision ships no types.
+# pyright: reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -46,17 +49,18 @@ class Head(nn.Module):
 
     def join_filters(self) -> tuple[list[Tensor], list[Tensor]]:
         """Weights [aspects, O, F, K, K], channels innermost in memory, and biases [aspects, O] of each level."""
-        weights, biases = [], []
+        weights: list[Tensor] = []
+        biases: list[Tensor] = []
         for pair in cast(Iterable[tuple[nn.Conv2d, nn.Conv2d]], zip(self.box, self.cls, strict=True)):
-            filters = [conv.weight.unflatten(0, (NUM_ASPECTS, -1)).permute(0, 1, 3, 4, 2) for conv in pair]
-            offsets = [cast(Tensor, conv.bias).unflatten(0, (NUM_ASPECTS, -1)) for conv in pair]
+            filters = [torch.unflatten(conv.weight, 0, (NUM_ASPECTS, -1)).permute(0, 1, 3, 4, 2) for conv in pair]
+            offsets = [torch.unflatten(cast(Tensor, conv.bias), 0, (NUM_ASPECTS, -1)) for conv in pair]
             weights.append(torch.cat(filters, dim=1).permute(0, 1, 4, 2, 3))
             biases.append(torch.cat(offsets, dim=1))
         return weights, biases
 
     def predict_dense(self, features: Sequence[Tensor]) -> Tensor:
         """Every anchor by plain convolution: maps after `transform` -> [B, A, O], fp32."""
-        outputs = []
+        outputs: list[Tensor] = []
         for x, weight, bias in zip(features, *self.join_filters(), strict=True):
             y = F.conv2d(x, weight.flatten(0, 1), bias.flatten(), padding=self.kernel_size // 2)
             outputs.append(flatten_outputs(y, self.num_outputs))
@@ -95,7 +99,7 @@ class DetectionHead(Head):
             for width in self.widths:  # as in deformable convolution's paper: offsets start at zero
                 offset = nn.Conv2d(width, 2 * kernel_size**2, kernel_size, padding=kernel_size // 2)
                 nn.init.zeros_(offset.weight)
-                nn.init.zeros_(offset.bias)  # type: ignore[arg-type]
+                nn.init.zeros_(cast(Tensor, offset.bias))
                 self.offsets.append(offset)
 
     def forward(
@@ -123,7 +127,7 @@ class DetectionHead(Head):
     ) -> Tensor:
         weights, biases = self.join_filters()
         if self.portable and rows is None:
-            boxes = boxes.unflatten(0, (features[0].shape[0], -1))
+            boxes = torch.unflatten(boxes, 0, (features[0].shape[0], -1))
             return align_conv_portable(features, self.strides, boxes, weights, biases).flatten(0, 1).float()
         if rows is not None:
             return align_conv(features, self.strides, boxes, rows.number, weights, biases).float()
@@ -134,7 +138,7 @@ class DetectionHead(Head):
         return torch.empty_like(outputs).index_copy(0, order, outputs)
 
     def _predict_deformable(self, features: Sequence[Tensor]) -> Tensor:
-        outputs = []
+        outputs: list[Tensor] = []
         for x, offset, weight, bias in zip(features, self.offsets, *self.join_filters(), strict=True):
             half, filters = self.kernel_size // 2, weight.flatten(0, 1).float()
             # In fp32, as autocast runs it on CUDA; torchvision's CPU kernel knows no bf16.

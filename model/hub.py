@@ -1,11 +1,14 @@
 """A detector in one file: weights, config, categories and preprocessing; on disk, behind a URI or on the hub."""
 
+# torch's `tolist` is typed in part.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import dataclasses
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -31,7 +34,7 @@ def save_detector(detector: RefineDet, directory: str | Path) -> Path:
 
 def detector_metadata(detector: RefineDet) -> dict[str, str]:
     """Metadata of a weights file: config, categories and preprocessing, as JSON texts."""
-    mean, std = (part.flatten().tolist() for part in (detector.mean, detector.std))
+    mean, std = (cast(list[float], part.flatten().tolist()) for part in (detector.mean, detector.std))
     order = "BGR" if detector.config.normalization == "caffe" else "RGB"
     size = detector.config.input_size
     preprocessing = {"resize": [size, size], "order": order, "mean_rgb": mean, "std_rgb": std, "range": 255}
@@ -56,7 +59,9 @@ def load_detector(cls: type[RefineDet], source: str | Path, **hub_options: Any) 
         raise ValueError(f"weights must be a safetensors file, received {str(source)!r} ({error}).") from None
     check_metadata(metadata, str(source))
     fields: dict[str, Any] = json.loads(metadata[CONFIG])
-    fields = {name: tuple(value) if isinstance(value, list) else value for name, value in fields.items()}
+    fields = {
+        name: tuple(cast(list[Any], value)) if isinstance(value, list) else value for name, value in fields.items()
+    }
     detector = cls(RefineDetConfig(**fields), categories=json.loads(metadata.get(CATEGORIES, "[]")))
     if broken := [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise ValueError(f"weights must be finite, received NaN or infinity in {broken[0]!r} of {str(source)!r}.")

@@ -1,10 +1,14 @@
 """Where a detector's file lies, and what its header says; without torch, which takes seconds to load."""
 
+# huggingface_hub, fsspec and safetensors are typed in part.
+# pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false
+
 from __future__ import annotations
 
 import json
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from safetensors import SafetensorError, safe_open
 
@@ -65,11 +69,12 @@ def read_detector(source: str, hub_options: dict[str, Any]) -> bytes:
         return _read_uri(source)
     if path := _find(source):
         return path.read_bytes()
-    from huggingface_hub import hf_hub_download  # only for the hub
+    import huggingface_hub  # only for the hub
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(source, FILE, **hub_options)).read_bytes()
+        downloaded = cast(str, huggingface_hub.hf_hub_download(source, FILE, **hub_options))
+        return Path(downloaded).read_bytes()
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise ValueError(
             f"weights must exist, received {source!r}, which is no path here and no repository that the hub gives "
@@ -85,8 +90,9 @@ def _read_uri(source: str) -> bytes:
     names = [""] if source.endswith(".safetensors") else [f"/{FILE}", f"/{RUN_FILE}"]
     for name in names:
         try:
-            with fsspec.open(f"{source.rstrip('/')}{name}", "rb") as file:
-                return file.read()  # pyright: ignore[reportAttributeAccessIssue]
+            opened = cast(AbstractContextManager[IO[bytes]], fsspec.open(f"{source.rstrip('/')}{name}", "rb"))
+            with opened as file:
+                return file.read()
         except FileNotFoundError:
             continue
         except (OSError, ImportError, ValueError) as error:

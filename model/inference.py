@@ -7,9 +7,13 @@ All shapes are known beforehand and nothing waits for the device, so that a CUDA
 `DetectionBatch.split` waits once, for the counts. Equal scores keep the order of the anchors, then of the classes.
 """
 
+# torch's `tolist` is typed in part.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -49,8 +53,8 @@ def detect_images(
     boxes = torch.minimum(boxes.clamp(min=0), sides)
     counted = torch.arange(found.scores.shape[1], device=boxes.device) < found.counts[:, None]
     whole = counted & (boxes[..., 2:] > boxes[..., :2]).all(2) & boxes.isfinite().all(2) & found.scores.isfinite()
-    counts = whole.sum(1).tolist()
-    columns = (part[whole].split(counts) for part in (boxes, found.scores, found.labels))
+    counts = cast(list[int], whole.sum(1).tolist())
+    columns = (torch.split(part[whole], counts) for part in (boxes, found.scores, found.labels))
     return [Detections(*parts) for parts in zip(*columns, strict=True)]
 
 
@@ -59,7 +63,7 @@ def resize_images(images: Iterable[Tensor], size: tuple[int, int]) -> Tensor:
 
     images  [3, H, W] each, RGB, 0..255; one at a time is asked for. uint8 stays uint8, rounded as images of training
     """
-    warped = []
+    warped: list[Tensor] = []
     for number, image in enumerate(images):
         if image.dim() != 3 or image.shape[0] != 3 or not image.numel():
             raise ValueError(f"image {number} must be [3, H, W], RGB, received {list(image.shape)}.")

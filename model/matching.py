@@ -81,7 +81,7 @@ def _best_pairs(boxes: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor]:
     num_images, num_boxes, num_anchors = *boxes.shape[:2], anchors.shape[-2]
     best = torch.zeros(num_images, num_anchors, dtype=torch.int64, device=anchors.device)
     most = min(num_boxes, num_anchors)
-    parts = []
+    parts: list[Tensor] = []
     step = max(1, PAIRS_AT_ONCE // (num_images * num_anchors))
     for start in range(0, num_boxes, step):
         overlaps = paired_overlaps(boxes[:, start : start + step], anchors)

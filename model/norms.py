@@ -3,12 +3,15 @@
 B images, F channels, H W cells, R ranks
 """
 
+# timm's `convert_sync_batchnorm` is typed in part.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -73,21 +76,22 @@ class SyncBatchNorm(nn.SyncBatchNorm):
         mean = x.mean(dim=(0, 2, 3))
         squares = (x - mean[:, None, None]).square().sum(dim=(0, 2, 3))
         # Each rank's (mean, sum of squared deviations, count), combined as if the batches were one.
+        parts: Tensor
         part = torch.cat([mean, squares, count])
         if ranks > 1:
             with self.waiting():
                 parts = _GatherRows.apply(part)
         else:
             parts = part[None]
-        means, all_squares, counts = parts.split([len(mean), len(mean), 1], dim=1)
+        means, all_squares, counts = torch.split(parts, [len(mean), len(mean), 1], dim=1)
         total = counts.sum()
         mean = (means * counts).sum(0) / total
         variance = (all_squares + counts * (means - mean).square()).sum(0) / total
         with torch.no_grad():
             momentum = self.momentum if self.momentum is not None else 0.1
-            self.running_mean.lerp_(mean, momentum)  # type: ignore[union-attr]
-            self.running_var.lerp_(variance * total / (total - 1), momentum)  # type: ignore[union-attr]
-            self.num_batches_tracked.add_(1)  # type: ignore[union-attr]
+            cast(Tensor, self.running_mean).lerp_(mean, momentum)
+            cast(Tensor, self.running_var).lerp_(variance * total / (total - 1), momentum)
+            cast(Tensor, self.num_batches_tracked).add_(1)
         scale = self.weight * (variance + self.eps).rsqrt()
         y = (x - mean[:, None, None]) * scale[:, None, None] + self.bias[:, None, None]
         return y.to(input.dtype)
@@ -111,13 +115,13 @@ class _GatherRows(torch.autograd.Function):
 
 def synchronize_norms(module: nn.Module) -> None:
     """Replace every batch normalisation inside `module` by the synchronised one."""
-    from timm.layers.norm_act import convert_sync_batchnorm  # slow to import, and rarely needed
+    from timm.layers import norm_act  # slow to import, and rarely needed
 
     for name, child in module.named_children():
-        converted = convert_sync_batchnorm(child) if isinstance(child, BATCH_NORMS) else None
-        if converted is None:
+        if not isinstance(child, BATCH_NORMS):
             synchronize_norms(child)
             continue
+        converted = cast(nn.Module, norm_act.convert_sync_batchnorm(child))
         # Same fields; works on a CPU too.
         plain = type(converted) is nn.SyncBatchNorm
         converted.__class__ = SyncBatchNorm if plain else _with_activation(type(converted))
@@ -125,7 +129,7 @@ def synchronize_norms(module: nn.Module) -> None:
 
 
 @functools.cache
-def _with_activation(converted: type[nn.SyncBatchNorm]) -> type[SyncBatchNorm]:
+def _with_activation(converted: type[nn.Module]) -> type[SyncBatchNorm]:
     """timm's norm with an activation, around the norm of this module."""
     bases: tuple[type, ...] = (converted, SyncBatchNorm)
     return type(converted.__name__, bases, {})  # pyright: ignore[reportGeneralTypeIssues]
@@ -139,7 +143,7 @@ def freeze_norms(module: nn.Module) -> None:
 
 
 @contextmanager
-def hold_statistics(module: nn.Module) -> Iterator[None]:
+def hold_statistics(module: nn.Module) -> Generator[None]:
     """Leave running statistics alone: activation checkpointing runs forward twice, which must count once."""
     norms = [(child, child.momentum) for child in module.modules() if isinstance(child, BATCH_NORMS)]
     for child, _ in norms:

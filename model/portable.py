@@ -33,13 +33,14 @@ def align_conv_portable(
     """
     aspects, num_outputs, _, kernel, _ = weight[0].shape
     parts = (torch.arange(kernel, device=boxes.device, dtype=boxes.dtype) + 0.5) / kernel
-    outputs, start = [], 0
+    outputs: list[Tensor] = []
+    start = 0
     for feature, stride, filters, offset in zip(features, strides, weight, bias, strict=True):
         _, channels, height, width = feature.shape
         cells = height * width
         own = boxes[:, start : start + cells * aspects].view(-1, cells, aspects, 4)
         start += cells * aspects
-        shapes = []
+        shapes: list[Tensor] = []
         for aspect in range(aspects):
             box = own[:, :, aspect]
             corner, side = box[..., :2], box[..., 2:] - box[..., :2]

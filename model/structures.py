@@ -3,11 +3,15 @@
 B images, A anchors an image, G boxes in one image, C classes with background, N rows that the ADM computed
 """
 
+# torch's `tolist` is typed in part; targets come from callers that no type checker reads.
+# pyright: reportUnknownMemberType=false, reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -54,7 +58,7 @@ def as_targets(targets: Sequence[AnyTargets], num_classes: int, *, batch: int, v
     row = int(wrong[0])
     ends = list(accumulate(len(target.labels) for target in ours))
     image = next(image for image, end in enumerate(ends) if row < end)
-    box, label = boxes[row].tolist(), int(labels[row])
+    box, label = cast(list[float], boxes[row].tolist()), int(labels[row])
     name = f"box {row - ends[image] + len(ours[image].labels)} of image {image}"
     if not 1 <= label <= num_classes:
         raise ValueError(f"{name} must have a label in 1..{num_classes} (0 is background), received {label}.")
@@ -222,8 +226,9 @@ class DetectionBatch:
     def split(self) -> list[Detections]:
         """Detections of each image; waits for the device once."""
         capacity = self.scores.shape[1]
-        sizes = [size for count in self.counts.tolist() for size in (count, capacity - count)]
-        columns = (part.flatten(0, 1).split(sizes)[::2] for part in (self.boxes, self.scores, self.labels))
+        counts = cast(list[int], self.counts.tolist())
+        sizes = [size for count in counts for size in (count, capacity - count)]
+        columns = (torch.split(part.flatten(0, 1), sizes)[::2] for part in (self.boxes, self.scores, self.labels))
         return [Detections(*found) for found in zip(*columns, strict=True)]
 
 

@@ -15,8 +15,9 @@ classes with background first. Only the names differ, and sometimes a layer arou
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
@@ -56,8 +57,8 @@ class ForeignNames:
     shifts  bias there -> running mean here: the norm behind the convolution, which has no bias here, absorbs it
     """
 
-    places: dict[str, str] = field(default_factory=dict)
-    shifts: dict[str, str] = field(default_factory=dict)
+    places: dict[str, str] = field(default_factory=dict[str, str])
+    shifts: dict[str, str] = field(default_factory=dict[str, str])
 
 
 def find_foreign_names(model: RefineDet) -> ForeignNames:
@@ -148,7 +149,8 @@ def _add_efficientnet(table: _Table, backbone: TimmBackbone) -> None:
 
 def _add_vgg(table: _Table, backbone: ReducedVgg16) -> None:
     """torchvision's VGG-16, OpenMMLab's, the reduced one of the ports, and Caffe's."""
-    convs = [f"backbone.stages.{name}" for name, part in backbone.stages.named_modules() if isinstance(part, nn.Conv2d)]
+    modules = cast(Iterable[tuple[str, nn.Module]], backbone.stages.named_modules())
+    convs = [f"backbone.stages.{name}" for name, part in modules if isinstance(part, nn.Conv2d)]
     in_classifier = ["classifier.0", "classifier.3"]
     blocks = [f"backbone.features.{number}.conv" for number in VGG_BLOCK_NUMBERS]
     blocks += [f"backbone.{layer}" for layer in in_classifier]

@@ -57,7 +57,10 @@ def load_weights(model: RefineDet, state: Mapping[str, Tensor], categories: Sequ
             raise ValueError(f"weights must be finite, received NaN or infinity in {source!r}.")
     own, foreign = model.state_dict(), find_foreign_names(model)
     classes = _match_classes(model.categories, categories)
-    matched, reshaped, left, shifts = set(), set(), [], []
+    matched: set[str] = set()
+    reshaped: set[str] = set()
+    left: list[str] = []
+    shifts: list[tuple[Tensor, Tensor]] = []
     for source, value in state.items():
         theirs = source.removeprefix("module.")
         name = theirs if theirs in own else foreign.places.get(theirs)
@@ -94,7 +97,7 @@ def _copy_partly_(own: Tensor, value: Tensor, name: str, classes: Mapping[int, i
     if name.startswith(_CLASS_OUTPUTS):
         if value.shape[0] % NUM_ASPECTS or value.shape[1:] != own.shape[1:]:
             return False
-        mine, theirs = (tensor.unflatten(0, (NUM_ASPECTS, -1)) for tensor in (own, value))
+        mine, theirs = (torch.unflatten(tensor, 0, (NUM_ASPECTS, -1)) for tensor in (own, value))
         for here, there in {0: 0, **(classes or {})}.items():  # background, and what means the same
             if there < theirs.shape[1]:
                 mine[:, here].copy_(theirs[:, there])

@@ -4,11 +4,15 @@ Legend: B images, F channels, H W cells of a level, A anchors of an image, N row
 K kernel side, O outputs.
 """
 
+# torch's registration of operators is typed in part.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import functools
 import threading
 from collections.abc import Sequence
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -166,12 +170,24 @@ def _register() -> bool:
     return True
 
 
-def _fake(features, strides, boxes, rows, weight, bias):
+def _fake(
+    features: list[Tensor], strides: list[int], boxes: Tensor, rows: Tensor, weight: list[Tensor], bias: list[Tensor]
+) -> Tensor:
     return features[0].new_empty(rows.shape[0], weight[0].shape[1])
 
 
-def _fake_backward(grad, features, strides, boxes, rows, weight, features_grad, filters_grad, deterministic):
-    gradients = []
+def _fake_backward(
+    grad: Tensor,
+    features: list[Tensor],
+    strides: list[int],
+    boxes: Tensor,
+    rows: Tensor,
+    weight: list[Tensor],
+    features_grad: bool,
+    filters_grad: bool,
+    deterministic: bool,
+) -> list[Tensor]:
+    gradients: list[Tensor] = []
     if features_grad:
         for feature in features:
             batch, channels, height, width = feature.shape
@@ -185,14 +201,14 @@ def _fake_backward(grad, features, strides, boxes, rows, weight, features_grad, 
     return gradients
 
 
-def _setup_context(ctx, inputs, output):
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     features, strides, boxes, rows, weight, _ = inputs
     ctx.save_for_backward(*features, boxes, rows, *weight)
     ctx.strides = strides
 
 
-def _backward(ctx, grad):
-    num_levels = len(ctx.strides)
+def _backward(ctx: Any, grad: Tensor) -> tuple[Sequence[Tensor | None] | None, ...]:
+    num_levels: int = len(ctx.strides)
     features, (boxes, rows), weight = (
         ctx.saved_tensors[:num_levels],
         ctx.saved_tensors[num_levels : num_levels + 2],
@@ -200,7 +216,7 @@ def _backward(ctx, grad):
     )
     to_features = any(ctx.needs_input_grad[0])
     to_filters = any(ctx.needs_input_grad[4]) or any(ctx.needs_input_grad[5])
-    gradients = torch.ops.refinedet.align_conv_backward(
+    gradients: list[Tensor] = torch.ops.refinedet.align_conv_backward(
         grad,
         features,
         ctx.strides,
@@ -211,13 +227,13 @@ def _backward(ctx, grad):
         to_filters,
         torch.are_deterministic_algorithms_enabled(),
     )
-    absent = [None] * num_levels
+    absent: list[Tensor | None] = [None] * num_levels
     of_features = gradients[:num_levels] if to_features else absent
     of_filters = gradients[-2 * num_levels :] if to_filters else absent * 2
     return of_features, None, None, None, of_filters[:num_levels], of_filters[num_levels:]
 
 
-def _refuse_second_derivative(ctx, *gradients):
+def _refuse_second_derivative(ctx: Any, *gradients: Any) -> NoReturn:
     raise NotImplementedError(
         "align_conv has no second derivative, received a backward through its gradient; compute it without "
         "create_graph, or with align_conv_reference."

@@ -4,10 +4,14 @@ Legend: B images, F channels, H W cells of a level, N rows (anchors that are com
 O outputs. A group is one aspect of one level: the rows that share filters.
 """
 
+# torch's `tolist` is typed in part.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +20,8 @@ from torch import Tensor
 # Bounds the columns alive at once, rows * T * F numbers: in the caches of a CPU, 9 MB for 256 channels in fp32.
 ROWS_PER_CHUNK = {"cpu": 1024, "cuda": 16384}
 
-Levels = tuple[Sequence[Tensor], Sequence[int]]
+Place = tuple[Sequence[Tensor], Sequence[int], Tensor, Tensor, int, int]
+"""features, strides, boxes, rows, aspects and kernel side: the operators' arguments that place samples"""
 
 
 def group_bounds(features: Sequence[Tensor], aspects: int) -> list[int]:
@@ -33,7 +38,8 @@ def align_conv_forward(
     if len(rows) and (rows[0] < 0 or (rows[1:] < rows[:-1]).any()):
         raise ValueError("align_conv: rows must be ascending numbers from 0 on, received others.")
     rows = rows.contiguous()
-    starts = torch.searchsorted(rows, torch.tensor(group_bounds(features, aspects))).tolist()
+    bounds = torch.tensor(group_bounds(features, aspects))
+    starts = cast(list[int], torch.searchsorted(rows, bounds).tolist())
     output = features[0].new_empty(len(rows), outputs)
     output[starts[-1] :] = 0  # empty rows
     matrices = [_as_matrix(own) for filters in weight for own in filters.unbind()]
@@ -106,9 +112,9 @@ def align_conv_backward(
         if spread is not None:
             _scatter(cells, spread, place, deterministic and grad.is_cuda)
 
-    gradients = []
+    gradients: list[Tensor] = []
     if features_grad:
-        for part, feature in zip(cells.split(pixels), features, strict=True):
+        for part, feature in zip(torch.split(cells, pixels), features, strict=True):
             batch, _, height, width = feature.shape
             own = part.view(batch, height, width, channels).permute(0, 3, 1, 2)
             gradients.append(own.to(grad.dtype, copy=True))  # results of an operator share no memory
@@ -119,7 +125,7 @@ def align_conv_backward(
     return gradients
 
 
-def operators():
+def operators() -> Any:
     """The kernels around the products; the tests put the bodies of the GPU's kernels in their place."""
     return torch.ops.refinedet
 
@@ -133,11 +139,12 @@ def _rows_with_gradient(grad: Tensor, rows: Tensor, bounds: Sequence[int]) -> tu
     """Rows whose gradient is not zero, in order, and where each group begins among them."""
     used = (grad != 0).any(dim=1) & (rows >= 0) & (rows < bounds[-1])
     before = torch.cat([used.new_zeros(1, dtype=torch.int64), used.cumsum(0)])
-    starts = before[torch.searchsorted(rows.contiguous(), torch.tensor(bounds, device=rows.device))].tolist()
+    places = torch.searchsorted(rows.contiguous(), torch.tensor(bounds, device=rows.device))
+    starts = cast(list[int], before[places].tolist())
     return (~used).sort(stable=True).indices[: starts[-1]], starts
 
 
-def _scatter(cells: Tensor, columns: Tensor, place: tuple, deterministic: bool) -> None:
+def _scatter(cells: Tensor, columns: Tensor, place: Place, deterministic: bool) -> None:
     """Add columns [n, T * F] to the cells [pixels, F]; where asked for, in one order on a GPU too."""
     if not deterministic:
         operators().align_conv_scatter(cells, columns, *place)
@@ -155,7 +162,10 @@ def find_corners(
     """Return the four corners of every sample: each one's cell among those of all levels, and its weight; [n, T]."""
     bounds = torch.tensor(group_bounds(features, aspects)[::aspects], device=rows.device)
     level = torch.searchsorted(bounds, rows, right=True) - 1
-    numbers = lambda values: torch.tensor(values, device=rows.device)[level][:, None]  # noqa: E731
+
+    def numbers(of_levels: Sequence[int]) -> Tensor:
+        return torch.tensor(of_levels, device=rows.device)[level][:, None]
+
     height, width = (numbers([feature.shape[side] for feature in features]) for side in (2, 3))
     batch = features[0].shape[0]
     cell = (rows - bounds[level])[:, None] % (batch * height * width)
@@ -165,7 +175,7 @@ def find_corners(
     points = (corner + size * parts[:, None]) / numbers(strides)[..., None] - 0.5  # [n, K, (x, y)]
     x = points[:, None, :, 0].expand(-1, kernel, -1).flatten(1)
     y = points[:, :, None, 1].expand(-1, -1, kernel).flatten(1)
-    found = []
+    found: list[tuple[Tensor, Tensor]] = []
     for corner_y in (y.floor(), y.floor() + 1):
         for corner_x in (x.floor(), x.floor() + 1):
             # False for NaN too: such a sample is outside every map.

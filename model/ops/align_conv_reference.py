@@ -35,7 +35,8 @@ def align_conv_reference(
     boxes = boxes.to(accumulate)
     aspects, outputs, _, kernel, _ = weight[0].shape
     level, aspect, image = split_rows(rows, features, aspects)
-    places, values = [], []
+    places: list[Tensor] = []
+    values: list[Tensor] = []
     for position, (feature, stride) in enumerate(zip(features, strides, strict=True)):
         cells = feature.permute(0, 2, 3, 1).to(accumulate)
         for shape in range(aspects):
@@ -44,7 +45,7 @@ def align_conv_reference(
             offset = bias[position][shape].to(accumulate)
             chosen = torch.nonzero((level == position) & (aspect == shape)).squeeze(1)
             # At least one chunk, so that a group without rows still gives its filters a gradient (of zero).
-            for chunk in chosen.split(ROWS_PER_CHUNK) if chosen.numel() else (chosen,):
+            for chunk in torch.split(chosen, ROWS_PER_CHUNK) if chosen.numel() else (chosen,):
                 y, x = sample_points(boxes[chunk], kernel, stride)
                 samples = _bilinear(cells, image[chunk], y, x)
                 places.append(chunk)

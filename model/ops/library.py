@@ -1,5 +1,8 @@
 """The compiled operators: found, loaded once, described. The only place that loads the library."""
 
+# torch's `load_library` is typed in part.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import ctypes

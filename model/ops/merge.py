@@ -7,6 +7,9 @@ taken, which is the same); equal scores stay in the order of the input. Everythi
 the compiled library where it is built, else by `merge_reference`; results return to the device of the input.
 """
 
+# torch's `from_numpy` is typed in part.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import functools
@@ -162,7 +165,7 @@ def _by_group(
     all_boxes = boxes.cpu().float().numpy()
     all_scores = scores.cpu().float().numpy()
     order = np.argsort(groups.cpu().numpy(), kind="stable")
-    parts = []
+    parts: list[tuple[np.ndarray, ...]] = []
     for members in _split(order, groups):
         index, *rest = run(all_boxes[members], all_scores[members])
         parts.append((members[index], *rest))

@@ -26,7 +26,7 @@ def iou_with_first(boxes: np.ndarray, first: np.ndarray, plus_one: bool) -> np.n
 def nms(boxes: np.ndarray, scores: np.ndarray, iou: float, plus_one: bool) -> np.ndarray:
     """Indices of the boxes kept, best first: a box goes when it overlaps a better kept one by more than `iou`."""
     order = np.argsort(-scores, kind="stable")
-    kept = []
+    kept: list[int] = []
     while len(order):
         kept.append(order[0])
         overlap = iou_with_first(boxes[order], boxes[order[0]], plus_one)
@@ -52,7 +52,8 @@ def soft_nms(
     """
     left = np.flatnonzero(scores >= score_threshold)
     score = scores[left].copy()
-    index, lowered = [], []
+    index: list[int] = []
+    lowered: list[float] = []
     while len(left):
         best = int(np.argmax(score))  # the first of equals; `left` keeps the order of the input
         index.append(left[best])
@@ -78,7 +79,8 @@ def vote(
     reaches `score_threshold`.
     """
     order = np.argsort(-scores, kind="stable")
-    merged_boxes, merged_scores = [], []
+    merged_boxes: list[np.ndarray] = []
+    merged_scores: list[np.ndarray] = []
     while len(order):
         group_boxes, group_scores = boxes[order], scores[order]
         overlap = iou_with_first(group_boxes, group_boxes[0], plus_one)

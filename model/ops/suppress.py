@@ -3,6 +3,9 @@
 B images, K candidates an image, D detections an image
 """
 
+# torch's `register_fake` is typed in part.
+# pyright: reportUnknownMemberType=false
+
 from __future__ import annotations
 
 import functools
@@ -68,7 +71,9 @@ def _register() -> bool:
     return True
 
 
-def _fake(boxes, scores, labels, iou, score_threshold, max_kept):
+def _fake(
+    boxes: Tensor, scores: Tensor, labels: Tensor, iou: float, score_threshold: float, max_kept: int
+) -> Suppressed:
     count = min(max_kept, scores.shape[1])
     batch = scores.shape[0]
     return (
