@@ -111,6 +111,7 @@ def test_the_detector_by_hand_still_shows_what_its_notebook_holds() -> None:
 
 @pytest.mark.slow
 @pytest.mark.dist
+@pytest.mark.timeout(1800)  # it launches a job, a minute on an idle machine
 def test_the_notebook_that_reads_a_run_executes() -> None:
     (path,) = (notebook for notebook in NOTEBOOKS if notebook.stem == "a-run-read")
     assert texts(execute(path)) == texts(nbformat.read(path, as_version=4))
