@@ -30,7 +30,12 @@ from .tcb import TransferConnection
 class RefineDet(nn.Module):
     """The detector that a `RefineDetConfig` describes.
 
-    `forward` predicts, `loss.detection_loss` scores it against targets, `detect` gives boxes.
+    To train:   losses = detection_loss(model(images, targets), targets, model.config); losses.total.backward()
+    To detect:  model.eval().detect(images), `Detections` of each image in pixels of the input; `predict` takes images
+                of any sizes and answers in their own pixels
+
+    images   [B, 3, H, W]  RGB, 0..255, uint8 or float; H and W are multiples of `config.coarsest_stride`
+    targets  `Targets` of each image, or torchvision's dicts: boxes [G, 4] xyxy pixels, labels [G] from 1 on
     """
 
     mean: Tensor
@@ -45,9 +50,9 @@ class RefineDet(nn.Module):
         if categories and len(categories) != config.num_classes:
             raise ValueError(f"categories must name {config.num_classes} classes, received {len(categories)} names.")
         self.config, self.categories = config, tuple(categories)
-        vgg = config.backbone == VGG16_REDUCED
-        block = config.prediction_block if config.prediction_block is not None else not vgg
-        tcb_norm = config.tcb_norm if config.tcb_norm is not None else not vgg
+        not_vgg = config.backbone != VGG16_REDUCED  # stands for None in the config
+        block = not_vgg if config.prediction_block is None else config.prediction_block
+        tcb_norm = not_vgg if config.tcb_norm is None else config.tcb_norm
 
         self.backbone = build_backbone(config)
         self.arm = self.tcb = None
@@ -104,6 +109,8 @@ class RefineDet(nn.Module):
         if targets is not None:
             targets = as_targets(targets, self.config.num_classes, batch=images.shape[0])
         features = self.backbone(self.normalize(images))
+
+        # ARM: object or not, and a first regression. Without one the ADM begins at the tiled anchors.
         arm_class = arm_box = None
         refined = anchors.expand(images.shape[0], -1, -1)
         transferred = features
@@ -112,6 +119,8 @@ class RefineDet(nn.Module):
             transferred = self.tcb(features)
             if self.config.cascade:
                 refined = decode_boxes(arm_box.detach(), anchors)
+
+        # Rows: the anchors that the ADM computes; None: every anchor.
         rows, matches, filtered = None, None, False
         if capacity is not None:
             rows = self._choose_capacity(images, arm_class, capacity)
@@ -119,16 +128,26 @@ class RefineDet(nn.Module):
         elif not dense:
             rows, matches, filtered = self._choose_rows(images, arm_class, refined, targets)
         row_boxes = refined.flatten(0, 1)
-        if rows is not None:
+        if rows is not None:  # an empty row names the anchor past the last; any box serves it
             row_boxes = row_boxes[rows.anchor.clamp(max=len(row_boxes) - 1)]
-        ordered = rows is None and self.adm.kind == "align" and not self.adm.portable
-        order = self._order_rows(images) if ordered else None
+
+        # ADM: classes, and a second regression from the refined boxes.
+        order = self._dense_order(images) if rows is None else None
         adm_box, adm_class = self.adm(transferred, row_boxes, rows, order)
         return Predictions(
-            anchors, refined, arm_class, arm_box, None if rows is None else rows.anchor, adm_class, adm_box, row_boxes,
-            matches, level_anchors=count_anchors(images.shape[-2], images.shape[-1], self.config.strides),
-            filtered=filtered, padded=capacity is not None,
-        )  # fmt: skip
+            anchors=anchors,
+            refined=refined,
+            arm_class=arm_class,
+            arm_box=arm_box,
+            index=None if rows is None else rows.anchor,
+            adm_class=adm_class,
+            adm_box=adm_box,
+            row_boxes=row_boxes,
+            matches=matches,
+            level_anchors=count_anchors(images.shape[-2], images.shape[-1], self.config.strides),
+            filtered=filtered,
+            padded=capacity is not None,
+        )
 
     @torch.no_grad()
     def detect(self, images: Tensor) -> list[Detections]:
@@ -201,6 +220,12 @@ class RefineDet(nn.Module):
                 self._orders[key] = order_rows(*key[:3], self.config.strides).to(images.device)
         return self._orders[key]
 
+    def _dense_order(self, images: Tensor) -> Tensor | None:
+        """Order in which AlignConv takes every anchor; None where the ADM predicts without its operator."""
+        if self.adm.kind != "align" or self.adm.portable:
+            return None
+        return self._order_rows(images)
+
     @torch.no_grad()
     def _choose_rows(
         self, images: Tensor, arm_class: Tensor | None, refined: Tensor, targets: Sequence[Targets] | None
@@ -215,8 +240,8 @@ class RefineDet(nn.Module):
             return self._locate(images, select_trained_rows(survivors, matches))[0], matches, False
         if survivors is None or config.filter_negatives == "training":
             return None, None, False
-        rows, found = self._locate(images, survivors)
-        return rows, None, found
+        rows, any_survive = self._locate(images, survivors)
+        return rows, None, any_survive
 
     def _locate(self, images: Tensor, chosen: Tensor) -> tuple[Rows, bool]:
         """Rows of the chosen anchors, [B, A] bool, and whether there are any.
@@ -225,9 +250,9 @@ class RefineDet(nn.Module):
         """
         order = self._order_rows(images)
         number = chosen.flatten()[order[:-1]].nonzero().squeeze(1)
-        found = len(number) > 0
-        number = number if found else number.new_zeros(1)
-        return Rows(number, order[number]), found
+        any_chosen = len(number) > 0
+        number = number if any_chosen else number.new_zeros(1)
+        return Rows(number, order[number]), any_chosen
 
     @torch.no_grad()
     def _choose_capacity(self, images: Tensor, arm_class: Tensor | None, capacity: int) -> Rows:

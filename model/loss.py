@@ -17,6 +17,7 @@ B images, A anchors an image, C classes with background, N rows that the ADM com
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -54,7 +55,7 @@ def sum_losses(predictions: Predictions, targets: Sequence[AnyTargets], config: 
     p = predictions
     targets = as_targets(targets, config.num_classes, batch=p.refined.shape[0], validate=p.matches is None)
     zero = p.adm_class.new_zeros(())
-    arm = (zero, zero, zero)
+    arm = _ModuleSums(zero, zero, zero)
     if p.arm_class is not None and p.arm_box is not None:
         matches = match_anchors(p.anchors, targets, config.arm_iou, binary=True)
         arm = _sum_module(
@@ -73,11 +74,22 @@ def sum_losses(predictions: Predictions, targets: Sequence[AnyTargets], config: 
     )
     by_arm = config.loss_normalization == "arm" and p.arm_class is not None
     return LossSums(
-        *(*arm[:2], *adm[:2]),
-        positives=torch.stack([arm[2], arm[2] if by_arm else adm[2]]),
+        arm_class=arm.entropy,
+        arm_box=arm.smooth_l1,
+        adm_class=adm.entropy,
+        adm_box=adm.smooth_l1,
+        positives=torch.stack([arm.positives, arm.positives if by_arm else adm.positives]),
         survivors=None if survivors is None else share_by_level(survivors, p.level_anchors),
         rows=zero.new_full((), len(p.adm_class) / matches.labels.numel()),
     )
+
+
+class _ModuleSums(NamedTuple):
+    """One line of equation 1 before division; scalars."""
+
+    entropy: Tensor
+    smooth_l1: Tensor
+    positives: Tensor
 
 
 def _sum_module(
@@ -87,8 +99,8 @@ def _sum_module(
     anchors: Tensor,
     targets: Sequence[Targets],
     ratio: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One module's sums: (cross entropy, smooth L1, number of positives).
+) -> _ModuleSums:
+    """Sums of one module: mine its negatives, then add up what equation 1 has for it.
 
     rows      logits [N, C], deltas [N, 4], index [N]: image * A + anchor of each row; None: N = B * A
     eligible  [B, A]  negatives that may be mined
@@ -98,6 +110,7 @@ def _sum_module(
     labels = matches.labels.flatten() if index is None else matches.labels.flatten()[index]
     entropy = F.cross_entropy(logits.float(), labels.clamp(min=0), reduction="none")
 
+    # Mining compares the anchors of an image; one without a row comes last.
     hardness = entropy.detach()
     if index is not None:
         hardness = hardness.new_full((matches.labels.numel(),), -torch.inf).scatter_(0, index, hardness)
@@ -106,10 +119,10 @@ def _sum_module(
 
     positive = (labels > 0).nonzero().squeeze(1)
     place = positive if index is None else index[positive]
-    return (
-        classification_loss(entropy, labels > 0, negatives if index is None else negatives[index]),
-        box_loss(deltas[positive].float(), *_matched_pairs(place, matches, anchors, targets)),
-        count.sum().to(entropy.dtype),
+    return _ModuleSums(
+        entropy=classification_loss(entropy, labels > 0, negatives if index is None else negatives[index]),
+        smooth_l1=box_loss(deltas[positive].float(), *_matched_pairs(place, matches, anchors, targets)),
+        positives=count.sum().to(entropy.dtype),
     )
 
 

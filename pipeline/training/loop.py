@@ -37,8 +37,8 @@ def train(spec: Training, world: World, task: Task, callbacks: Callbacks) -> Tra
         stopped = False
         while state.step < state.schedule.total_steps and not stopped:
             outcome = train_step(state, upkeep.clock)
-            agreed = upkeep.agree(outcome)
-            upkeep.check(outcome, agreed)
+            agreed = upkeep.agree(outcome)  # one all-gather: losses, faults and requests to stop of every rank
+            upkeep.check(outcome, agreed)  # raises on all ranks together, or counts a skipped step
             state.step += 1
             stopped = agreed.stop
             upkeep.validate_if_due()
@@ -50,12 +50,14 @@ def train(spec: Training, world: World, task: Task, callbacks: Callbacks) -> Tra
 def start(
     stack: ExitStack, spec: Training, world: World, task: Task, callbacks: Callbacks
 ) -> tuple[TrainState, Checkpoint | None]:
-    """The state to go on from: the newest checkpoint's, a fork's, or the initial one. Collective.
+    """State to train from: the newest checkpoint's, a fork's, or the initial one. Collective.
 
     stack  closes engine and stream
     """
-    detector = task.detector
     seed_everything(task.seed, world.rank)
+
+    # Weights first: the engine and the average copy them when they are built.
+    detector = task.detector
     checkpoint = load_checkpoint(task.run_dir, world, callbacks.on_event)
     if checkpoint is None and task.fork_from:
         checkpoint = load_fork(task.fork_from, world)
@@ -64,15 +66,18 @@ def start(
     else:
         task.load_initial()
         world.broadcast_([buffer for buffer in detector.buffers() if buffer.is_floating_point()], source=0)
+
     plan = divide_batch(spec.global_batch, spec.micro_batch, world.size)
     engine = Engine(detector, task.loss, spec, plan, world)
     stack.callback(engine.close)
     average = AveragedWeights(detector, spec.ema_decay, world)
+
     epoch, batch = (checkpoint.manifest["epoch"], checkpoint.manifest["batch"]) if checkpoint else (0, 0)
     stream = stack.enter_context(closing(task.make_stream(Cursor(epoch, batch), plan)))
     schedule = make_schedule(spec, stream.batches_per_epoch)
     check_profile_steps(spec.profile_steps, schedule.total_steps)
     feed = Feed(iter(stream), world.device, spec.channels_last)
+
     state = TrainState(engine, average, feed, schedule, task.seed)
     if checkpoint:
         check_same_data(checkpoint, schedule, plan.global_batch, task.facts.get("shards"))

@@ -49,31 +49,39 @@ class StepOutcome:
 
 
 def train_step(state: TrainState, clock: StepClock) -> StepOutcome:
-    """One step of SGD on one global batch, of which this rank has a share in some micro-batches (section IV-E)."""
+    """One step of SGD on one global batch, of which this rank has `plan.accumulation` micro-batches (section IV-E).
+
+    `engine.step` is DeepSpeed's. It is called for each micro-batch; at the last one it clips the gradient, updates the
+    weights and clears the gradient, which `backward` has reduced over the ranks.
+    """
     engine, step = state.engine, state.step
-    seed_everything(state.seed, engine.world.rank, step)
+    seed_everything(state.seed, engine.world.rank, step)  # each step anew, so that a resumed run draws the same
     learning_rate = state.schedule.learning_rate(step)
-    statistics = engine.buffers.copy() if engine.spec.non_finite == "skip" else None
-    micro_batches: list[MicroBatch] = []
-    applied = False
+    buffers_before = engine.buffers.copy() if engine.spec.non_finite == "skip" else None
+
     with clock.measure("data"):
         epoch, batch = divmod(step, state.schedule.steps_per_epoch)
         batches = [state.feed.next(epoch, batch) for _ in range(engine.plan.accumulation)]
+
     if len(batches) > 1:  # equation 1 divides by the positives of all of them, which costs one more forward pass
         with clock.measure("forward"):
             engine.count_positives([(images, targets) for images, targets, _ in batches])
+
+    micro_batches: list[MicroBatch] = []
+    applied = False
     for images, targets, keys in batches:
         with clock.measure("forward"):
             total, losses = engine.forward(images, targets)
         with clock.measure("backward"):
             engine.backward(total)
         with clock.measure("optimizer"):
-            applied = engine.step(learning_rate)  # the last micro-batch updates the weights
+            applied = engine.step(learning_rate)
         micro_batches.append(MicroBatch(keys, images, targets, losses))
+
     with clock.measure("optimizer"):
         if applied:
             state.average.update(step)
-        elif statistics is not None:
-            engine.buffers.restore(statistics)
-        engine.buffers.average(engine.world)
+        elif buffers_before is not None:
+            engine.buffers.restore(buffers_before)  # running statistics that the skipped step has changed
+        engine.buffers.average(engine.world)  # every rank's running statistics are then the same
     return StepOutcome(learning_rate, micro_batches, applied)
