@@ -26,7 +26,9 @@ def execute(path: Path, timeout_s: int = 1200) -> nbformat.NotebookNode:
     notebook = nbformat.read(path, as_version=4)
     with tempfile.TemporaryDirectory() as folder:
         environment = {"REFINEDET_JOBS": str(REPOSITORY / "jobs"), "PATH": _path()}
-        client = NotebookClient(notebook, timeout=timeout_s, resources={"metadata": {"path": folder}})
+        client = NotebookClient(
+            notebook, timeout=timeout_s, coalesce_streams=True, resources={"metadata": {"path": folder}}
+        )
         client.execute(env=os.environ | environment)
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
