@@ -32,8 +32,9 @@ def check_detector(source: str) -> None:
             raise ValueError(f"weights must be readable, received {source!r} ({error}).") from None
     elif path := _find(source):
         try:
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
+            opened: Any = safe_open(path, framework="numpy")
+            with opened as file:
+                metadata: dict[str, str] = file.metadata() or {}
         except (SafetensorError, OSError) as error:
             raise ValueError(f"weights must be a safetensors file, received {source!r} ({error}).") from None
         check_metadata(metadata, source)

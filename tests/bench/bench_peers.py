@@ -111,7 +111,8 @@ def main() -> None:
                 round(sum(one.numel() for one in peer.parameters()) / 1e6, 1),
             ]
         )
-    columns = ["", "training, ms an image", "quartiles", "of SSD's", "detection, ms an image", "quartiles", "of SSD's", "M parameters"]
+    columns = ["", "training, ms an image", "quartiles", "of SSD's"]
+    columns += ["detection, ms an image", "quartiles", "of SSD's", "M parameters"]
     for row in (columns, *rows):
         print("  ".join(f"{cell!s:>22}" for cell in row))  # noqa: T201
     if options.json:

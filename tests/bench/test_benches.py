@@ -12,7 +12,7 @@ import pytest
 from tests.bench.tables import read_result, render
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WITH_TABLES = {"bench_align_conv", "bench_detector", "bench_merge", "bench_ranks"}
+WITH_TABLES = {"bench_align_conv", "bench_detector", "bench_merge", "bench_peers", "bench_ranks"}
 
 
 @pytest.mark.slow
@@ -23,6 +23,7 @@ WITH_TABLES = {"bench_align_conv", "bench_detector", "bench_merge", "bench_ranks
         "bench_detector",
         "bench_merge",
         "bench_multiscale",
+        "bench_peers",
         "bench_evaluation_memory",
         "bench_shards",
         "bench_ranks",
