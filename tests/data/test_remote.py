@@ -100,7 +100,8 @@ def expected_batches(shards: ShardSet) -> list[Any]:
     return [[batch.epoch, batch.index, sorted(batch.keys)] for batch in stream]
 
 
-@pytest.mark.parametrize("outage_s", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("outage_s", [3, 20])
 def test_a_store_that_dies_is_waited_for(
     store: Store,
     start_training: Callable[..., subprocess.Popen[str]],

@@ -138,6 +138,7 @@ def test_a_stream_that_fails_on_one_rank_stops_all(tmp_path: Path) -> None:
     assert "step 6: no batch on rank 1: RuntimeError('the disk is gone')" in outcomes[0].error
 
 
+@pytest.mark.slow
 def test_a_slow_rank_is_named_with_the_part_that_is_slow(tmp_path: Path) -> None:
     spec = ZERO_1.model_copy(update={"epochs": 9})  # 45 steps; a verdict needs two windows of 20
     outcomes = run_workers(tmp_path / "run", 2, spec, Fault(rank=1, step=0, kind="slow"))
