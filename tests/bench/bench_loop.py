@@ -165,17 +165,22 @@ def cost_of_saves(measured: Measured) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--saves", type=int, default=6)
+    parser.add_argument("--saves", type=int, default=6, help="at least 2")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--tcb-channels", type=int, default=128)
+    parser.add_argument("--no-prediction-block", action="store_true", help="as the jobs for a CPU have it")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--zero-stage", type=int, default=1)
     parser.add_argument("--json", metavar="OUT")
     options = parser.parse_args()
     config = RefineDetConfig(
-        num_classes=8, input_size=options.size, backbone=options.backbone, tcb_channels=options.tcb_channels
+        num_classes=8,
+        input_size=options.size,
+        backbone=options.backbone,
+        tcb_channels=options.tcb_channels,
+        prediction_block=not options.no_prediction_block,
     )
     spec = Training(
         global_batch=options.batch,
