@@ -165,7 +165,7 @@ def cost_of_saves(measured: Measured) -> list[float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--saves", type=int, default=6, help="at least 2")
+    parser.add_argument("--saves", type=int, default=6, help="at least 2; the first and the last have no neighbour")
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--backbone", default="resnet18")
@@ -236,7 +236,7 @@ def main() -> None:
 
 
 def _spread(values: list[float]) -> dict[str, float]:
-    quarter = statistics.quantiles(values, n=4)
+    quarter = statistics.quantiles(values, n=4) if len(values) > 1 else values * 3
     return {"median": statistics.median(values), "lower_quartile": quarter[0], "upper_quartile": quarter[2]}
 
 
