@@ -1,4 +1,4 @@
-"""Where a detector's file lies, and what its header says; without torch, which takes seconds to load."""
+"""Place and header of a detector's file; without torch, which takes seconds to load."""
 
 # huggingface_hub, fsspec and safetensors are typed in part.
 # pyright: reportUnknownMemberType=false, reportMissingTypeStubs=false

@@ -322,7 +322,7 @@ def main() -> None:
             "milliseconds": milliseconds,
             "memory_mb": memory,
             "roofline": {"flops_per_s": flops, "bytes_per_s": bandwidth, "floor_ms": floors},
-            "library": {key: str(value) for key, value in asdict(library.describe()).items()},
+            "library": {key: str(value) for key, value in asdict(library.describe()).items() if key != "path"},
         }
         columns = ["case", "median ms", "min - max", "of the vanilla convolution", "times faster than `deform_conv2d`"]
         spread = f"least and most of {arguments.repeats} repetitions"

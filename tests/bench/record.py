@@ -1,4 +1,4 @@
-"""What a benchmark's --json writes: a result as tests.bench.tables reads it, with where and how it was measured."""
+"""Results of benchmarks, as --json writes them and tests.bench.tables reads them, with place and way of measuring."""
 
 from __future__ import annotations
 

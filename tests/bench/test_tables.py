@@ -92,3 +92,8 @@ def test_a_table_without_a_result_is_refused(tmp_path):
     text = DOCUMENT.read_text().replace("<!-- table: merge -->", "<!-- table: stream -->")
     with pytest.raises(ResultError, match="merge"):
         rebuild(text, RESULTS)
+
+
+def test_results_name_no_path_of_the_machine_that_measured():
+    for path in RESULTS.glob("*.json"):
+        assert not re.search(r'"/|=/', path.read_text()), f"{path.name} holds an absolute path"
