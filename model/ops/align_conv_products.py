@@ -53,11 +53,26 @@ def align_conv_forward(
 
 
 def _divide(starts: Sequence[int], size: int) -> Iterator[tuple[slice, list[tuple[int, slice]]]]:
-    """Cut rows into parts of `size`: each part, with its groups and where in the part each one lies."""
-    for first in range(0, starts[-1], size):
-        part = slice(first, min(first + size, starts[-1]))
-        inside = [(max(start, part.start), min(end, part.stop)) for start, end in itertools.pairwise(starts)]
-        yield part, [(group, slice(a - first, b - first)) for group, (a, b) in enumerate(inside) if a < b]
+    """Cut rows into parts of at most `size`: each part, with its groups and where in the part each one lies.
+
+    A product arranges its filters first, so groups are cut as rarely as possible: only those beyond `size`, evenly.
+    """
+    part: list[tuple[int, int, int]] = []  # group, first row, end
+    for group, (start, end) in enumerate(itertools.pairwise(starts)):
+        pieces = -(-(end - start) // size)
+        for piece in range(pieces):
+            first, last = (start + (end - start) * edge // pieces for edge in (piece, piece + 1))
+            if part and last - part[0][1] > size:
+                yield _place_in_part(part)
+                part = []
+            part.append((group, first, last))
+    if part:
+        yield _place_in_part(part)
+
+
+def _place_in_part(part: list[tuple[int, int, int]]) -> tuple[slice, list[tuple[int, slice]]]:
+    first = part[0][1]
+    return slice(first, part[-1][2]), [(group, slice(start - first, end - first)) for group, start, end in part]
 
 
 def _multiply(columns: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
@@ -65,9 +80,11 @@ def _multiply(columns: Tensor, filters: Tensor, bias: Tensor) -> Tensor:
 
     In fp32 as a 1x1 convolution of n cells, which oneDNN computes with whatever the processor has. Torch's
     matrix product is MKL's: it leaves AVX-512 of other makers than Intel unused, and takes twice as long there.
-    The convolution's sums depend on the number of threads, so that the deterministic mode does without.
+    The convolution's sums depend on the number of threads, so that the deterministic mode does without; so do few rows,
+    which take less time than arranging their filters for oneDNN.
     """
-    if columns.dtype != torch.float32 or torch.are_deterministic_algorithms_enabled():
+    few = len(columns) <= 32
+    if few or columns.dtype != torch.float32 or torch.are_deterministic_algorithms_enabled():
         return torch.addmm(bias, columns, filters.T)
     cells = columns[None, None].permute(0, 3, 1, 2)  # [1, C, 1, n], channels inside
     return F.conv2d(cells, filters[:, :, None, None], bias)[0, :, 0].T
