@@ -94,11 +94,17 @@ def print_sweep(sweep: Sweep, as_json: bool = False) -> None:
     ]
     _print_table("Variants: mean ± standard deviation", ["", *names, "training", "runs"], rows)
     claims = [
-        [one.claim, _mean_and_spread(one.difference, 2), "–" if one.paper is None else f"{one.paper:+.1f}", one.verdict]
+        [
+            one.claim,
+            one.metric,
+            _mean_and_spread(one.difference, 2),
+            "–" if one.paper is None else f"{one.paper:+.1f}",
+            one.verdict,
+        ]
         for one in found.claims
     ]
     if claims:
-        _print_table("Claims: differences in points", ["", "here", "paper", "verdict"], claims)
+        _print_table("Claims: differences in points", ["", "metric", "here", "paper", "verdict"], claims)
 
 
 def _mean_and_spread(found: Summary | None, digits: int = 4) -> str:

@@ -42,7 +42,7 @@ class VariantResult:
 
 @dataclass(frozen=True)
 class ClaimResult:
-    """A claim `better > worse`.
+    """A claim `better > worse` in one metric; where there is AP50, the measure of the paper's ablations, in that too.
 
     difference  over seeds that both have, in points of a hundred
     paper       the paper's, in points of a hundred
@@ -77,7 +77,7 @@ def compare_sweep(sweep: Sweep) -> SweepResult:
         raise UserError(f"No run in {sweep.directory} has been evaluated; `refinedet sweep` runs them.")
     return SweepResult(
         tuple(_summarize(variant, found[variant], scores[variant]) for variant in found),
-        tuple(_judge(claim, scores) for claim in sweep.spec.compare),
+        tuple(result for claim in sweep.spec.compare for result in _judge(claim, scores)),
     )
 
 
@@ -117,10 +117,21 @@ def _summary(values: Sequence[float]) -> Summary:
     return Summary(statistics.fmean(values), spread, tuple(values))
 
 
-def _judge(claim: Comparison, scores: Mapping[str, Mapping[str, Mapping[int, float]]]) -> ClaimResult:
+def _judge(claim: Comparison, scores: Mapping[str, Mapping[str, Mapping[int, float]]]) -> list[ClaimResult]:
+    """In the metrics of the first scale that both variants have."""
     better, worse = scores[claim.better], scores[claim.worse]
-    metric = next((name for name in better if name in worse), "AP, single scale")
-    above, below = better.get(metric, {}), worse.get(metric, {})
+    metrics = [name for name in better if name in worse] or ["AP, single scale"]
+    scale = metrics[0].split(", ")[1]
+    return [
+        _judge_metric(claim, name, better.get(name, {}), worse.get(name, {}))
+        for name in metrics
+        if name.split(", ")[1] == scale
+    ]
+
+
+def _judge_metric(
+    claim: Comparison, metric: str, above: Mapping[int, float], below: Mapping[int, float]
+) -> ClaimResult:
     differences = [100 * (above[seed] - below[seed]) for seed in above if seed in below]
     text = f"{claim.better} > {claim.worse}"
     if not differences:

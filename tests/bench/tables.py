@@ -85,6 +85,7 @@ def sweep_tables(sweep: dict[str, Any]) -> list[Table]:
     claims = [
         [
             one["claim"].replace("_", " "),
+            one["metric"].split(",")[0],
             mean_and_spread(one["difference"], 2),
             "" if one["paper"] is None else f"{float(one['paper']):+.1f}",
             one["verdict"],
@@ -93,7 +94,7 @@ def sweep_tables(sweep: dict[str, Any]) -> list[Table]:
     ]
     return [
         (["variant", *names, "minutes of training", "runs"], variants),
-        (["claim", "difference here, points of AP", "in the paper, points of mAP", "verdict"], claims),
+        (["claim", "metric", "difference here, points", "in the paper, points of VOC's mAP", "verdict"], claims),
     ]
 
 

@@ -64,8 +64,8 @@ def test_a_sweep_has_variants_and_claims(tmp_path):
     (tmp_path / "sweep.json").write_text(json.dumps({**bare, "sweep": SWEEP}))
     made = render(read_result(tmp_path / "sweep.json"))
     assert "| no tcb | 0.2500 ± 0.0100 | 1.5 | 2 |" in made
-    assert "| full > no tcb | | +1.1 | not run |" in made
-    assert "| a > b | -0.50 ± 1.00 | | undecided |" in made
+    assert "| full > no tcb | AP | | +1.1 | not run |" in made
+    assert "| a > b | AP | -0.50 ± 1.00 | | undecided |" in made
     for path in draw_all(tmp_path):
         assert path.stem in PLOTS
 

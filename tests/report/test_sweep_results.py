@@ -46,19 +46,31 @@ def test_means_spreads_and_verdicts(sweep_file):
     assert by_name["a"].scores["AP, single scale"].spread == pytest.approx(0.030550504)
     assert by_name["d"].scores["AP, single scale"].spread is None
     assert (by_name["d"].done, by_name["e"].done, by_name["e"].scores) == (1, 0, {})
-    verdicts = {claim.claim: claim for claim in found.claims}
-    assert verdicts["a > b"].difference is not None
-    assert verdicts["a > b"].difference.mean == pytest.approx(3)
-    assert verdicts["a > b"].difference.spread == pytest.approx(1)
-    assert [claim.verdict for claim in found.claims] == [
-        "holds", "undecided", "contradicted", "undecided (one seed)", "not run"]  # fmt: skip
+    claims = {(claim.claim, claim.metric.split(",")[0]): claim for claim in found.claims}
+    for metric, factor in (("AP", 1), ("AP50", 2)):
+        difference = claims["a > b", metric].difference
+        assert difference is not None
+        assert difference.mean == pytest.approx(3 * factor)
+        assert difference.spread == pytest.approx(1 * factor)
+        verdicts = [claim.verdict for claim in found.claims if claim.metric.startswith(f"{metric},")]
+        assert verdicts[:4] == ["holds", "undecided", "contradicted", "undecided (one seed)"]
+    assert claims["a > e", "AP"].verdict == "not run"
+    assert len(claims) == 9
+
+
+def test_metrics_are_judged_apart(sweep_file):
+    evaluate(sweep_file)
+    for path in Path(sweep_file).parent.glob("s/a-*/metrics.json"):
+        path.write_text(path.read_text().replace('"AP50": 0.', '"AP50": 0.0'))
+    found = compare_sweep(load_sweep(sweep_file)).claims
+    assert [one.verdict for one in found if one.claim == "a > b"] == ["holds", "contradicted"]
 
 
 def test_the_command_prints_them_and_as_json(sweep_file):
     evaluate(sweep_file)
     text = CliRunner().invoke(app, ["compare", sweep_file], catch_exceptions=False, env={"COLUMNS": "200"}).stdout
     row = next(line for line in text.splitlines() if line.strip().startswith("a > b"))
-    assert row.split()[3:] == ["3.00", "±", "1.00", "+0.5", "holds"]
+    assert row.split()[3:] == ["AP,", "single", "scale", "3.00", "±", "1.00", "+0.5", "holds"]
     as_json = CliRunner().invoke(app, ["compare", sweep_file, "--json"], catch_exceptions=False).stdout
     assert json.loads(as_json)["claims"][0]["difference"]["values"] == pytest.approx([2, 4, 3])
 
