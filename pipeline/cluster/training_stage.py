@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from ray.exceptions import OutOfMemoryError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from refinedet.pipeline.cluster.capacity import missing_capacity
@@ -251,4 +252,6 @@ def explain(error: BaseException) -> str:
             break
         inner = following
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]
+    if isinstance(inner, OutOfMemoryError) and lines:  # Ray goes on for pages, and ends with advice on its own settings
+        return f"{lines[0].strip()}. All programs on the node count; fewer workers or loader processes need less"
     return lines[-1].strip() if lines else type(inner).__name__

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from ray.exceptions import OutOfMemoryError
 from ray.train import WorkerGroupError
 from refinedet.pipeline.cluster import training_stage as module
 from refinedet.pipeline.cluster.mailbox import Mailbox
@@ -141,3 +142,8 @@ def test_ray_train_gets_the_cluster_section_whole() -> None:
 def test_an_error_is_explained_by_its_innermost_cause() -> None:
     assert explain(FAILED) == "rank 1 died"
     assert explain(ValueError()) == "ValueError"
+    killed = "1 worker(s) were killed due to the node running low on memory. Memory on the node was 8.79GB used / 9GB"
+    pages = OutOfMemoryError(
+        f"{killed}\nOOM kill reason: Memory usage\nRefer to the documentation on how to address it"
+    )
+    assert explain(pages).startswith(f"{killed}. All programs on the node count")
