@@ -87,7 +87,7 @@ def select_batch(predictions: Predictions, config: RefineDetConfig) -> Detection
     p = predictions
     scores = F.pad(p.adm_class.softmax(dim=-1), (-1, 0, 0, 1))  # without background, with a row of zeros at the end
     row, score, label = rank_candidates(scores, _row_of_anchors(p, config), config)
-    boxes = decode_boxes(p.adm_box[row], p.row_boxes[row])
+    boxes = decode_boxes(p.adm_box, p.row_boxes)[row]
     return DetectionBatch(*suppress(boxes, score, label, config.nms_iou, config.score_threshold, config.max_detections))
 
 

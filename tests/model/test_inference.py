@@ -157,7 +157,7 @@ def test_a_batch_takes_few_operators_and_never_waits():
         found = select_detections(predictions, config)
     assert len(found) == 8
     assert all(len(one.scores) == 200 for one in found)
-    assert len([name for name in seen.names if name != "aten.view.default"]) <= 40, "\n".join(seen.names)
+    assert len(seen.names) <= 40, "\n".join(seen.names)
     # On the meta device there are no values: whatever had to wait for one would raise.
     nowhere = make_predictions(8, 80, "meta")
     for scope in ("image", "class"):
