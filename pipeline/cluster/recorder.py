@@ -74,7 +74,7 @@ class TrainingRecorder:
             self._begun.result()
         if isinstance(message, NodeSample):
             if message.node != ray.get_runtime_context().get_node_id():  # which the tracker samples by itself
-                self._tracker.log_metrics(message.number, message.values)
+                self._tracker.log_load(message.values)
         elif isinstance(message, StepRecord):
             self._step(message)
         else:

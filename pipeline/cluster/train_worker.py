@@ -77,7 +77,7 @@ def _started(rank: int) -> Event:
 def _sample_node(link: MailboxLink) -> None:
     """Send the load of this node until the process ends; the driver drops that of its own node, which it samples."""
     node, name = ray.get_runtime_context().get_node_id(), f"{socket.gethostname()}-{ray.util.get_node_ip_address()}"
-    NodeSampler(lambda number, values: link.push(NodeSample(node, number, values)), node=name)
+    NodeSampler(lambda values: link.push(NodeSample(node, values)), node=name)
 
 
 def _watch_preemption(link: MailboxLink, rank: int) -> None:

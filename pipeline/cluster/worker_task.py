@@ -42,5 +42,4 @@ class NodeSample:
     """The load of a node at one time, under MLflow's names; `node` is Ray's id."""
 
     node: str
-    number: int
     values: Mapping[str, float]

@@ -18,7 +18,7 @@ INTERVAL_S = 15.0
 """between two samples of a node"""
 _MIB = 2**20
 
-LogMetrics = Callable[[int, Mapping[str, float]], None]
+LogLoad = Callable[[Mapping[str, float]], None]
 
 
 def sample_node(node: str) -> dict[str, float]:
@@ -59,8 +59,8 @@ def _gpus() -> dict[str, float]:
 class NodeSampler:
     """Samples this node every `interval_s` seconds, the first time after one interval, until `close`."""
 
-    def __init__(self, log_metrics: LogMetrics, *, interval_s: float = INTERVAL_S, node: str | None = None) -> None:
-        self._log_metrics, self._interval_s = log_metrics, interval_s
+    def __init__(self, log_load: LogLoad, *, interval_s: float = INTERVAL_S, node: str | None = None) -> None:
+        self._log_load, self._interval_s = log_load, interval_s
         self._node = node or platform.node() or "node"
         self._ended = threading.Event()
         psutil.cpu_percent()  # the first call has nothing to compare with
@@ -70,10 +70,8 @@ class NodeSampler:
         self._ended.set()
 
     def _run(self) -> None:
-        step = 0
         while not self._ended.wait(self._interval_s):
             try:
-                self._log_metrics(step, sample_node(self._node))
+                self._log_load(sample_node(self._node))
             except Exception as error:  # a sample is never worth the job
                 logger.debug("This node could not be sampled: %s", error)
-            step += 1

@@ -30,7 +30,7 @@ from refinedet.pipeline.tracking.writer import RunWriter, Status, is_away
 stores.configure_mlflow()
 
 from mlflow import MlflowClient  # noqa: E402
-from mlflow.entities import ViewType  # noqa: E402
+from mlflow.entities import RunInfo, ViewType  # noqa: E402
 from mlflow.exceptions import MlflowException  # noqa: E402
 
 logger = logging.getLogger(__name__)
@@ -67,12 +67,14 @@ class RunTracker(RunWriter):
         self.identity = known.get("identity") or uuid.uuid4().hex
         try:
             self.experiment_id = _experiment(client, tracking.experiment, stores.artifact_location(self.uri, runs))
-            run_id, self.resumed = self._start_or_resume(client, name)
+            started, self.resumed = self._start_or_resume(client, name)
+            run_id, self._began_s = started.run_id, started.start_time / 1000
         except (MlflowException, OSError) as error:
             if not (known.get("run_id") and known.get("uri") == redact_text(self.uri) and is_away(error)):
                 raise UserError(stores.unreachable(self.uri, error)) from error
             logger.warning("No MLflow store answers at %s; the run goes on, its records wait.", redact_text(self.uri))
             self.experiment_id, run_id, self.resumed = known["experiment_id"], known["run_id"], True
+            self._began_s = float(known.get("began") or time.time())
         super().__init__(client, lambda: run_id)
         if self.resumed:
             self._outbox.put_call("the status", lambda: self.client.update_run(self.run_id, status="RUNNING"))
@@ -83,13 +85,17 @@ class RunTracker(RunWriter):
         self._children: list[RunWriter] = []
         self._result_times: dict[str, float] = {}
         self.child(f"attempt {self._num_attempts}").set_tags({"refinedet.attempt": str(self._num_attempts)})
-        self._sampler = NodeSampler(self.log_metrics)
+        self._sampler = NodeSampler(self.log_load)
 
     def child(self, name: str) -> RunWriter:
         """A child run of this one, the same one for the same name; it ends with this run, if not before."""
         made = child_run(self.client, self.experiment_id, parent=self.run_id, identity=self.identity, name=name)
         self._children.append(made)
         return made
+
+    def log_load(self, values: Mapping[str, float]) -> None:
+        """Log a sample of a node at the second of the run, which no later start of the driver repeats."""
+        self.log_metrics(int(time.time() - self._began_s), values)
 
     def logged_steps(self, name: str) -> set[int]:
         """Steps at which the store has a metric of this run; none, with a warning, where it is away."""
@@ -180,12 +186,12 @@ class RunTracker(RunWriter):
             return f"{redact_text(self.uri).rstrip('/')}/#/experiments/{self.experiment_id}/runs/{self.run_id}"
         return shlex.join([sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", redact_text(self.uri)])
 
-    def _start_or_resume(self, client: MlflowClient, name: str) -> tuple[str, bool]:
+    def _start_or_resume(self, client: MlflowClient, name: str) -> tuple[RunInfo, bool]:
         found = _find_run(client, self.experiment_id, self.identity)
         if found:
             return found, True
         tags = {RUN_TAG: self.identity, OWNER_TAG: self._owner, "refinedet.folder": redact_text(self.run_dir)}
-        return client.create_run(self.experiment_id, tags=tags, run_name=name).info.run_id, False
+        return client.create_run(self.experiment_id, tags=tags, run_name=name).info, False
 
     def _write_identity(self, status: str, reason: str = "") -> None:
         storage.write_json(
@@ -195,6 +201,7 @@ class RunTracker(RunWriter):
                 "uri": redact_text(self.uri),
                 "experiment_id": self.experiment_id,
                 "run_id": self.run_id,
+                "began": self._began_s,
                 "status": status,
                 "reason": redact_text(reason),
                 "time": time.time(),
@@ -254,8 +261,8 @@ def child_run(client: MlflowClient, experiment_id: str, *, parent: str, identity
     def find() -> str:
         found = _find_run(client, experiment_id, key)
         if found:
-            client.update_run(found, status="RUNNING")
-            return found
+            client.update_run(found.run_id, status="RUNNING")
+            return found.run_id
         tags = {RUN_TAG: key, _PARENT_TAG: parent, **_source_tags(None)}
         return client.create_run(experiment_id, tags=tags, run_name=name).info.run_id
 
@@ -275,9 +282,9 @@ def read_identity(run_dir: str) -> dict[str, Any]:
     return found
 
 
-def _find_run(client: MlflowClient, experiment_id: str, key: str) -> str | None:
+def _find_run(client: MlflowClient, experiment_id: str, key: str) -> RunInfo | None:
     found = client.search_runs([experiment_id], f"tags.`{RUN_TAG}` = '{key}'", ViewType.ACTIVE_ONLY, max_results=1)
-    return found[0].info.run_id if found else None
+    return found[0].info if found else None
 
 
 def _experiment(client: MlflowClient, name: str, location: str | None) -> str:

@@ -12,7 +12,7 @@ import pytest
 from tests.bench.tables import read_result, render
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-WITH_TABLES = {"bench_align_conv", "bench_detector", "bench_merge", "bench_peers", "bench_ranks"}
+WITH_TABLES = {"bench_align_conv", "bench_detector", "bench_merge", "bench_peers", "bench_ranks", "bench_tracking"}
 
 
 @pytest.mark.slow
@@ -27,6 +27,7 @@ WITH_TABLES = {"bench_align_conv", "bench_detector", "bench_merge", "bench_peers
         "bench_evaluation_memory",
         "bench_shards",
         "bench_ranks",
+        "bench_tracking",
     ],
 )
 def test_a_benchmark_runs_to_its_end(tmp_path: Path, name: str) -> None:

@@ -266,13 +266,23 @@ def test_the_page_of_a_run_says_who_started_it_from_what_and_how(runs):
 
 def test_a_node_is_sampled_under_mlflows_names():
     samples: list[dict[str, float]] = []
-    sampler = NodeSampler(lambda step, values: samples.append(dict(values)), interval_s=0.01, node="host-1")
+    sampler = NodeSampler(lambda values: samples.append(dict(values)), interval_s=0.01, node="host-1")
     deadline = time.monotonic() + 60
     while not samples and time.monotonic() < deadline:
         time.sleep(0.01)
     sampler.close()
     assert 0 < samples[0]["system/host-1/system_memory_usage_percentage"] <= 100
     assert all(name.startswith("system/host-1/") for name in samples[0])
+
+
+def test_a_later_start_logs_a_nodes_load_at_later_steps(runs):
+    name = "system/host-1/cpu_utilization_percentage"
+    for load in (50.0, 60.0):
+        with _open(runs) as tracker:
+            time.sleep(1.1)
+            tracker.log_load({name: load})
+    (first, _), (second, _) = _history(tracker, name)
+    assert 1 <= first < second
 
 
 def test_a_better_model_becomes_champion_and_only_on_the_same_data(runs, tmp_path):
