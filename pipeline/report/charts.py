@@ -32,7 +32,7 @@ class Frame:
         return self.height - self.bottom
 
 
-FRAMES = (Frame("wide", 560, 270, 46, 104), Frame("narrow", 328, 230, 40, 112))
+FRAMES = (Frame("wide", 560, 270, 46, 104), Frame("narrow", 328, 246, 40, 112, top=60))
 """Every chart is drawn in both; the style sheet shows the one whose text is readable on the screen."""
 
 _Place = Callable[[float, float], tuple[float, float]]

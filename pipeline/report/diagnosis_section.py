@@ -18,7 +18,7 @@ from refinedet.pipeline.report.charts import Series
 _ERROR_WORDS = {
     "classification": ("wrong class", "the box fits an object of another class"),
     "localization": ("wrong box", "right class, the box fits badly"),
-    "both": ("wrong class and box", ""),
+    "both": ("wrong class and box", "the box fits an object of another class badly"),
     "duplicate": ("duplicate", "a second box on a found object"),
     "background": ("background", "a box on no object"),
     "missed": ("missed", "an object without any detection"),
@@ -75,6 +75,11 @@ def lost_stages(diagnosis: Mapping[str, Any]) -> dict[str, int]:
         for stage, count in level["counts"].items():
             counts[stage] = counts.get(stage, 0) + int(count)
     return counts
+
+
+def error_name(kind: str) -> str:
+    """Name of a kind of error for people; a kind that is not known stays."""
+    return _ERROR_WORDS.get(kind, (kind,))[0]
 
 
 def stage_words(stage: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from refinedet.pipeline.inference.pictures import Boxes, draw_detections
+from refinedet.pipeline.report.diagnosis_section import error_name
 
 logger = logging.getLogger(__name__)
 
@@ -122,7 +123,7 @@ def _panel(kind: str, row: Mapping[str, Any], image: np.ndarray, name: str) -> P
     crop, origin = _crop(image, xyxy)
     drawn = Boxes(xyxy - np.tile(origin, 2), np.arange(1, len(boxes) + 1), matched=np.array(solid))
     picture = draw_detections(crop, drawn, labels, long_side=_CROP_SIDE)
-    note = str(row["kind"])
+    note = error_name(str(row["kind"]))
     if row.get("score") is not None:
         note += f", score {row['score']:.2f}"
     if row.get("other_label"):

@@ -11,7 +11,7 @@ from refinedet.pipeline.report.run_data import RunFolder
 from refinedet.pipeline.report.training_charts import duration
 
 _ENDED = "ended"
-_WAITING = "starting, and between stages"
+_WAITING = "starting, stopped, between stages"
 
 
 def timeline_view(run: RunFolder) -> dict[str, Any]:

@@ -42,7 +42,8 @@ def _ending(run: RunFolder) -> str:
     restarts = num_restarts(run)
     if restarts:
         lost = float(run.ledger.get("lost_s") or 0)
-        text += f", {restarts} restart{'s' * (restarts > 1)}, {duration(lost)} of work done again"
+        again = f"{duration(lost)} of work" if lost else "no work"
+        text += f", {restarts} restart{'s' * (restarts > 1)}, {again} done again"
     return f"{text}."
 
 
@@ -76,7 +77,7 @@ def _losses(run: RunFolder) -> list[str]:
             worst = max(lost, key=lambda name: lost[name])
             text = f"The detector finds {counts['found']} of {total} objects"
             sentences.append(
-                f"{text}; most of the others: {stage_words(worst)} ({lost[worst]})." if lost[worst] else f"{text}."
+                f"{text}; the most frequent loss: {stage_words(worst)} ({lost[worst]})." if lost[worst] else f"{text}."
             )
     except (KeyError, TypeError, ValueError, AttributeError):  # no diagnosis, or one of another layout
         pass
