@@ -85,12 +85,16 @@ def _register(client: MlflowClient, run_id: str, model_id: str, model: PackagedM
     version = next((one.version for one in known if one.tags.get(WEIGHTS_TAG) == model.digest), None)
     if version is None:
         tags = {WEIGHTS_TAG: model.digest, DATA_TAG: model.data_digest}
+        description = f"Run {client.get_run(run_id).info.run_name}, step {model.step}"
         if model.score:
             tags[SCORE_TAG] = f"{model.score[0]}={model.score[1]:.6f}"
+            description += f": {model.score[0]} {model.score[1]:.3f}"
         # A server resolves the model itself; a database's store would look for it at MLflow's global tracking URI.
         served = client.tracking_uri.startswith(("http://", "https://"))
         source = f"models:/{model_id}" if served else client.get_logged_model(model_id).artifact_location
-        created = client.create_model_version(name, source=source, run_id=run_id, tags=tags, model_id=model_id)
+        created = client.create_model_version(
+            name, source=source, run_id=run_id, tags=tags, model_id=model_id, description=description
+        )
         version = created.version
     if _beats_champion(client, name, model):
         client.set_registered_model_alias(name, CHAMPION, str(version))

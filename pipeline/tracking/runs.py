@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import numpy as np
 from refinedet.pipeline.config.spec import Tracking
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.environment import commit
@@ -83,6 +84,7 @@ class RunTracker(RunWriter):
         self._write_identity("RUNNING")
         self._guardian = Guardian(uri=self.uri, run_id=self.run_id, owner=self._owner)
         self._children: list[RunWriter] = []
+        self._pictures: RunWriter | None = None
         self._result_times: dict[str, float] = {}
         self.child(f"attempt {self._num_attempts}").set_tags({"refinedet.attempt": str(self._num_attempts)})
         self._sampler = NodeSampler(self.log_load)
@@ -96,6 +98,12 @@ class RunTracker(RunWriter):
     def log_load(self, values: Mapping[str, float]) -> None:
         """Log a sample of a node at the second of the run, which no later start of the driver repeats."""
         self.log_metrics(int(time.time() - self._began_s), values)
+
+    def log_picture(self, key: str, step: int, image: np.ndarray) -> None:
+        """Log to a child run of its own: beside a run's many parameters MLflow's charts have no room for a picture."""
+        if self._pictures is None:
+            self._pictures = self.child("pictures")
+        self._pictures.log_picture(key, step, image)
 
     def logged_steps(self, name: str) -> set[int]:
         """Steps at which the store has a metric of this run; none, with a warning, where it is away."""
@@ -305,9 +313,12 @@ def _experiment(client: MlflowClient, name: str, location: str | None) -> str:
 
 
 def _source_tags(command: Sequence[str] | None) -> dict[str, str]:
-    """MLflow's columns Source and User."""
+    """MLflow's columns Source and User, and the whole command."""
     arguments = list(command or [os.path.basename(sys.argv[0]) or "python", *sys.argv[1:]])
-    tags = {"mlflow.source.name": redact_text(shlex.join(arguments)), "mlflow.source.type": "LOCAL"}
+    # MLflow's pages show what follows the last slash, so that a path or an address would cut the command.
+    shown = [arguments[0], *(os.path.basename(word) for word in arguments[1:3])]
+    tags = {"mlflow.source.name": redact_text(shlex.join(shown)), "mlflow.source.type": "LOCAL"}
+    tags["command"] = redact_text(shlex.join(arguments))
     revision = commit()
     if revision:
         tags["mlflow.source.git.commit"] = revision.removesuffix("+changes")

@@ -6,6 +6,7 @@ import sys
 import textwrap
 import time
 
+import numpy as np
 import pytest
 from refinedet.pipeline.config.spec import Tracking
 from refinedet.pipeline.runs.errors import UserError
@@ -254,12 +255,13 @@ def test_the_page_of_a_run_says_who_started_it_from_what_and_how(runs):
         name="job",
         run_dir=str(runs / "job"),
         runs=str(runs),
-        command=["refinedet", "launch", "a job.yaml", "password=hunter2"],
+        command=["refinedet", "launch", "jobs/a job.yaml", "password=hunter2"],
     )
     tracker.set_description("RefineDet++ on shapes")
     tracker.finish("FINISHED")
     tags = tracker.client.get_run(tracker.run_id).data.tags
-    assert tags["mlflow.source.name"] == "refinedet launch 'a job.yaml' password=***"
+    assert tags["mlflow.source.name"] == "refinedet launch 'a job.yaml'"
+    assert tags["command"] == "refinedet launch 'jobs/a job.yaml' password=***"
     assert tags["mlflow.user"]
     assert tags["mlflow.note.content"] == "RefineDet++ on shapes"
 
@@ -273,6 +275,19 @@ def test_a_node_is_sampled_under_mlflows_names():
     sampler.close()
     assert 0 < samples[0]["system/host-1/system_memory_usage_percentage"] <= 100
     assert all(name.startswith("system/host-1/") for name in samples[0])
+
+
+def test_pictures_lie_in_a_child_run_without_parameters(runs):
+    with _open(runs) as tracker:
+        tracker.log_spec({"name": "job"})
+        for step in (10, 20):
+            tracker.log_picture("validation/a.jpg", step, np.zeros((8, 8, 3), np.uint8))
+    assert not tracker.client.list_artifacts(tracker.run_id)
+    (child,) = tracker.client.search_runs([tracker.experiment_id], "attributes.run_name = 'pictures'")
+    assert child.info.status == "FINISHED"
+    assert not child.data.params
+    names = [file.path for file in tracker.client.list_artifacts(child.info.run_id, "images")]
+    assert sum(name.endswith(".png") for name in names) == 2
 
 
 def test_a_later_start_logs_a_nodes_load_at_later_steps(runs):
