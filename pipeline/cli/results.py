@@ -52,6 +52,9 @@ def predict(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: a GPU where there is one")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="images at once")] = 8,
+    nms_iou: Annotated[float | None, typer.Option(min=0, max=1, help="overlap beyond which two boxes of a class are one")] = None,
+    max_detections: Annotated[int | None, typer.Option(min=1, help="most objects in an image")] = None,
+    every: Annotated[int, typer.Option(min=1, help="of videos, read one frame in so many")] = 1,
 ) -> None:
     """Detect objects in images and videos.
 
@@ -70,9 +73,11 @@ def predict(
     check_device_name(device)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output must be a directory, received the file {output}.")
+    if size and (nms_iou is not None or max_detections is not None):
+        raise UserError("--size merges its views by a rule of its own; leave out --nms-iou and --max-detections.")
     from refinedet.pipeline.inference.sources import find_sources
 
-    found = find_sources(sources, leave_out=str(output))
+    found = find_sources(sources, leave_out=str(output), every=every)
     from refinedet.pipeline.config.spec import Multiscale, Pass
     from refinedet.pipeline.inference.predict import Choice
     from refinedet.pipeline.inference.predictor import Predictor
@@ -83,7 +88,7 @@ def predict(
         precision=precision,
         batch_size=batch_size,
         multiscale=Multiscale(passes=tuple(Pass(size=one) for one in size)) if size else None,
-    )
+    ).selecting(nms_iou=nms_iou, max_detections=max_detections)
     _predict(predictor, found, Choice(output, formats, threshold, category or ()))
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 import torch
-from refinedet.model import RefineDet
+from refinedet.model import RefineDet, RefineDetConfig
 from refinedet.pipeline.config.recipes import resolve_merge, resolve_passes
 from refinedet.pipeline.config.spec import Multiscale
 from refinedet.pipeline.inference.detect import Found, detect_view, evaluating
@@ -28,6 +28,7 @@ class Predictor:
     batch_size  views that the device holds at once
     autocast    bf16 or fp16; None: fp32
     multiscale  views of each image and their merging; None: one view at the model's input size
+    selection   thresholds and limits of one view's detections; None: the model's
     """
 
     model: RefineDet
@@ -35,6 +36,7 @@ class Predictor:
     batch_size: int = 8
     autocast: torch.dtype | None = None
     multiscale: Multiscale | None = None
+    selection: RefineDetConfig | None = None
 
     @classmethod
     def load(
@@ -60,6 +62,11 @@ class Predictor:
         names = model.categories or tuple(f"class {label}" for label in range(1, model.config.num_classes + 1))
         return cls(model, names, batch_size, autocast_type(place, precision), multiscale)
 
+    def selecting(self, **limits: float | None) -> Predictor:
+        """The same with other limits of one view, as nms_iou or max_detections; None leaves the model's."""
+        given = {name: value for name, value in limits.items() if value is not None}
+        return replace(self, selection=replace(self.model.config, **given)) if given else self  # type: ignore[arg-type]
+
     def predict(self, images: Iterable[np.ndarray]) -> Iterator[Found]:
         """Detections of each image, uint8 [H, W, 3] in RGB of any size, in order; `batch_size` images are held."""
         images = iter(images)
@@ -73,7 +80,7 @@ class Predictor:
         config = self.model.config
         if self.multiscale is None:
             size = (config.input_size, config.input_size)
-            return detect_view(self.model, images, size, config=config, autocast=self.autocast)
+            return detect_view(self.model, images, size, config=self.selection or config, autocast=self.autocast)
         num_views = sum(1 + one.flip for one in resolve_passes(self.multiscale, config))
         found = detect_in_views(self.model, images, self.multiscale, self.autocast)
         rule = resolve_merge(self.multiscale)

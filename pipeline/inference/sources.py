@@ -29,12 +29,14 @@ class Source:
 
     path   local path or URI
     stem   of the files written for it: unique among the sources, without suffix, with `/` where it lay in a directory
-    count  images in it: 1, or the frames of a video as its header states them
+    count  images in it: 1, or the frames of a video that are read, as its header states them
+    every  of a video, read one frame in so many
     """
 
     path: str
     stem: str
     count: int = 1
+    every: int = 1
 
     @property
     def is_video(self) -> bool:
@@ -67,12 +69,13 @@ class Frame:
         return self.source.stem if self.number is None else f"{self.source.stem}#{self.number:06d}"  # as no stem has
 
 
-def find_sources(names: Sequence[str], *, leave_out: str) -> list[Source]:
+def find_sources(names: Sequence[str], *, leave_out: str, every: int = 1) -> list[Source]:
     """Expand names, in their order.
 
     names      files, directories (all images and videos below), patterns (`photos/**/*.jpg`), URLs, text files with one
                name a line, "-" for names from standard input
     leave_out  directory whose files are not read: the output's
+    every      of videos, read one frame in so many
     Raises UserError for a name that stands for nothing; what a list names is looked up only when it is read.
     """
     found: list[tuple[str, str]] = []
@@ -86,7 +89,7 @@ def find_sources(names: Sequence[str], *, leave_out: str) -> list[Source]:
     if not paths:
         raise UserError("There is no image to detect in; give image files, directories, patterns, URLs or videos.")
     taken: set[str] = set()
-    return [Source(path, _unique(os.path.splitext(stem)[0], taken), _count(path)) for path, stem in paths]
+    return [Source(path, _unique(os.path.splitext(stem)[0], taken), _count(path, every), every) for path, stem in paths]
 
 
 def read_frames(sources: Iterable[Source], *, ahead: int) -> Iterator[Frame]:
@@ -118,13 +121,14 @@ def _read_image(source: Source) -> Frame:
 def _read_video(source: Source) -> Iterator[Frame]:
     video = cv2.VideoCapture(source.path)
     try:
-        rate = video.get(cv2.CAP_PROP_FPS) or 25.0
+        rate = (video.get(cv2.CAP_PROP_FPS) or 25.0) / source.every
         number = 0
-        while True:
-            complete, pixels = video.read()
-            if not complete:
-                break
-            yield Frame(source, cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), None, number, rate)
+        while video.grab():
+            if number % source.every == 0:
+                complete, pixels = video.retrieve()
+                if not complete:
+                    break
+                yield Frame(source, cv2.cvtColor(pixels, cv2.COLOR_BGR2RGB), None, number, rate)
             number += 1
         if number == 0:
             yield Frame(source, None, "no frame of the video can be decoded")
@@ -182,11 +186,11 @@ def _unique(stem: str, taken: set[str]) -> str:
     return stem
 
 
-def _count(path: str) -> int:
+def _count(path: str, every: int) -> int:
     if not path.lower().endswith(VIDEO_SUFFIXES):
         return 1
     video = cv2.VideoCapture(path)
     try:
-        return max(1, int(video.get(cv2.CAP_PROP_FRAME_COUNT)))
+        return max(1, -(-int(video.get(cv2.CAP_PROP_FRAME_COUNT)) // every))
     finally:
         video.release()

@@ -26,15 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import ray
 import torch
 from refinedet.model import RefineDet, sum_losses
 from refinedet.pipeline.cluster.mailbox import Mailbox, MailboxLink
 from refinedet.pipeline.cluster.recorder import TrainingRecorder
 from refinedet.pipeline.cluster.result_pictures import ResultPictures
+from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.batches import BatchPlan
 from refinedet.pipeline.config.run import Run
-from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec import Cluster, JobSpec
 from refinedet.pipeline.data.samples import Cursor
 from refinedet.pipeline.runs.progress import ProgressDisplay
 from refinedet.pipeline.tracking.runs import RunTracker
@@ -42,6 +42,7 @@ from refinedet.pipeline.training.loop import train
 from refinedet.pipeline.training.records import StepRecord
 from refinedet.pipeline.training.task import Callbacks, Task
 from refinedet.pipeline.training.world import open_world
+from rich.console import Console
 
 from tests.bench.bench_loop import OneBatch
 from tests.bench.record import describe_where, save_result
@@ -58,7 +59,6 @@ COLUMNS = [
 ]  # fmt: skip
 
 
-@ray.remote(num_cpus=1)
 def train_with_records(actor: Any, spec: dict[str, Any], threads: int) -> list[float]:
     """Train on one batch until the driver stops it; returns the seconds that each record held up the loop."""
     torch.set_num_threads(threads)
@@ -113,8 +113,10 @@ class Driver:
         block.processor_s = self._processor_s() - before
         return block
 
-    def take_until(self, done: ray.ObjectRef) -> None:
+    def take_until(self, done: Any) -> None:
         """Stop the loop, and take what it still sends."""
+        import ray
+
         while not ray.wait([done], timeout=POLL_S)[0]:
             self._take(stop=True)
         self._take(stop=True)
@@ -136,7 +138,7 @@ def tracked(run: Run, folder: Path) -> Iterator[tuple[RunTracker, TrainingRecord
     begun: Future[RunTracker] = Future()
     begun.set_result(tracker)
     pictures = ResultPictures(run)
-    recorder = TrainingRecorder(run, ProgressDisplay(), begun, pictures)
+    recorder = TrainingRecorder(run, ProgressDisplay(Console(quiet=True)), begun, pictures)
     with tracker:
         try:
             yield tracker, recorder
@@ -146,6 +148,8 @@ def tracked(run: Run, folder: Path) -> Iterator[tuple[RunTracker, TrainingRecord
 
 
 def measure(folder: Path, there_s: float, away_s: float, every: int) -> dict[str, Any]:
+    import ray  # after `refinedet.pipeline.cluster`, which draws the token of the local node
+
     server = MlflowServer(folder)
     spec = JobSpec.model_validate(
         {
@@ -162,7 +166,8 @@ def measure(folder: Path, there_s: float, away_s: float, every: int) -> dict[str
     try:
         with Mailbox() as mailbox, tracked(run, folder) as (tracker, recorder):
             driver = Driver(mailbox, recorder)
-            done = train_with_records.remote(mailbox.actor, spec.model_dump(mode="json"), os.cpu_count() or 1)
+            loop = ray.remote(train_with_records)
+            done = loop.remote(mailbox.actor, spec.model_dump(mode="json"), os.cpu_count() or 1)
             while not driver.take(1.0).seconds:
                 assert not ray.wait([done], timeout=0)[0], ray.get(done)
             driver.watch_mailbox()
@@ -232,8 +237,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.there = options.away = 4.0
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    with tempfile.TemporaryDirectory() as folder:
+    with ray_session(Cluster()), tempfile.TemporaryDirectory() as folder:
         found = measure(Path(folder), options.there, options.away, options.every)
     print(json.dumps(found, indent=1))  # noqa: T201
     if options.json:

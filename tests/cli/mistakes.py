@@ -28,6 +28,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["predict", "whole", "photo.png", "--threshold", "1.5"], "--threshold"),
     (["predict", "whole", "photo.png", "--threshold", "nan"], "--threshold"),
     (["predict", "whole", "photo.png", "--batch-size", "0"], "--batch-size"),
+    (["predict", "whole", "photo.png", "--size", "64", "--nms-iou", "0.5"], "--size"),
     (["data", "show", "quickstart", "--count", "0"], "--count"),
     (["render", "kuberay"], "JOB"),
     # The job spec.

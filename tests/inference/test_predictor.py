@@ -126,6 +126,18 @@ def test_the_command_draws_the_images_of_a_directory_and_refuses_half_a_model(ru
     assert not (tmp_path / "unseen").exists()
 
 
+def test_limits_of_the_selection_can_be_set(run: Path) -> None:
+    predictor = Predictor.load(str(run), device="cpu", precision="fp32")
+    (whole,), (few,), (apart,) = (
+        list(one.predict(photos()[:1]))
+        for one in (predictor, predictor.selecting(max_detections=3), predictor.selecting(nms_iou=1.0))
+    )
+    assert predictor.selecting(nms_iou=None) is predictor
+    assert len(few.scores) == 3 < len(whole.scores)
+    assert torch.equal(few.scores.sort().values, whole.scores.sort().values[-3:])
+    assert len(apart.scores) > len(whole.scores), "nothing is suppressed"
+
+
 @pytest.mark.filterwarnings("error")
 def test_views_of_arrays_are_images_too(run: Path) -> None:
     predictor = Predictor.load(str(run), device="cpu", precision="fp32")

@@ -108,6 +108,11 @@ def test_a_video_is_its_frames(tmp_path: Path) -> None:
     assert {frame.rate for frame in frames} == {12.0}
     means = [float(frame.image.mean()) for frame in frames if frame.image is not None]
     np.testing.assert_allclose(means, [10 * number for number in range(20)], atol=6)
+    (source,) = find_sources([str(tmp_path / "clip.mp4")], leave_out="/nowhere", every=3)
+    some = list(read_frames([source], ahead=4))
+    assert [frame.number for frame in some] == list(range(0, 20, 3))
+    assert source.count == len(some)
+    assert {frame.rate for frame in some} == {4.0}
 
 
 def test_no_more_images_are_decoded_than_asked_for(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
