@@ -52,7 +52,7 @@ def predict(
     device: Annotated[str | None, typer.Option(help="cpu, cuda or cuda:1; default: a GPU where there is one")] = None,
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16 or fp16")] = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="images at once")] = 8,
-    nms_iou: Annotated[float | None, typer.Option(min=0, max=1, help="overlap beyond which two boxes of a class are one")] = None,
+    nms_iou: Annotated[float | None, typer.Option(min=0, max=1, help="overlap at which boxes of a class merge")] = None,
     max_detections: Annotated[int | None, typer.Option(min=1, help="most objects in an image")] = None,
     every: Annotated[int, typer.Option(min=1, help="of videos, read one frame in so many")] = 1,
 ) -> None:

@@ -7,6 +7,7 @@ lost, steps are not.
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 import ray
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 _TAKE_TIMEOUT_S = 10.0
 _PUSH_TIMEOUT_S = 10.0
 _MOST_UNANSWERED = 1000
+_ANSWERS_S = 0.25
 
 
 class _Mailbox:
@@ -64,17 +66,25 @@ class Mailbox:
 
 
 class MailboxLink:
-    """Worker's side. A mailbox that cannot be reached costs messages, never a step."""
+    """Worker's side. A mailbox that cannot be reached costs messages, never a step.
+
+    Answers are read every `_ANSWERS_S`, since reading them takes as long as sending.
+    """
 
     def __init__(self, actor: Any, rank: int) -> None:
         self._actor, self._rank = actor, rank
         self._answers: list[ray.ObjectRef] = []
+        self._read_at = 0.0
         self._failing = False
         self.stop_requested = False
 
     def push(self, message: Any, *, wait: bool = False) -> None:
         """Send a message. `wait`: return once it has arrived, or after some seconds."""
         self._answers.append(self._actor.push.remote(self._rank, message))
+        now = time.monotonic()
+        if not wait and now < self._read_at:
+            return
+        self._read_at = now + _ANSWERS_S
         timeout_s = _PUSH_TIMEOUT_S if wait else 0.0
         ready, waiting = ray.wait(self._answers, num_returns=len(self._answers), timeout=timeout_s)
         self._answers = waiting[-_MOST_UNANSWERED:]

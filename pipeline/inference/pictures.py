@@ -55,7 +55,7 @@ def draw_detections(
     """
     height, width = image.shape[:2]
     scale = max(1.0, long_side / max(height, width))
-    if scale > 1:  # OpenCV takes a tenth of Pillow's time, which was two thirds of drawing a picture
+    if scale > 1:  # OpenCV takes a sixth of Pillow's time, which was two thirds of drawing a picture
         image = cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_CUBIC)
     picture = Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
     size = max(picture.size)

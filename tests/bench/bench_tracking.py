@@ -1,6 +1,6 @@
 """What records cost a training step, and what an outage of MLflow's server costs.
 
-    python -m tests.bench.bench_tracking [--there 20] [--away 30] [--every 1] [--quick] [--json OUT]
+    python -m tests.bench.bench_tracking [--there 20] [--away 30] [--every 10] [--quick] [--json OUT]
 
 The training loop runs in a worker process of a local Ray and sends its records through the job's mailbox, as a job's
 rank 0 does. This process is the driver: recorder, metrics.jsonl and MLflow's outbox, beside a real server. The server
@@ -168,7 +168,7 @@ def measure(folder: Path, there_s: float, away_s: float, every: int) -> dict[str
             driver = Driver(mailbox, recorder)
             loop = ray.remote(train_with_records)
             done = loop.remote(mailbox.actor, spec.model_dump(mode="json"), os.cpu_count() or 1)
-            while not driver.take(1.0).seconds:
+            while not driver.take(0.5).seconds:
                 assert not ray.wait([done], timeout=0)[0], ray.get(done)
             driver.watch_mailbox()
             driver.take(WARMUP_S)
@@ -231,7 +231,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--there", type=float, default=20.0, help="seconds before, and after, the outage")
     parser.add_argument("--away", type=float, default=30.0, help="seconds of the outage")
-    parser.add_argument("--every", type=int, default=1, help="tracking.log_every_steps")
+    parser.add_argument("--every", type=int, default=10, help="tracking.log_every_steps")
     parser.add_argument("--quick", action="store_true", help="4 s there and away: only that it runs to its end")
     parser.add_argument("--json", metavar="OUT")
     options = parser.parse_args()
