@@ -54,6 +54,14 @@ frame.addEventListener("load", () => setTimeout(() => {
     const scale = text.ownerSVGElement ? text.getScreenCTM().a : 1;
     if (text.textContent.trim() && size * scale < 10) faults.push(`${size * scale} px: ${text.textContent}`);
   }
+  for (const chart of page.querySelectorAll("svg.chart")) {
+    const boxes = [...chart.querySelectorAll("text")].filter(seen).map((text) => [text, text.getBoundingClientRect()]);
+    boxes.forEach(([text, box], index) => boxes.slice(index + 1).forEach(([other, next]) => {
+      const wide = Math.min(box.right, next.right) - Math.max(box.left, next.left);
+      const high = Math.min(box.bottom, next.bottom) - Math.max(box.top, next.top);
+      if (wide > 1 && high > 5) faults.push(`${text.textContent} lies on ${other.textContent}`);
+    }));
+  }
   const verdict = page.querySelector(".verdict").getBoundingClientRect();
   const chart = [...page.querySelectorAll("svg[data-lines]")].find(seen);
   chart.focus();
