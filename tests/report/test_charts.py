@@ -63,3 +63,12 @@ def test_shares_add_up_to_the_whole():
     assert shares == [0.75, 0.25]
     assert "75.0 %" in html
     assert share_bar([("idle", 0, "0 s")], label="time") == ""
+
+
+def test_labels_at_the_top_lie_below_the_note_under_the_title():
+    chart = line_chart("T", [Series(f"line {number}", [0, 1], [1.0, 1.0]) for number in range(4)], note="long")
+    narrow = chart.partition('class="chart narrow"')[2]
+    note = float(re.search(r'class="note" x="0" y="(\d+)"', narrow).group(1))
+    labels = [float(y) for y in re.findall(r'class="label" x="[\d.]+" y="([\d.]+)"', narrow)]
+    assert len(labels) == 4
+    assert min(labels) - 12 > note, "12 units are the height of a letter"
