@@ -314,7 +314,8 @@ def _experiment(client: MlflowClient, name: str, location: str | None) -> str:
 
 def _source_tags(command: Sequence[str] | None) -> dict[str, str]:
     """MLflow's columns Source and User, and the whole command."""
-    arguments = list(command or [os.path.basename(sys.argv[0]) or "python", *sys.argv[1:]])
+    program = os.path.basename(sys.argv[0])
+    arguments = list(command or [program if program not in ("", "__main__.py") else "refinedet", *sys.argv[1:]])
     # MLflow's pages show what follows the last slash, so that a path or an address would cut the command.
     shown = [arguments[0], *(os.path.basename(word) for word in arguments[1:3])]
     tags = {"mlflow.source.name": redact_text(shlex.join(shown)), "mlflow.source.type": "LOCAL"}

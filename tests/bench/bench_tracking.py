@@ -1,6 +1,6 @@
 """What records cost a training step, and what an outage of MLflow's server costs.
 
-    python -m tests.bench.bench_tracking [--there 20] [--away 30] [--every 10] [--quick] [--json OUT]
+    python -m tests.bench.bench_tracking [--there 20] [--away 30] [--every 10] [--spare 0] [--quick] [--json OUT]
 
 The training loop runs in a worker process of a local Ray and sends its records through the job's mailbox, as a job's
 rank 0 does. This process is the driver: recorder, metrics.jsonl and MLflow's outbox, beside a real server. The server
@@ -50,7 +50,7 @@ from tests.mlflow_server import MlflowServer
 
 POLL_S = 0.3
 """between two looks into the mailbox, as the train stage does"""
-WARMUP_S = 3.0
+WARMUP_S = 6.0
 QUICKSTART = {"num_classes": 10, "input_size": 128, "backbone": "regnetx_002", "tcb_channels": 128}
 COLUMNS = [
     "steps there", "steps away", "a step there, s", "a step away, s", "away beside there",
@@ -147,7 +147,7 @@ def tracked(run: Run, folder: Path) -> Iterator[tuple[RunTracker, TrainingRecord
             pictures.close()
 
 
-def measure(folder: Path, there_s: float, away_s: float, every: int) -> dict[str, Any]:
+def measure(folder: Path, there_s: float, away_s: float, every: int, threads: int) -> dict[str, Any]:
     import ray  # after `refinedet.pipeline.cluster`, which draws the token of the local node
 
     server = MlflowServer(folder)
@@ -167,7 +167,7 @@ def measure(folder: Path, there_s: float, away_s: float, every: int) -> dict[str
         with Mailbox() as mailbox, tracked(run, folder) as (tracker, recorder):
             driver = Driver(mailbox, recorder)
             loop = ray.remote(train_with_records)
-            done = loop.remote(mailbox.actor, spec.model_dump(mode="json"), os.cpu_count() or 1)
+            done = loop.remote(mailbox.actor, spec.model_dump(mode="json"), threads)
             while not driver.take(0.5).seconds:
                 assert not ray.wait([done], timeout=0)[0], ray.get(done)
             driver.watch_mailbox()
@@ -194,6 +194,8 @@ def figures(before: Block, away: Block, after: Block, held_up: list[float]) -> d
         "steps_away": len(away.seconds),
         "step_there_s": step_s,
         "step_away_s": statistics.median(away.seconds),
+        "step_before_s": statistics.median(before.seconds),
+        "step_after_s": statistics.median(after.seconds),
         "mean_step_there_s": statistics.fmean(there),
         "mean_step_away_s": statistics.fmean(away.seconds),
         "record_ms": record_s * 1000,
@@ -232,13 +234,15 @@ def main() -> None:
     parser.add_argument("--there", type=float, default=20.0, help="seconds before, and after, the outage")
     parser.add_argument("--away", type=float, default=30.0, help="seconds of the outage")
     parser.add_argument("--every", type=int, default=10, help="tracking.log_every_steps")
+    parser.add_argument("--spare", type=int, default=0, help="cores that the loop leaves to server and driver")
     parser.add_argument("--quick", action="store_true", help="4 s there and away: only that it runs to its end")
     parser.add_argument("--json", metavar="OUT")
     options = parser.parse_args()
     if options.quick:
         options.there = options.away = 4.0
+    threads = max(1, (os.cpu_count() or 1) - options.spare)
     with ray_session(Cluster()), tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), options.there, options.away, options.every)
+        found = measure(Path(folder), options.there, options.away, options.every, threads)
     print(json.dumps(found, indent=1))  # noqa: T201
     if options.json:
         out = Path(options.json)
@@ -249,9 +253,10 @@ def main() -> None:
             [row(one) for one in [*earlier, found]],
             describe_where(("ray", "mlflow")),
             workload=(
-                f"Quickstart's detector, batch 16, one worker with every core, a point of every curve each "
-                f"{options.every} steps. A row a run: MLflow's server is there for {options.there:g} s, killed for "
-                f"{options.away:g} s, there for {options.there:g} s. Medians of steps; means of records."
+                f"Quickstart's detector, batch 16, one worker of {threads} threads, on the cores that server and driver "
+                f"use too; a point of every curve each {options.every} steps. A row a run: MLflow's server is there for "
+                f"{options.there:g} s, killed for {options.away:g} s, there for {options.there:g} s. Medians of steps; "
+                "means of records."
             ),
             spread="the rows",
             figures=[*earlier, found],

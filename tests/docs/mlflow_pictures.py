@@ -26,7 +26,7 @@ from mlflow import MlflowClient
 from mlflow.entities import Run
 
 WIDTH, SCALE = 1280, 1.0
-SETTLE_S = 6.0
+SETTLE_S = 10.0
 """for charts and pictures of a page to come"""
 
 
@@ -47,12 +47,12 @@ def pages(client: MlflowClient, run: Run) -> dict[str, Page]:
     of_pictures = f"experiments/{run.info.experiment_id}/runs/{pictures.info.run_id}"
     (version, *_) = client.search_model_versions(f"run_id = '{run.info.run_id}'")
     return {
-        "mlflow-run": Page(here, 1500),
-        "mlflow-curves": Page(f"{here}/model-metrics", 1300),
-        "mlflow-nodes": Page(f"{here}/system-metrics", 1300),
+        "mlflow-run": Page(here, 1300, click("Show more")),
+        "mlflow-curves": Page(f"{here}/model-metrics", 1000),
+        "mlflow-nodes": Page(f"{here}/system-metrics", 2350),
         "mlflow-data": Page(here, 1000, click("shapes train", exactly=False)),
         "mlflow-pictures": Page(f"{of_pictures}/model-metrics", 1000),
-        "mlflow-model": Page(f"models/{version.name}/versions/{version.version}", 1300, EXPAND),
+        "mlflow-model": Page(f"models/{version.name}/versions/{version.version}", 900),
     }
 
 
@@ -65,8 +65,6 @@ def click(text: str, *, exactly: bool = True) -> str:
     )
 
 
-EXPAND = "for (const one of document.querySelectorAll('[class*=expand-icon]')) one.click()"
-"""open the rows of a model's schema"""
 NO_ASSISTANT = "localStorage.setItem('mlflow.assistant.panelOpen_v1', 'false')"
 
 
