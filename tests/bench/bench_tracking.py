@@ -253,9 +253,9 @@ def main() -> None:
             [row(one) for one in [*earlier, found]],
             describe_where(("ray", "mlflow")),
             workload=(
-                f"Quickstart's detector, batch 16, one worker of {threads} threads, on the cores that server and driver "
-                f"use too; a point of every curve each {options.every} steps. A row a run: MLflow's server is there for "
-                f"{options.there:g} s, killed for {options.away:g} s, there for {options.there:g} s. Medians of steps; "
+                f"Quickstart's detector, batch 16, one worker of {threads} threads, on the cores that server and "
+                f"driver use too; a point of every curve each {options.every} steps. A row a run: MLflow's server is "
+                f"there for {options.there:g} s, killed for {options.away:g} s, there again as long. Medians of steps; "
                 "means of records."
             ),
             spread="the rows",
