@@ -134,6 +134,9 @@ class _Training:
             self._forget_workers()
         if event.kind in ("preempted", "restarted"):
             return dataclasses.replace(event, step=self.step)
+        if event.kind == "resumed" and self.step > event.step:
+            again = self.step - event.step
+            return dataclasses.replace(event, message=f"{event.message}; steps to be done again: {again}")
         return event
 
     def _forget_workers(self) -> None:

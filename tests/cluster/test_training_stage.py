@@ -90,6 +90,17 @@ def test_a_new_checkpoint_gives_the_failures_back(tmp_path: Path) -> None:
         training.train()
 
 
+def test_a_resume_says_how_many_steps_are_done_again(tmp_path: Path) -> None:
+    resumed = Event("resumed", 8, "resumed from step 8")
+    training, told = make(tmp_path, ([STARTED, resumed], FINISHED))
+    training.step = 11
+    training.train()
+    assert told[-1].message == "resumed from step 8; steps to be done again: 3"
+    training, told = make(tmp_path, ([STARTED, resumed], FINISHED))
+    training.train()
+    assert told[-1].message == "resumed from step 8"
+
+
 def test_workers_that_saved_for_a_preempted_node_go_on_without_it(tmp_path: Path) -> None:
     gone = Event("preempted", 0, "", {"nodes": ["b"]})
     training, _ = make(tmp_path, ([STARTED, gone], SAVED), ([STARTED], FINISHED))
