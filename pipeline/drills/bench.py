@@ -6,6 +6,7 @@ compares what comes out with an undisturbed run of the same spec.
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -21,12 +22,14 @@ from typing import Any
 
 import psutil
 import yaml
-from refinedet.pipeline.drills.faults import hook
-from refinedet.pipeline.runs import settings
+from refinedet.pipeline.drills import faults, witness
+from refinedet.pipeline.runs import settings, storage
 from refinedet.pipeline.runs.errors import JobError
 
 _POLL_S = 0.2
 _TIMEOUT_S = 240.0
+_START_S = 120.0
+"""for further attempts: Ray gives a node 30 s to start, and a busy machine may need longer"""
 SPEC: dict[str, Any] = {
     "data": {"format": "shapes", "image_size": 96, "train": [{"count": 32}], "val": [], "loader_workers": 0},
     "model": {
@@ -107,11 +110,7 @@ class Bench:
         """The drills' own Ray, a `ray.cluster_utils.Cluster` on this machine; started when it is first asked for."""
         if self._cluster is None:
             settings.suggest("RAY_AUTH_MODE", "disabled")  # nobody else is to reach it
-            from ray.cluster_utils import Cluster
-
-            quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}  # a dead node is seen in 5 s
-            head = {"num_cpus": 2, "include_dashboard": False, "_system_config": quick}
-            self._cluster = Cluster(initialize_head=True, head_node_args=head)
+            self._cluster = storage.retry(_start_cluster, "Ray on this machine", deadline_s=_START_S)
         return self._cluster
 
     def end_jobs(self) -> None:
@@ -138,12 +137,16 @@ class Bench:
         path.write_text(yaml.safe_dump(spec), encoding="utf-8")
         return path
 
-    def launch(self, spec: Path, *, fault: str | None = None) -> Launched:
-        """Launch a spec's training, and before the first one its data, in a process of its own."""
+    def launch(self, spec: Path, *, fault: str = "", witnessed: bool = False) -> Launched:
+        """Launch a spec's training, and before the first one its data, in a process of its own.
+
+        witnessed  the workers note the samples that they learn from; `history` reads the notes
+        """
         stages = "train" if (self.folder / "shards" / "train" / "index.json").exists() else "prepare,train"
         command = [sys.executable, "-m", "refinedet.pipeline.cli", "launch", str(spec), "--stages", stages]
         command += ["--address", self.cluster.address]
-        environment = settings.inherited(**({settings.FAULT_VARIABLE: hook(fault)} if fault else {}))
+        hook = witness.hook(fault) if witnessed else faults.hook(fault) if fault else None
+        environment = settings.inherited(**({settings.FAULT_VARIABLE: hook} if hook else {}))
         output = self.folder / f"{spec.stem}.{time.time_ns()}.out"
         with open(output, "wb") as file:
             process = subprocess.Popen(
@@ -164,6 +167,34 @@ class Bench:
 
     def events(self, name: str, kind: str) -> list[dict[str, Any]]:
         return [line for line in self._lines(name, "events.jsonl") if line["kind"] == kind]
+
+    def steps_again(self, name: str) -> list[int]:
+        """Steps done again after each return to a checkpoint, in order."""
+        steps = self.steps(name)
+        return [before + 1 - now for before, now in itertools.pairwise(steps) if now <= before]
+
+    def history(self, name: str, reference: str) -> dict[int, witness.Pass]:
+        """The samples of every step of a witnessed run; of a step done again, those of the last time.
+
+        reference  an undisturbed witnessed run of the same spec, whose passes are its steps
+        """
+        (passes,) = witness.read_attempts(str(self.run(reference)))
+        step_of = {sample: step for step, samples in enumerate(passes, 1) for sample in samples}
+        attempts = witness.read_attempts(str(self.run(name)))
+        return {step_of.get(samples[0], -1): samples for attempt in attempts for samples in attempt}
+
+    def world_sizes(self, name: str) -> list[int]:
+        """Numbers of workers of every start."""
+        ranks = [event["facts"]["rank"] for event in self.events(name, "started")]
+        sizes: list[int] = []
+        seen: set[int] = set()
+        for rank in ranks:
+            if not sizes or rank in seen:
+                sizes.append(0)
+                seen = set()
+            seen.add(rank)
+            sizes[-1] = len(seen)
+        return sizes
 
     def workers(self, name: str) -> list[psutil.Process]:
         """The training workers' processes that run, by rank."""
@@ -236,12 +267,10 @@ class Bench:
             not different,
         )
 
-    def check_losing_at_most_one_interval(self, name: str, broken_at: int) -> None:
+    def check_losing_at_most_one_interval(self, name: str, broken_at: int, interval: int = STEPS_AN_EPOCH) -> None:
         resumed = [event["step"] for event in self.events(name, "resumed")]
         lost = broken_at - resumed[-1] if resumed else broken_at
-        self.check(
-            "steps lost", f"at most {STEPS_AN_EPOCH}, one interval", lost, bool(resumed) and lost <= STEPS_AN_EPOCH
-        )
+        self.check("steps lost", f"at most {interval}, one interval", lost, bool(resumed) and lost <= interval)
 
     def _lines(self, name: str, file: str) -> list[dict[str, Any]]:
         path = self.run(name) / file
@@ -254,6 +283,14 @@ class Bench:
             except ValueError:
                 continue  # being written
         return lines
+
+
+def _start_cluster() -> Any:
+    from ray.cluster_utils import Cluster
+
+    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}  # a dead node is seen in 5 s
+    head = {"num_cpus": 2, "include_dashboard": False, "_system_config": quick}
+    return Cluster(initialize_head=True, head_node_args=head)
 
 
 def run_drills(
