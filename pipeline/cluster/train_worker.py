@@ -57,13 +57,15 @@ def run_worker(task: WorkerTask) -> TrainResult | PreflightReport:
 def _work(run: Run, world: World, link: MailboxLink, task: WorkerTask) -> TrainResult | PreflightReport:
     memory_bytes = None
     if task.estimate_memory:
-        memory_bytes = world.broadcast_object(_memory_estimate(run, world) if world.is_main else None)
+        memory_bytes = world.from_main(lambda: _memory_estimate(run, world))
     attempt = Attempt(0 if task.first else 1, task.began_at, memory_bytes)
     if task.preflight_only:
         return check_job(run, world, link, attempt)
     validate = None
     if run.spec.training.validate_every_epochs:
-        validate = prepare_validation(run, world.rank, world.size, world.all_gather_object)
+        validate = prepare_validation(
+            run, world.rank, world.size, all_gather=world.all_gather_object, from_main=world.from_main
+        )
     loss = _faulty_loss(task.fault, run, world.rank)
     return train_job(run, world, link, attempt=attempt, loss=loss, validate=validate)
 

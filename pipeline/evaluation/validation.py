@@ -101,17 +101,23 @@ def _until(samples: Iterable[Sample], timeout_s: float | None, count: int) -> It
 
 
 def prepare_validation(
-    run: Run, rank: int, world_size: int, all_gather: Callable[[Any], list[Any]]
+    run: Run,
+    rank: int,
+    world_size: int,
+    *,
+    all_gather: Callable[[Any], list[Any]],
+    from_main: Callable[[Callable[[], Any]], Any],
 ) -> Callable[[torch.nn.Module, int], dict[str, float]]:
     """The validation of a run's training: (detector in eval mode, epochs done) -> metrics, the same on every rank.
 
     all_gather  as in `validate`
+    from_main   the result of a call on rank 0, on every rank: storage is read once for all ranks
     """
     part = run.spec.training.validate_on
-    shards = open_shards(storage.join(run.shards, part))
+    shards: ShardSet = from_main(lambda: open_shards(storage.join(run.shards, part)))
     splits = run.spec.data.train if part == "train" else run.spec.data.val
     protocol = protocol_of(run.spec.evaluation, shards.format, shards.sets[0] if shards.sets else splits[0].set)
-    truth = GroundTruth.of(run.ground_truth(part))
+    truth: GroundTruth = from_main(lambda: GroundTruth.of(run.ground_truth(part)))
     shown = shown_ids(truth.image_id.tolist(), run.spec)
 
     def measure(detector: torch.nn.Module, epochs_done: int) -> dict[str, float]:

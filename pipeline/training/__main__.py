@@ -12,7 +12,7 @@ import logging
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 
@@ -106,28 +106,19 @@ def _train(spec: JobSpec, world: World, stop: StopSignals, began_at: float) -> T
     run = Run(spec)
     link = FileLink(run, stop, world.is_main)
     with ExitStack() as stack:
-        _on_main(world, lambda: stack.enter_context(run.open(on_lost=lambda _: link.lost.set())))
-        _on_main(world, lambda: _prepare(run))
+
+        def open_run() -> None:
+            stack.enter_context(run.open(on_lost=lambda _: link.lost.set()))
+            _prepare(run)
+
+        world.from_main(open_run)
         stack.enter_context(link)
         validate = None
         if spec.training.validate_every_epochs:
-            validate = prepare_validation(run, world.rank, world.size, world.all_gather_object)
+            validate = prepare_validation(
+                run, world.rank, world.size, all_gather=world.all_gather_object, from_main=world.from_main
+            )
         return train_job(run, world, link, attempt=Attempt(0, began_at), validate=validate)
-
-
-def _on_main(world: World, action: Callable[[], object]) -> None:
-    """Do something on rank 0; what it raises, all ranks raise. Collective."""
-    fault: Exception | None = None
-    if world.is_main:
-        try:
-            action()
-        except Exception as error:
-            fault = error
-    told = world.broadcast_object(fault and (isinstance(fault, UserError), f"{type(fault).__name__}: {fault}"))
-    if fault:
-        raise fault
-    if told:
-        raise UserError(told[1]) if told[0] else RuntimeError(told[1])
 
 
 def _prepare(run: Run) -> None:

@@ -17,7 +17,7 @@ from refinedet.pipeline.training.feed import Feed
 from refinedet.pipeline.training.profile import check_profile_steps
 from refinedet.pipeline.training.records import TrainResult
 from refinedet.pipeline.training.resume import check_same_data, check_steps_left
-from refinedet.pipeline.training.state import restore_detector, seed_everything, select
+from refinedet.pipeline.training.state import broadcast_state, restore_detector, seed_everything, select
 from refinedet.pipeline.training.step import TrainState, train_step
 from refinedet.pipeline.training.task import Callbacks, Task
 from refinedet.pipeline.training.upkeep import Upkeep
@@ -64,8 +64,8 @@ def start(
     if checkpoint:
         restore_detector(detector, checkpoint.tensors, checkpoint.path)
     else:
-        task.load_initial()
-        world.broadcast_([buffer for buffer in detector.buffers() if buffer.is_floating_point()], source=0)
+        world.from_main(task.load_initial)  # read once for the job
+        broadcast_state(detector, world)
 
     plan = divide_batch(spec.global_batch, spec.micro_batch, world.size)
     engine = Engine(detector, task.loss, spec, plan, world)

@@ -16,6 +16,7 @@ from refinedet.pipeline.training.buffers import persistent_buffers
 from refinedet.pipeline.training.ema import AveragedWeights
 from refinedet.pipeline.training.engine import Engine
 from refinedet.pipeline.training.owners import assign_owners
+from refinedet.pipeline.training.world import World
 from torch import Tensor, nn
 
 
@@ -55,6 +56,13 @@ def restore_detector(detector: nn.Module, tensors: Mapping[str, Tensor], where: 
                 f"{key} is {tuple(tensors[key].shape)} in checkpoint {where} and {tuple(target.shape)} in the model"
             )
         target.copy_(tensors[key])
+
+
+def broadcast_state(detector: nn.Module, world: World) -> None:
+    """Replace weights and buffers by those of rank 0, one message for each dtype. Collective."""
+    tensors = [*detector.parameters(), *(buffer for _, buffer in persistent_buffers(detector))]
+    for dtype in sorted({tensor.dtype for tensor in tensors}, key=str):
+        world.broadcast_([tensor for tensor in tensors if tensor.dtype == dtype], source=0)
 
 
 def select(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:

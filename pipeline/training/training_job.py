@@ -12,7 +12,7 @@ from refinedet.model import RefineDet, sum_losses
 from refinedet.model.cost import count_cost
 from refinedet.pipeline.config.batches import BatchPlan, training_sizes
 from refinedet.pipeline.config.run import Run
-from refinedet.pipeline.data.index import ShardSet, open_shards
+from refinedet.pipeline.data.index import INDEX, ShardSet, open_shards
 from refinedet.pipeline.data.samples import Cursor
 from refinedet.pipeline.data.stream import TrainingStream
 from refinedet.pipeline.runs import storage
@@ -61,7 +61,17 @@ class Attempt:
 
 def check_job(run: Run, world: World, link: Link, attempt: Attempt = Attempt()) -> PreflightReport:
     """Check workers, storage and shards, and send the report as an event. Collective."""
-    report = check_workers(world, run.path, _open_shards(run), memory_bytes=attempt.memory_bytes)
+    return _check(run, world, link, attempt, open_training_shards(run, world))
+
+
+def open_training_shards(run: Run, world: World) -> ShardSet | None:
+    """The training shards, whose index rank 0 reads for all; None before they are written. Collective."""
+    url = storage.join(run.shards, "train")
+    return world.from_main(lambda: open_shards(url) if storage.exists(storage.join(url, INDEX)) else None)
+
+
+def _check(run: Run, world: World, link: Link, attempt: Attempt, shards: ShardSet | None) -> PreflightReport:
+    report = check_workers(world, run.path, shards, memory_bytes=attempt.memory_bytes)
     if world.is_main:
         link.push(Event("preflight", 0, str(report), report.facts()))
     return report
@@ -85,8 +95,10 @@ def train_job(
     written.
     """
     spec = run.spec
-    _raise_faults(check_job(run, world, link, attempt), first=attempt.number == 0)
-    shards = open_shards(storage.join(run.shards, "train"))
+    shards = open_training_shards(run, world)
+    _raise_faults(_check(run, world, link, attempt, shards), first=attempt.number == 0)
+    if shards is None:
+        raise UserError(f"{run.shards} holds no training shards: write them with `refinedet shard`")
     check_classes(run, shards)
     torch.manual_seed(spec.seed)
     detector = RefineDet(spec.model, categories=[category.name for category in shards.categories])
@@ -133,12 +145,6 @@ def _count_gflops(run: Run) -> float:
     trained = spec.training.backbone_lr_multiplier != 0
     costs = [count_cost(replace(spec.model, input_size=size, num_levels=spec.model.levels)) for size in sizes]
     return sum(cost.training_gflops(backbone_trained=trained) for cost in costs) / len(costs)
-
-
-def _open_shards(run: Run) -> ShardSet | None:
-    """The training shards; None before they are written, as in the preflight of a first launch."""
-    url = storage.join(run.shards, "train")
-    return open_shards(url) if storage.exists(storage.join(url, "index.json")) else None
 
 
 def _open_stream(run: Run, shards: ShardSet, world: World, start: Cursor, plan: BatchPlan) -> TrainingStream:

@@ -108,7 +108,7 @@ def check_workers(
     memory_bytes  what a worker is estimated to need on its device; None: not checked
     """
     began = time.monotonic()
-    sampled, shards_fault = _check_shards(shards, world.rank)
+    sampled, shards_fault = _check_shards(shards, world)
     storage_fault = _check_storage(run_dir, world)
     total, free = _memory(world.device)
     world.barrier()  # so that the clocks are read at the same moment
@@ -270,11 +270,12 @@ def _sees(path: str) -> bool:
     return False
 
 
-def _check_shards(shards: ShardSet | None, rank: int) -> tuple[tuple[int, ...], str | None]:
-    """A sample of shards, another one on every rank, read whole: their numbers, and a fault."""
+def _check_shards(shards: ShardSet | None, world: World) -> tuple[tuple[int, ...], str | None]:
+    """A sample of shards, dealt over the ranks and read whole, each once: this rank's numbers, and a fault."""
     if shards is None:
         return (), None
-    sample = tuple(random.Random(rank).sample(range(len(shards)), min(_SAMPLED_SHARDS, len(shards))))
+    sampled = random.Random(0).sample(range(len(shards)), min(_SAMPLED_SHARDS * world.size, len(shards)))
+    sample = tuple(sampled[world.rank :: world.size])
     for shard in sample:
         url = shards.shard_url(shard)
         try:

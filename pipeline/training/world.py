@@ -7,7 +7,7 @@ find too; else this process is a world of one.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from refinedet.pipeline.runs import settings
+from refinedet.pipeline.runs.errors import UserError
 from torch import Tensor
 
 T = TypeVar("T")
@@ -69,6 +70,26 @@ class World:
         values = [value]
         dist.broadcast_object_list(values, src=source, device=self.device)
         return values[0]
+
+    def from_main(self, call: Callable[[], T]) -> T:
+        """What `call` returns on rank 0, on every rank; it must pickle. What it raises there, all ranks raise."""
+        if self.size == 1:
+            return call()
+        result: Any = None
+        fault: Exception | None = None
+        if self.is_main:
+            try:
+                result = call()
+            except Exception as error:
+                fault = error
+        told = fault and (isinstance(fault, UserError), str(fault), type(fault).__name__)
+        result, told = self.broadcast_object((result, told))
+        if fault:
+            raise fault
+        if told:
+            by_user, message, name = told
+            raise UserError(message) if by_user else RuntimeError(f"rank 0: {name}: {message}")
+        return result
 
     def broadcast_(self, tensors: list[Tensor], source: int) -> None:
         """Replace tensors of one dtype by those of rank `source`, packed into one message."""

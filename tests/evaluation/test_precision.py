@@ -74,7 +74,9 @@ def test_all_of_an_evaluation_computes_in_the_precision_of_the_spec(
         worker.work(chunk)
         assert computed == [expected] * passes
         computed.clear()
-    values = prepare_validation(run, 0, 1, lambda outcome: [outcome])(detector, 1)
+    values = prepare_validation(run, 0, 1, all_gather=lambda outcome: [outcome], from_main=lambda call: call())(
+        detector, 1
+    )
     assert "AP" in values
     assert computed == [expected]
 
