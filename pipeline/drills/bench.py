@@ -27,7 +27,7 @@ from refinedet.pipeline.runs import settings, storage
 from refinedet.pipeline.runs.errors import JobError
 
 _POLL_S = 0.2
-_TIMEOUT_S = 240.0
+_TIMEOUT_S = 600.0
 _START_S = 120.0
 """for further attempts: Ray gives a node 30 s to start, and a busy machine may need longer"""
 SPEC: dict[str, Any] = {

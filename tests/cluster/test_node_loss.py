@@ -1,12 +1,15 @@
-"""Two hosts, and one goes away: killed in the middle of a checkpoint, brought back, and taken away with notice."""
+"""Two hosts, and one goes away: killed during a save, brought back, and taken away with its cloud's notice."""
 
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +20,15 @@ from refinedet.pipeline.drills.bench import SPEC
 from refinedet.pipeline.drills.faults import hook
 from refinedet.pipeline.runs.settings import FAULT_VARIABLE
 
-from tests.cluster.hosts import RayCluster, reason_against_two_hosts, two_hosts
+from tests.cluster.hosts import Host, RayCluster, reason_against_two_hosts, two_hosts
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 INTERVAL = 4
 EPOCHS = 12
 STEPS = 8 * EPOCHS
 HELD_AT = 3 * INTERVAL
+METADATA = "169.254.169.254"
+ROOT = Path(__file__).resolve().parents[2]
 _TIMEOUT_S = 200.0
 
 
@@ -104,10 +109,15 @@ def test_a_job_outlives_the_nodes_it_runs_on(cluster: RayCluster, tmp_path: Path
         saved = job.events("resumed")[1]["step"]
         assert {place["address"] for place in job.places()[-2:]} == {cluster.head.address, cluster.worker.address}
 
-        # The host is to be taken away in a minute: the job saves, and goes on with the other.
+        # Its cloud announces that the host will be taken away: the job saves, and goes on with the other.
         job.wait_for(lambda: job.steps()[-1] > saved)
-        drain(cluster, next(place["node"] for place in job.places()[-2:] if place["address"] == cluster.worker.address))
-        job.wait_for(lambda: len(job.events("resumed")) == 3)
+        with watched(cluster, cluster.worker, tmp_path) as (notice, watcher, log):
+            notice.touch()
+            job.wait_for(lambda: len(job.events("resumed")) == 3)
+            assert watcher.wait(_TIMEOUT_S) == 0, log.read_text()
+        (line,) = log.read_text().splitlines()
+        assert re.search(r"AWS will terminate this spot instance in 1\d\d s: the node drains", line), line
+        assert "a node will be preempted: saving, to resume on the others" in job.output.read_text()
         assert len(job.events("preempted")) == 1
         assert job.places()[-1]["address"] == cluster.head.address
         assert job.process.wait(_TIMEOUT_S) == 0, job.output.read_text()
@@ -122,15 +132,33 @@ def test_a_job_outlives_the_nodes_it_runs_on(cluster: RayCluster, tmp_path: Path
     assert len(job.events("restarted")) == 1, "what comes with notice is no failure"
 
 
-def drain(cluster: RayCluster, node: str) -> None:
-    """Tell Ray that a node is about to be taken away, as a cloud's spot notice does."""
-    done = cluster.inside(
-        cluster.head,
-        *(sys.executable, "-m", "ray.scripts.scripts", "drain-node", "--address", cluster.gcs, "--node-id", node),
-        *("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"),
-        *("--deadline-remaining-seconds", "60"),
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+@contextmanager
+def watched(cluster: RayCluster, host: Host, folder: Path) -> Iterator[tuple[Path, subprocess.Popen, Path]]:
+    """The cloud's metadata server and the watcher of `infra/preemption` on a host, at the address that clouds use.
+
+    Yields a file whose creation announces the host's end, the watcher, and its log.
+    """
+    notice, log = folder / "notice", folder / "watcher.log"
+    for command in (
+        f"address add {METADATA}/32 dev lo",
+        f"route add default via {cluster.head.address}",  # Ray finds its own address by one
+    ):
+        done = cluster.inside(host, "ip", *command.split())
+        assert done.returncode == 0, done.stderr
+    # As in the pods: Ray's address and token, and `ray` itself, are in the environment.
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = cluster.environment | {"RAY_ADDRESS": cluster.gcs, "PATH": path}
+    server = [sys.executable, "-m", "tests.infra.clouds", "aws", METADATA, "80", str(notice)]
+    watcher = [sys.executable, str(ROOT / "infra" / "preemption" / "drain_on_notice.py"), "--cloud", "aws"]
+    with ExitStack() as stack:
+        processes = []
+        file = stack.enter_context(open(log, "wb"))
+        for command in (server, watcher):
+            processes.append(
+                subprocess.Popen(host.command(*command), env=environment, cwd=ROOT, stdout=file, stderr=file)
+            )
+            stack.callback(end, processes[-1])
+        yield notice, processes[1], log
 
 
 def end(process: subprocess.Popen) -> None:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from refinedet.pipeline.drills.bench import Bench
 from refinedet.pipeline.drills.cases import DRILLS
 from refinedet.pipeline.drills.faults import Fault, hook, parse_faults
+from refinedet.pipeline.drills.witness import read_attempts
 from refinedet.pipeline.runs.errors import UserError
 
 pytestmark = pytest.mark.dist
@@ -23,6 +26,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bench]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("name", DRILLS)
 def test_a_drill_passes(bench: Bench, name: str) -> None:
     bench.checks.clear()
@@ -35,6 +39,19 @@ def test_a_drill_passes(bench: Bench, name: str) -> None:
         f"{check.what}: expected {check.expected}, seen {check.seen}" for check in bench.checks if not check.passed
     ]
     assert not failed, "\n".join(failed)
+
+
+def test_passes_are_put_in_order_and_a_new_process_begins_a_new_start(tmp_path: Path) -> None:
+    notes = {
+        "0-11": [[1.0, ["b"]], [2.0, ["d"]]],
+        "1-12": [[1.1, ["a"]]],  # killed in the second pass
+        "0-21": [[9.0, ["c"]], [9.2, ["e", "f"]]],
+    }
+    (tmp_path / "witness").mkdir()
+    for name, lines in notes.items():
+        text = "".join(json.dumps(line) + "\n" for line in lines)
+        (tmp_path / "witness" / f"{name}.jsonl").write_text(text + '[9.9, ["cut')
+    assert read_attempts(str(tmp_path)) == [[["a", "b"], ["d"]], [["c"], ["e", "f"]]]
 
 
 def test_faults_are_parsed() -> None:

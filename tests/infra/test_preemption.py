@@ -1,96 +1,23 @@
 """infra/preemption for real, in a process of its own: simulated metadata servers of three clouds, a `ray` that records.
 
-The servers follow the clouds' documentation, not our code: EC2 refuses requests without a session token, Compute Engine
-those without its header, Azure those without its own.
+`tests/cluster/test_node_loss.py` runs it with Ray's own `ray drain-node`, on a host of its own.
 """
 
 from __future__ import annotations
 
-import datetime
-import email.utils
 import json
 import subprocess
 import sys
-import threading
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
 
+from tests.infra.clouds import Answer, Cloud, azure, compute_engine, ec2, instant
+
 SCRIPT = Path(__file__).resolve().parents[2] / "infra" / "preemption" / "drain_on_notice.py"
-Answer = tuple[int, str]
-
-
-def _in(seconds: float) -> datetime.datetime:
-    return datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=seconds)
-
-
-def ec2(request: BaseHTTPRequestHandler, noticed: bool) -> Answer:
-    if (request.command, request.path) == ("PUT", "/latest/api/token"):
-        return (200, "secret") if request.headers["X-aws-ec2-metadata-token-ttl-seconds"] else (400, "")
-    if request.headers["X-aws-ec2-metadata-token"] != "secret":
-        return 401, ""
-    if request.path != "/latest/meta-data/spot/instance-action" or not noticed:
-        return 404, ""
-    return 200, json.dumps({"action": "terminate", "time": _in(118).strftime("%Y-%m-%dT%H:%M:%SZ")})
-
-
-def compute_engine(request: BaseHTTPRequestHandler, noticed: bool) -> Answer:
-    if request.headers["Metadata-Flavor"] != "Google":
-        return 403, ""
-    if request.path != "/computeMetadata/v1/instance/preempted":
-        return 404, ""
-    return 200, "TRUE" if noticed else "FALSE"
-
-
-def azure(request: BaseHTTPRequestHandler, noticed: bool) -> Answer:
-    if request.headers["Metadata"] != "true" or "api-version=" not in request.path:
-        return 400, ""
-    if request.path.startswith("/metadata/instance/compute/name"):
-        return 200, "pool-vm_3"
-    before = email.utils.format_datetime(_in(28).replace(tzinfo=datetime.UTC), usegmt=True)
-    events = [
-        {"EventId": "1", "EventType": "Preempt", "Resources": ["pool-vm_2"], "NotBefore": before},  # a neighbour
-        {"EventId": "2", "EventType": "Freeze", "Resources": ["pool-vm_3"], "NotBefore": before},
-    ]
-    if noticed:
-        events.append({"EventId": "3", "EventType": "Preempt", "Resources": ["pool-vm_3"], "NotBefore": before})
-    return 200, json.dumps({"DocumentIncarnation": 1, "Events": events})
-
-
-class Cloud:
-    """A metadata server; `noticed` makes it announce, `broken` makes it fail."""
-
-    def __init__(self, answer: Callable[[BaseHTTPRequestHandler, bool], Answer]) -> None:
-        self.noticed = self.broken = False
-        self.requests = 0
-        cloud = self
-
-        class Handler(BaseHTTPRequestHandler):
-            def _reply(self) -> None:
-                cloud.requests += 1
-                status, body = (500, "") if cloud.broken else answer(self, cloud.noticed)
-                self.send_response(status)
-                self.end_headers()
-                self.wfile.write(body.encode())
-
-            do_GET = do_PUT = _reply
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-
-    def wait_for(self, requests: int) -> None:
-        deadline = time.monotonic() + 20
-        while self.requests < requests:
-            assert time.monotonic() < deadline, f"{self.requests} requests came"
-            time.sleep(0.02)
 
 
 @contextmanager
@@ -186,7 +113,7 @@ def test_a_token_that_ends_is_asked_for_again(tmp_path):
         return ec2_action(noticed)
 
     def ec2_action(noticed: bool) -> Answer:
-        action = {"action": "stop", "time": _in(100).strftime("%Y-%m-%dT%H:%M:%SZ")}
+        action = {"action": "stop", "time": instant(100).strftime("%Y-%m-%dT%H:%M:%SZ")}
         return (200, json.dumps(action)) if noticed else (404, "")
 
     cloud, calls = Cloud(answer), tmp_path / "calls.json"
@@ -212,7 +139,7 @@ def test_without_ray_it_ends_with_a_fault_when_the_time_is_over(tmp_path):
     def answer(request: BaseHTTPRequestHandler, noticed: bool) -> Answer:
         if request.command == "PUT":
             return 200, "secret"
-        return 200, json.dumps({"action": "terminate", "time": _in(-5).strftime("%Y-%m-%dT%H:%M:%SZ")})
+        return 200, json.dumps({"action": "terminate", "time": instant(-5).strftime("%Y-%m-%dT%H:%M:%SZ")})
 
     cloud = Cloud(answer)
     with watching(cloud, "aws", tmp_path, "raise SystemExit(3)") as process:

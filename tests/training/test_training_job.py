@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,8 @@ from refinedet.pipeline.training.records import Event, StepRecord
 from refinedet.pipeline.training.training_job import Attempt, check_job, train_job
 from refinedet.pipeline.training.world import World
 from safetensors.torch import load_file
+
+from tests.training.workers import run_together
 
 
 class ListLink:
@@ -127,3 +131,41 @@ def test_a_fault_of_the_preflight_is_the_users_at_the_first_start_only(world: Wo
         train_job(run, world, ListLink(), attempt=Attempt(memory_bytes=too_much))
     with pytest.raises(RuntimeError, match="the job needs about"):
         train_job(run, world, ListLink(), attempt=Attempt(1, memory_bytes=too_much))
+
+
+def count_reads(world: World, spec: dict[str, Any], stop_at: int | None) -> dict[str, int]:
+    """Train, and count this rank's reads of whole files, by directory and name."""
+    counts: Counter[str] = Counter()
+    read, digest = storage.read_bytes, storage.digest_file
+
+    def counted_read(path: str, *part: int) -> bytes:
+        if not part:  # a header is read apart
+            counts["/".join(path.split("/")[-2:])] += 1
+        return read(path, *part)
+
+    def counted_digest(path: str, *rest: Any) -> Any:
+        counts["/".join(path.split("/")[-2:])] += 1
+        return digest(path, *rest)
+
+    storage.read_bytes, storage.digest_file = counted_read, counted_digest
+    run = Run(JobSpec.model_validate(spec))
+    train_job(run, world, ListLink(stop_at), validate=lambda detector, epochs: {"AP": 0.5})
+    return dict(counts)
+
+
+@pytest.mark.dist
+def test_a_resume_reads_each_file_once_for_all_ranks(run: Run, tmp_path: Path) -> None:
+    start = RefineDet(run.spec.model).save_pretrained(tmp_path / "start")
+    spec = run.spec.model_dump(mode="json")
+    spec["training"]["init_weights"] = str(start)
+    first = run_together(count_reads, tmp_path, spec, 3)
+    again = run_together(count_reads, tmp_path, spec, None)
+    for counts in (first, again):
+        together = sum((Counter(of_rank) for of_rank in counts), Counter())
+        read = {name: times for name, times in together.items() if not name.split("/")[-1].startswith(".preflight")}
+        assert read["train/index.json"] == 1
+        assert read["train/shard-000000.tar"] == 1, "the preflight's sample"
+    parts = {name for counts in again for name in counts if "/part-" in name}
+    assert len(parts) == 2
+    assert all(sum(counts.get(name, 0) for counts in again) == 1 for name in parts)
+    assert not any("manifest.json" in name for name in again[1])
