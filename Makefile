@@ -7,7 +7,7 @@ UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --
 # For one file; the default of a minute is too short for a machine at full load.
 export UV_COMPILE_BYTECODE_TIMEOUT := 600
 
-.PHONY: quickstart test test-all gpu-check check format docs bench benchmarks install build clean
+.PHONY: sbom quickstart test test-all gpu-check check format docs bench benchmarks install build clean
 
 quickstart: install
 	$(BIN)/refinedet launch jobs/quickstart.yaml
@@ -47,6 +47,12 @@ bench: install
 # The tables of BENCHMARKS.md and the plots of the README, from tests/bench/results/*.json
 benchmarks: install
 	$(BIN)/python -m tests.bench.tables
+
+# What is installed, with versions and licenses, as a CycloneDX bill of materials: build/sbom.json
+sbom: install
+	mkdir -p build
+	$(BIN)/uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py environment --pyproject pyproject.toml \
+	    --output-reproducible --output-file build/sbom.json $(BIN)/python
 
 install: $(VENV)/.installed
 

@@ -26,6 +26,7 @@ from refinedet.pipeline.tracking.node_metrics import NodeSampler
 from refinedet.pipeline.training.engine import resolve_precision
 from refinedet.pipeline.training.finite import NonFiniteError
 from refinedet.pipeline.training.records import Event, TrainResult
+from refinedet.pipeline.training.saving import SaveError
 from refinedet.pipeline.training.training_job import Attempt, check_job, train_job
 from refinedet.pipeline.training.worker_checks import PreflightReport
 from refinedet.pipeline.training.world import World, open_world
@@ -49,7 +50,7 @@ def run_worker(task: WorkerTask) -> TrainResult | PreflightReport:
         # Without a GPU of its own a worker would take one that Ray has lent to others.
         with open_world(None if run.spec.cluster.gpus_per_worker else "cpu") as world:
             return _work(run, world, link, task)
-    except (UserError, NonFiniteError) as error:
+    except (UserError, NonFiniteError, SaveError) as error:
         link.push(Fatal(isinstance(error, UserError), str(error)), wait=True)
         raise  # so that Ray Train ends the other ranks, which may be waiting for this one
 

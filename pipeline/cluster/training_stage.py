@@ -127,7 +127,7 @@ class _Training:
                 self._report("resized", f"the number of workers changes, from the checkpoint of step {self.saved}")
             self.ranks.add(rank)
         elif event.kind == "saved":
-            self.saved = max(self.saved, event.step)
+            self.saved = max(self.saved, event.facts.get("step", event.step))
         elif event.kind == "preempted":
             self.leaving |= set(event.facts["nodes"])
         elif event.kind == "restarted":

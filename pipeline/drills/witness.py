@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.drills.faults import faulty_loss, parse_faults
 
@@ -32,7 +33,7 @@ def hook(faults: str = "") -> str:
 def witnessed_loss(faults: str, run: Run, rank: int) -> Callable[..., Any]:
     """The loss of the run's model, with faults, which notes its samples in a file of this process."""
     loss = faulty_loss(faults, run, rank)
-    path = Path(run.file(_FOLDER)) / f"{rank}-{os.getpid()}.jsonl"
+    path = Path(run.file(_FOLDER)) / f"{rank}-{dist.get_world_size()}-{os.getpid()}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
 
     def witnessed(predictions: Any, targets: Any) -> Any:
@@ -49,17 +50,19 @@ def read_attempts(run_dir: str) -> list[list[Pass]]:
     """The passes of every start of the workers, oldest first; the last pass of a killed start may be incomplete."""
     notes = []
     for path in Path(run_dir, _FOLDER).glob("*.jsonl"):
-        rank, pid = path.stem.split("-")
+        rank, size, pid = path.stem.split("-")
         lines = [
             json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1:] == "\n"
         ]
-        notes += [(at, number, rank, pid, samples) for number, (at, samples) in enumerate(lines)]
+        notes += [(at, number, rank, (size, pid), samples) for number, (at, samples) in enumerate(lines)]
     attempts: list[list[Pass]] = []
-    pids: dict[str, str] = {}
-    for _, number, rank, pid, samples in sorted(notes):
-        if not attempts or pids.setdefault(rank, pid) != pid:  # all workers start anew together
+    workers: dict[str, tuple[str, str]] = {}
+    size_now = ""
+    for _, number, rank, worker, samples in sorted(notes):
+        # All workers start anew together, in processes of their own, or in another number.
+        if not attempts or workers.setdefault(rank, worker) != worker or worker[0] != size_now:
             attempts.append([])
-            pids = {rank: pid}
+            workers, size_now = {rank: worker}, worker[0]
         passes = attempts[-1]
         passes += [[] for _ in range(number + 1 - len(passes))]
         passes[number] = sorted([*passes[number], *samples])

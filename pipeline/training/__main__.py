@@ -29,6 +29,7 @@ from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.lines import LinesLog
 from refinedet.pipeline.training.finite import NonFiniteError
 from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
+from refinedet.pipeline.training.saving import SaveError
 from refinedet.pipeline.training.stop import StopSignals
 from refinedet.pipeline.training.training_job import Attempt, train_job
 from refinedet.pipeline.training.world import World, open_world
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             check_spec(spec)
             check_start(spec)
             result = _train(spec, world, stop, began_at)
-        except (UserError, NonFiniteError) as error:  # the same on all ranks
+        except (UserError, NonFiniteError, SaveError) as error:  # the same on all ranks
             if world.is_main:
                 sys.stderr.write(f"{error}\n")
             return 2 if isinstance(error, UserError) else 1

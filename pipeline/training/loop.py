@@ -28,7 +28,7 @@ def train(spec: Training, world: World, task: Task, callbacks: Callbacks) -> Tra
     """Train from the newest good checkpoint in the run, or from the initial weights, to the end. Collective.
 
     Raises, on all ranks alike: NonFiniteError; UserError or RuntimeError for a stream that failed on one of them;
-    OSError where the last checkpoint could not be written, with the place of the weights.
+    SaveError where the last checkpoint could not be written, with the place of the weights.
     """
     with ExitStack() as stack:
         _configure_torch(stack, spec.deterministic)

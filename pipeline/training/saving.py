@@ -39,6 +39,10 @@ _FIRST_WAIT_S = 10.0
 _LONGEST_WAIT_S = 300.0
 
 
+class SaveError(OSError):
+    """The state cannot be saved, which a restart does not change; the message has the reason and the weights' place."""
+
+
 class SaveState(IntEnum):
     """Progress of this rank with the checkpoint being written; exchanged in every step."""
 

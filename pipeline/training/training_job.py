@@ -91,8 +91,8 @@ def train_job(
     loss      default: the loss of `spec.model`; a drill passes one that fails
     validate  needed where `training.validate_every_epochs` is set
 
-    Raises, on all ranks alike: UserError, NonFiniteError, RuntimeError, OSError where the last checkpoint could not be
-    written.
+    Raises, on all ranks alike: UserError, NonFiniteError, RuntimeError, SaveError where the last checkpoint could not
+    be written.
     """
     spec = run.spec
     shards = open_training_shards(run, world)

@@ -16,7 +16,7 @@ from refinedet.pipeline.training.goodput import Ledger
 from refinedet.pipeline.training.profile import StepProfiler
 from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
 from refinedet.pipeline.training.resume import manifest_facts
-from refinedet.pipeline.training.saving import CheckpointWriter, write_final_weights
+from refinedet.pipeline.training.saving import CheckpointWriter, SaveError, write_final_weights
 from refinedet.pipeline.training.state import capture_state
 from refinedet.pipeline.training.step import StepOutcome, TrainState
 from refinedet.pipeline.training.stragglers import StragglerWatch
@@ -194,7 +194,7 @@ class Upkeep:
         if not stopped or writer.committed_step != state.step:
             weights = write_final_weights(state.average, world, self.task.run_dir, state.step, self.task.facts)
         if writer.committed_step != state.step:
-            raise OSError(f"{writer.failure}; the weights of step {state.step} are in {weights}")
+            raise SaveError(f"{writer.failure}; the weights of step {state.step} are in {weights}")
         status = "stopped" if stopped else "finished"
         self._ledger.ended = status
         return TrainResult(
@@ -224,7 +224,7 @@ class Upkeep:
         if self._writer.failure:
             step = self.state.step
             weights = write_final_weights(self.state.average, self.world, self.task.run_dir, step, self.task.facts)
-            raise OSError(f"{self._writer.failure}; the weights of step {step} are in {weights}")
+            raise SaveError(f"{self._writer.failure}; the weights of step {step} are in {weights}")
         self._watchdog.finished(self.state.step)
 
     def _tell_news(self) -> None:

@@ -101,6 +101,13 @@ def test_a_resume_says_how_many_steps_are_done_again(tmp_path: Path) -> None:
     assert told[-1].message == "resumed from step 8"
 
 
+def test_a_new_number_of_workers_is_told_with_the_checkpoint_it_starts_from(tmp_path: Path) -> None:
+    saved = Event("saved", 6, "checkpoint of step 4 is committed", {"step": 4})  # told two steps later
+    training, told = make(tmp_path, ([STARTED, saved, STARTED], FINISHED))
+    training.train()
+    assert "from the checkpoint of step 4" in next(event.message for event in told if event.kind == "resized")
+
+
 def test_workers_that_saved_for_a_preempted_node_go_on_without_it(tmp_path: Path) -> None:
     gone = Event("preempted", 0, "", {"nodes": ["b"]})
     training, _ = make(tmp_path, ([STARTED, gone], SAVED), ([STARTED], FINISHED))

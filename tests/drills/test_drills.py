@@ -43,15 +43,22 @@ def test_a_drill_passes(bench: Bench, name: str) -> None:
 
 def test_passes_are_put_in_order_and_a_new_process_begins_a_new_start(tmp_path: Path) -> None:
     notes = {
-        "0-11": [[1.0, ["b"]], [2.0, ["d"]]],
-        "1-12": [[1.1, ["a"]]],  # killed in the second pass
-        "0-21": [[9.0, ["c"]], [9.2, ["e", "f"]]],
+        "0-2-11": [[1.0, ["b"]], [2.0, ["d"]]],
+        "1-2-12": [[1.1, ["a"]]],  # killed in the second pass
+        "0-1-21": [[9.0, ["c"]], [9.2, ["e", "f"]]],
+        "2-3-33": [[9.4, ["i"]]],
+        "0-3-31": [[9.5, ["g"]]],
+        "1-3-32": [[9.6, ["h"]]],
     }
     (tmp_path / "witness").mkdir()
     for name, lines in notes.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / "witness" / f"{name}.jsonl").write_text(text + '[9.9, ["cut')
-    assert read_attempts(str(tmp_path)) == [[["a", "b"], ["d"]], [["c"], ["e", "f"]]]
+    assert read_attempts(str(tmp_path)) == [
+        [["a", "b"], ["d"]],
+        [["c"], ["e", "f"]],
+        [["g", "h", "i"]],
+    ]
 
 
 def test_faults_are_parsed() -> None:
