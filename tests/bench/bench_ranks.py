@@ -4,7 +4,7 @@
 
 The functions are the product's; the other ranks are simulated: collectives return what that many ranks would give, and
 take no time, since the network is not what is measured. Limits at 1,024 ranks: 1 ms of the driver and 0.1 ms of a rank
-a step; a checkpoint's bytes are read once.
+a step; the bytes of a checkpoint and of the shards' index are read once.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import safetensors.torch
 import torch
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec, Tracking
+from refinedet.pipeline.data.index import FORMAT_VERSION, INDEX
 from refinedet.pipeline.runs import settings, storage
 from refinedet.pipeline.runs.progress import ProgressDisplay
 from refinedet.pipeline.tracking.runs import RunTracker
@@ -38,6 +39,7 @@ from refinedet.pipeline.training.owners import assign_owners
 from refinedet.pipeline.training.records import StepRecord, StepTimes
 from refinedet.pipeline.training.saving import SaveState
 from refinedet.pipeline.training.stragglers import StragglerWatch
+from refinedet.pipeline.training.training_job import open_training_shards
 from refinedet.pipeline.training.watchdog import StallReport, judge_stall
 from refinedet.pipeline.training.world import World
 
@@ -47,7 +49,7 @@ RANKS = (64, 1024, 10000)
 DRIVER_LIMIT_MS, RANK_LIMIT_MS = 1.0, 0.1
 RANKS_PER_NODE = 8
 STEP_S, SAMPLE_S = 0.15, 10.0  # a step of the plan's largest job; a node's load comes this often
-TENSORS, FILES = 900, 256
+TENSORS, FILES, SHARDS = 900, 256, 120
 PARTS = 12  # losses and shares of anchors in a step's one collective
 
 
@@ -210,15 +212,31 @@ def write_checkpoint(run_dir: Path) -> int:
     return total + len(manifest)
 
 
+def write_shards(run: Run) -> int:
+    """An index of SHARDS shards of the training split; its bytes."""
+    names = [f"shard-{number:06d}.tar" for number in range(SHARDS)]
+    table = {"names": names, "sha256": ["0" * 64] * SHARDS, "contents_sha256": ["0" * 64] * SHARDS}
+    table |= {"bytes": [2**27] * SHARDS, "num_samples": [1000] * SHARDS}
+    index = {"format_version": FORMAT_VERSION, "format": "coco", "part": "train", "digest": "0" * 64}
+    index |= {"categories": [{"id": number, "name": f"class {number}"} for number in range(80)], "shards": table}
+    path = Path(run.shards, "train", INDEX)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content := json.dumps(index).encode())
+    return len(content)
+
+
 def resume_reads(ranks: int) -> dict[str, float]:
-    """Requests and bytes of all ranks together when a checkpoint is loaded."""
+    """Requests and bytes of all ranks together when the index of the shards and a checkpoint are loaded."""
     counts: Counter[str] = Counter()
     with tempfile.TemporaryDirectory() as folder:
-        total, told = write_checkpoint(Path(folder)), []
+        data = {"format": "shapes", "train": [{"count": 4}]}
+        run = Run(JobSpec.model_validate({"name": "r", "runs": folder, "data": data}))
+        total, told = write_checkpoint(Path(run.path)) + write_shards(run), []
         with counted(counts):
             for rank in range(ranks):
                 world = SimulatedWorld(rank=rank, size=ranks, told=told)
-                assert load_checkpoint(folder, world, lambda event: None) is not None
+                assert open_training_shards(run, world) is not None
+                assert load_checkpoint(run.path, world, lambda event: None) is not None
     requests = sum(counts[name] for name in ("read_bytes", "exists", "list_folder"))
     return {"resume_requests": requests, "resume_bytes": counts["bytes"], "resume_times": counts["bytes"] / total}
 
