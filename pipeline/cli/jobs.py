@@ -158,6 +158,7 @@ def render(
     namespace: Annotated[str | None, typer.Option(help="default: kubectl's")] = None,
     queue: Annotated[str | None, typer.Option(help="Kueue LocalQueue")] = None,
     spot: Annotated[str | None, typer.Option(help="gke, eks, karpenter or aks: workers on its spot nodes")] = None,
+    efa_per_node: Annotated[int, typer.Option(min=0, help="AWS fabric adapters of a node: p4d 4, p5 32")] = 0,
     gpus_per_node: Annotated[int, typer.Option(min=1, help="a training pod fills a node")] = 8,
     memory_per_worker_gib: Annotated[int, typer.Option(min=1, help="of each training worker")] = 32,
     volume_claim: Annotated[str | None, typer.Option(help="PersistentVolumeClaim mounted at /shared")] = None,
@@ -180,6 +181,7 @@ def render(
         namespace=namespace,
         queue=queue,
         spot=spot,  # type: ignore[arg-type]
+        efa_per_node=efa_per_node,
         gpus_per_node=gpus_per_node,
         memory_per_worker_gib=memory_per_worker_gib,
         volume_claim=volume_claim,

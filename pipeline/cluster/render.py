@@ -43,6 +43,7 @@ class KubeRay:
     kind                   "job" ends with its cluster; "cluster" stays, for `refinedet submit`
     queue                  Kueue LocalQueue; with one, the size is fixed, as Kueue admits whole jobs; else Ray scales
     spot                   put the workers on spot nodes, as this platform marks them; the head stays on others
+    efa_per_node           Elastic Fabric Adapters of one node, which each training pod with GPUs takes (p4d 4, p5 32)
     gpus_per_node          GPUs of one node; training workers are packed so that a pod fills one
     memory_per_worker_gib  of each training worker, its shared memory included
     volume_claim           PersistentVolumeClaim mounted at /shared in every pod
@@ -57,6 +58,7 @@ class KubeRay:
     namespace: str | None = None
     queue: str | None = None
     spot: Literal["gke", "eks", "karpenter", "aks"] | None = None
+    efa_per_node: int = 0
     gpus_per_node: int = 8
     memory_per_worker_gib: int = 32
     volume_claim: str | None = None
@@ -151,6 +153,8 @@ def _worker_groups(spec: JobSpec, options: KubeRay) -> list[dict[str, Any]]:
     gpus = math.ceil(each * cluster.gpus_per_worker)
     cpus = math.ceil(each * cluster.cpus_per_worker) + 1  # one for the tasks that prepare and merge
     training = _group("training", spec, options, cpus, each * options.memory_per_worker_gib, gpus)
+    if gpus and options.efa_per_node:  # AWS asks for the huge pages, which libfabric's buffers are in
+        training["requests"] |= {"vpc.amazonaws.com/efa": str(options.efa_per_node), "hugepages-2Mi": "5120Mi"}
     training |= {"shared_memory": 8 * each, "replicas": (0, 0, high) if options.queue is None else (low,) * 3}
     preparation = _group("preparation", spec, options, cpus=8, memory_gib=16, gpus=0)
     preparation |= {"shared_memory": 4, "replicas": (0, 0, 4) if options.queue is None else (1,) * 3}

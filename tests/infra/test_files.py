@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import json
 import re
 import shutil
@@ -48,6 +49,30 @@ def test_the_image_is_built_for_both_generations_of_gpus_from_pinned_packages():
     project = tomllib.loads((INFRA.parent / "pyproject.toml").read_text())
     packages = set(project["tool"]["scikit-build"]["wheel"]["packages"].values())
     assert packages <= copied, "the wheel is built of these"
+
+
+def test_the_bases_of_the_image_are_pinned_by_digest_and_the_fabric_by_checksum():
+    content = (INFRA / "Dockerfile").read_text()
+    bases = dict(re.findall(r"^ARG (\w*BASE)=(\S+)$", content, re.MULTILINE))
+    assert set(re.findall(r"^FROM \$\{(\w+)\}", content, re.MULTILINE)) == set(bases)
+    assert all(re.fullmatch(r"nvidia/cuda:[\w.-]+@sha256:[0-9a-f]{64}", base) for base in bases.values())
+    assert re.search(r"^ARG EFA_INSTALLER_SHA256=[0-9a-f]{64}$", content, re.MULTILINE)
+    stages = [line.split() for line in content.splitlines() if line.startswith("FROM ")]
+    assert stages[-1] == ["FROM", "node"], "without --target it is the plain image"
+
+
+@pytest.mark.slow
+def test_the_bill_of_materials_names_what_is_installed():
+    done = subprocess.run(
+        [_program("make"), "--assume-old=install", "sbom"], cwd=INFRA.parent, capture_output=True, text=True
+    )
+    if done.returncode and "Failed to fetch" in done.stderr:
+        pytest.skip("needs a package index")
+    assert done.returncode == 0, done.stderr
+    bill = json.loads((INFRA.parent / "build" / "sbom.json").read_text())
+    versions = {component["name"]: component["version"] for component in bill["components"]}
+    assert bill["bomFormat"] == "CycloneDX"
+    assert all(versions[name] == importlib.metadata.version(name) for name in ("torch", "ray", "deepspeed", "mlflow"))
 
 
 @pytest.mark.parametrize("file", VM_FILES, ids=lambda file: file.name)

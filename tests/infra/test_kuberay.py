@@ -77,6 +77,7 @@ OPTIONS = [
     ({"volume_claim": "runs", "spot": "karpenter", "retries": 0}, {"gpus_per_worker": 0}),
     ({"network_policy": True, "tls": True, "spot": "eks"}, {"placement": "STRICT_SPREAD"}),
     ({"spot": "aks"}, {"stop_grace_s": 20}),
+    ({"spot": "eks", "efa_per_node": 4}, {"placement": "PACK"}),
 ]
 
 
@@ -226,6 +227,16 @@ def test_without_a_queue_gpus_come_when_training_begins():
     assert "refinedet_autoscaling" in head["rayStartParams"]["resources"]
 
 
+def test_pods_with_gpus_take_the_fabric_of_their_node():
+    for spec, expected in ((_spec(), "4"), (_spec(gpus_per_worker=0), None)):
+        job = _documents(spec, efa_per_node=4)["RayJob"]
+        for role, group in _groups(job).items():
+            (container,) = group["template"]["spec"]["containers"]
+            for kind in ("requests", "limits"):
+                taken = container["resources"][kind].get("vpc.amazonaws.com/efa")
+                assert taken == (expected if role == "training" else None), (role, kind)
+
+
 def test_workers_may_be_on_spot_nodes_and_the_head_is_not():
     job = _documents(_spec(), spot="gke")["RayJob"]
     head = job["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]
@@ -252,7 +263,7 @@ def test_spot_pods_watch_for_the_notice_and_have_the_time_that_the_cloud_grants(
             assert f"/opt/preemption/drain_on_notice.py --cloud {cloud} " in line
             assert line.endswith("&"), "the hook must end, or the container never counts as started"
     image = (request.config.rootpath / "infra" / "Dockerfile").read_text()
-    assert "COPY infra/preemption /opt/preemption" in image.rsplit("\nFROM ", 1)[-1]
+    assert "COPY infra/preemption /opt/preemption" in image.split(" AS node\n")[1].split("\nFROM ")[0]
     on_demand = _groups(_documents(_spec())["RayJob"])["training"]["template"]["spec"]["containers"][0]
     assert "lifecycle" not in on_demand
 
