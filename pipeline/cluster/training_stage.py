@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ray.exceptions import OutOfMemoryError
+from ray.exceptions import OutOfMemoryError, RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 from refinedet.pipeline.cluster.capacity import missing_capacity
@@ -74,7 +74,7 @@ class _Training:
         """Fit until training has finished; return what rank 0 returned."""
         while True:
             saved, outcome = self.saved, self._fit()
-            if isinstance(outcome, TrainingFailedError):
+            if isinstance(outcome, TrainingFailedError | RayError):  # of workers, or of Ray Train's own actors
                 if self.saved == saved or self.preflight_only:
                     raise JobError(f"training failed: {explain(outcome)}") from outcome
                 self._report("restarted", f"saved since the last failures, which count no more: {explain(outcome)}")

@@ -13,6 +13,13 @@ from refinedet.pipeline.runs import storage
 _FORMAT = "%(asctime)s %(levelname).1s {who} %(name)s: %(message)s"
 
 
+class _RunLog(logging.FileHandler):
+    """A file on a disk that may be full: records that it does not take are lost."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Print nothing: a traceback for every record would bury the lines that name the fault."""
+
+
 def log_folder(run_path: str) -> str:
     """A local directory for the logs of a run on this machine: inside the run where that is local."""
     folder = run_path
@@ -26,7 +33,7 @@ def log_folder(run_path: str) -> str:
 
 def log_to_file(path: str, who: str) -> None:
     """Send the logging of this process, and Python's warnings, to a file; `who` stands in every line."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = _RunLog(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter(_FORMAT.format(who=who)))
     root = logging.getLogger()
     for old in list(root.handlers):

@@ -56,6 +56,7 @@ def test_a_disk_that_is_full_for_a_while_costs_no_step(small: Bench) -> None:
     assert small.weights("full")
     said = " ".join(job.text.split())
     assert "No space left on device" in said
+    assert "Logging error" not in said
     assert re.search(r"training waits \d+ s and saves again, for \d+ s at most", said), said
 
 
@@ -68,6 +69,8 @@ def test_a_disk_that_stays_full_ends_the_job_with_its_weights_elsewhere(small: B
     said = "".join(job.text.split())
     found = re.search(r"(/tmp/refinedet-[^/\s]+/weights\.safetensors)", said)
     assert found, job.text
+    assert job.text.count("Traceback") == 0, job.text
+    assert len(small.events("full", "restarted")) == 0, "a restart would meet the same disk"
     weights = Path(found[1])
     assert weights.stat().st_size > 2**20
     shutil.rmtree(weights.parent)

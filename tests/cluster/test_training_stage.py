@@ -165,3 +165,13 @@ def test_an_error_is_explained_by_its_innermost_cause() -> None:
         f"{killed}\nOOM kill reason: Memory usage\nRefer to the documentation on how to address it"
     )
     assert explain(pages).startswith(f"{killed}. All programs on the node count")
+
+
+def test_the_loss_of_ray_trains_own_actor_is_a_failure_as_others_are(tmp_path: Path) -> None:
+    killed = OutOfMemoryError("1 worker(s) were killed\nRefer to the documentation")
+    training, told = make(tmp_path, ([STARTED, Event("saved", 8, "")], killed), ([STARTED], FINISHED))
+    assert training.train() is FINISHED
+    assert "1 worker(s) were killed" in next(event.message for event in told if event.kind == "restarted")
+    training, _ = make(tmp_path, ([STARTED], killed))
+    with pytest.raises(JobError, match=r"training failed: .*1 worker\(s\) were killed"):
+        training.train()
