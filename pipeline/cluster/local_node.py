@@ -14,15 +14,22 @@ import sys
 from collections.abc import Iterator
 
 from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import JobError
 
+logger = logging.getLogger(__name__)
+
+_SHOWN = 2000
 _DEADLINE_S = 60.0
 """for further attempts: Ray gives its parts 15 s to start, and a busy machine may need longer"""
 
 
 @contextlib.contextmanager
 def local_node() -> Iterator[str]:
-    """Start the node; yields HOST:PORT. RuntimeError, with Ray's output, where it does not start."""
-    node, address = storage.retry(_start, "Ray on this machine", deadline_s=_DEADLINE_S)
+    """Start the node; yields HOST:PORT. JobError where it does not start."""
+    try:
+        node, address = storage.retry(_start, "Ray on this machine", deadline_s=_DEADLINE_S)
+    except JobError as error:
+        raise JobError(f"{error.__cause__}; end what else keeps the machine busy, or run the command again") from error
     with node:
         try:
             yield address
@@ -45,7 +52,9 @@ def _start() -> tuple[subprocess.Popen, str]:
     if words[:1] == ["node"]:
         return node, words[1]
     _, output = node.communicate()
-    raise RuntimeError(f"Ray did not start on this machine: {output[-2000:]}")
+    logger.warning("Ray did not start: %s", output[-_SHOWN:])
+    lines = output.strip().splitlines() or [f"status {node.returncode}"]
+    raise RuntimeError(f"Ray did not start on this machine: {lines[-1]}")
 
 
 def _serve() -> None:

@@ -29,7 +29,7 @@ from refinedet.pipeline.runs.errors import JobError
 _POLL_S = 0.2
 _TIMEOUT_S = 600.0
 _START_S = 120.0
-"""for further attempts: Ray gives a node 30 s to start, and a busy machine may need longer"""
+"""for further attempts to start Ray, on a busy machine"""
 SPEC: dict[str, Any] = {
     "data": {"format": "shapes", "image_size": 96, "train": [{"count": 32}], "val": [], "loader_workers": 0},
     "model": {
@@ -110,6 +110,7 @@ class Bench:
         """The drills' own Ray, a `ray.cluster_utils.Cluster` on this machine; started when it is first asked for."""
         if self._cluster is None:
             settings.suggest("RAY_AUTH_MODE", "disabled")  # nobody else is to reach it
+            settings.provide("ray")
             self._cluster = storage.retry(_start_cluster, "Ray on this machine", deadline_s=_START_S)
         return self._cluster
 
