@@ -116,9 +116,10 @@ def storage_outage(bench: Bench) -> None:
     folder.unlink()
     kept.rename(folder)
     bench.check("exit status", 0, job.wait())
-    for kind, what in (("save_failed", "a failed save"), ("waiting", "training waits")):
-        messages = [event["message"] for event in bench.events(name, kind)]
-        bench.check(what, "in one line", messages[0] if messages else "nothing", _is_one_line(messages, job.text))
+    for kind, words in (("save_failed", "was not written"), ("waiting", "training waits")):
+        messages = [event["message"] for event in bench.events(name, kind) if words in event["message"]]
+        seen = messages[0] if messages else "nothing"
+        bench.check(f"{words!r}", "said in one line", seen, _is_one_line(messages, job.text))
     bench.check("steps", f"1 to {STEPS}, each once", f"{len(bench.steps(name))} steps", _each_once(bench, name))
     bench.check("last checkpoint", STEPS, (bench.commits(name) or [0])[-1])
     bench.check_same_weights(name)
