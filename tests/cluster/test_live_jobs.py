@@ -123,10 +123,10 @@ def test_a_job_is_followed_stopped_and_resumed(cluster: RayCluster, client: Jobs
     assert 0 < float(found.group(1)) <= last
     assert re.search(rf'ray_refinedet_total_steps\{{[^}}]*run="live"[^}}]*\}} {STEPS}', seen)
 
-    grown = spec_of(tmp_path, "live")
-    grown = grown.model_copy(update={"training": grown.training.model_copy(update={"epochs": EPOCHS + 1})})
-    with pytest.raises(UserError, match=r"training\.epochs was 5, now 6"):
-        client.submit(grown)
+    other = spec_of(tmp_path, "live")
+    other = other.model_copy(update={"training": other.training.model_copy(update={"learning_rate": 0.5})})
+    with pytest.raises(UserError, match=r"training\.learning_rate was [\d.]+, now 0\.5"):
+        client.submit(other)
 
     second = client.resume("live")
     assert "".join(client.follow_logs(second)).count(f"{STEPS} steps")
