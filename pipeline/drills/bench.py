@@ -180,9 +180,15 @@ class Bench:
         reference  an undisturbed witnessed run of the same spec, whose passes are its steps
         """
         (passes,) = witness.read_attempts(str(self.run(reference)))
-        step_of = {sample: step for step, samples in enumerate(passes, 1) for sample in samples}
-        attempts = witness.read_attempts(str(self.run(name)))
-        return {step_of.get(samples[0], -1): samples for attempt in attempts for samples in attempt}
+        places: dict[str, set[int]] = {}  # images without objects look the same in several steps
+        for step, samples in enumerate(passes, 1):
+            for sample in samples:
+                places.setdefault(sample, set()).add(step)
+        history = {}
+        for samples in itertools.chain(*witness.read_attempts(str(self.run(name)))):
+            steps = set.intersection(*(places.get(sample, set()) for sample in samples))
+            history[steps.pop() if len(steps) == 1 else -1] = samples
+        return history
 
     def world_sizes(self, name: str) -> list[int]:
         """Numbers of workers of every start."""
