@@ -137,13 +137,13 @@ def wait_for_notice(poll: Callable[[], Notice | None], interval_s: float) -> Not
         time.sleep(interval_s)
 
 
-def drain(notice: Notice, interval_s: float) -> bool:
-    """Drain this node; repeat what fails until the machine's time is over. Returns whether it was drained."""
+def drain(notice: Notice, interval_s: float, node_id: str | None = None) -> bool:
+    """Drain the node, by default this one; repeat what fails until the machine's time is over. Returns whether it was drained."""
     deadline = time.monotonic() + notice.remaining_s
     while True:
         remaining = max(0, round(deadline - time.monotonic()))
         command = ["ray", "drain-node", "--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", notice.reason]
-        command += ["--deadline-remaining-seconds", str(remaining)]
+        command += ["--deadline-remaining-seconds", str(remaining), *(("--node-id", node_id) if node_id else ())]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=_DRAIN_TIMEOUT_S)
             if done.returncode == 0:
@@ -168,9 +168,10 @@ def main() -> int:
     parser.add_argument("--cloud", choices=CLOUDS, required=True)
     parser.add_argument("--endpoint", default=METADATA, help="of the metadata server")
     parser.add_argument("--interval", type=float, default=2.0, help="seconds between two questions")
+    parser.add_argument("--node-id", help="of Ray; default: the node on this machine, which Ray takes seconds to find")
     options = parser.parse_args()
     poll = CLOUDS[options.cloud](Metadata(options.endpoint))
-    return 0 if drain(wait_for_notice(poll, options.interval), options.interval) else 1
+    return 0 if drain(wait_for_notice(poll, options.interval), options.interval, options.node_id) else 1
 
 
 if __name__ == "__main__":
