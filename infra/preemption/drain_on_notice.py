@@ -138,7 +138,7 @@ def wait_for_notice(poll: Callable[[], Notice | None], interval_s: float) -> Not
 
 
 def drain(notice: Notice, interval_s: float, node_id: str | None = None) -> bool:
-    """Drain the node, by default this one; repeat what fails until the machine's time is over. Returns whether it was drained."""
+    """Drain a node, by default this one; repeat what fails until its time is over. Returns whether it was drained."""
     deadline = time.monotonic() + notice.remaining_s
     while True:
         remaining = max(0, round(deadline - time.monotonic()))
