@@ -111,6 +111,8 @@ class _Training:
 
     def _take_messages(self) -> None:
         for rank, message in self.mailbox.take(stop=self.stop.is_set()):
+            if not isinstance(message, StepRecord | Event | NodeSample | Fatal):
+                continue  # late, of the stage before, which shares the mailbox
             if isinstance(message, Fatal):
                 raise UserError(message.message) if message.by_user else JobError(message.message)
             if isinstance(message, Event):

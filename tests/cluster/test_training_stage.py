@@ -90,6 +90,12 @@ def test_a_new_checkpoint_gives_the_failures_back(tmp_path: Path) -> None:
         training.train()
 
 
+def test_a_late_message_of_the_stage_before_is_passed_over(tmp_path: Path) -> None:
+    training, told = make(tmp_path, ([("train", (32, 32)), STARTED], FINISHED))
+    assert training.train() is FINISHED
+    assert kinds(told) == ["started"]
+
+
 def test_a_resume_says_how_many_steps_are_done_again(tmp_path: Path) -> None:
     resumed = Event("resumed", 8, "resumed from step 8")
     training, told = make(tmp_path, ([STARTED, resumed], FINISHED))
