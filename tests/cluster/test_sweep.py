@@ -26,6 +26,7 @@ JOB = {
         "prediction_block": False,
     },
     "training": {"global_batch": 4, "epochs": 4, "decay_epochs": [], "learning_rate": 0.001, "warmup_epochs": 0},
+    "tracking": {"log_every_steps": 1},
     "cluster": {"workers": 1},
 }
 
