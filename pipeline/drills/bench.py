@@ -191,17 +191,8 @@ class Bench:
         return history
 
     def world_sizes(self, name: str) -> list[int]:
-        """Numbers of workers of every start."""
-        ranks = [event["facts"]["rank"] for event in self.events(name, "started")]
-        sizes: list[int] = []
-        seen: set[int] = set()
-        for rank in ranks:
-            if not sizes or rank in seen:
-                sizes.append(0)
-                seen = set()
-            seen.add(rank)
-            sizes[-1] = len(seen)
-        return sizes
+        """Numbers of workers of every start, from what the preflight saw."""
+        return [len(event["facts"]["hosts"]) for event in self.events(name, "preflight")]
 
     def workers(self, name: str) -> list[psutil.Process]:
         """The training workers' processes that run, by rank."""
