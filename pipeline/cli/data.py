@@ -44,7 +44,7 @@ def shard(job: Job, overrides: Overrides = None) -> None:
                 storage.join(run.shards, part),
                 on_progress=lambda done, total: display.update(done, total, unit="images"),
             )
-            display.done(f"{shards.num_samples} images in {len(shards)} shards at {shards.url}")
+            display.done(f"{shards.num_samples} images, shards: {len(shards)}, at {shards.url}")
 
 
 @app.command()

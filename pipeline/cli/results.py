@@ -110,7 +110,7 @@ def _predict(predictor: Predictor, sources: Sequence[Source], choice: Choice) ->
             on_progress=on_progress,
             on_fault=lambda name, fault: display.warn(f"{name}: {fault}; passed over"),
         )
-        display.done(f"{tally.objects} objects in {tally.images} images, in {choice.output}")
+        display.done(f"objects: {tally.objects}, images: {tally.images}, in {choice.output}")
     if tally.unreadable:
         raise JobError(f"{tally.unreadable} of {tally.unreadable + tally.images} images could not be read.")
 

@@ -89,7 +89,9 @@ def evaluate_run(
     check_spec(spec)
     changes = [override for override in overrides if not override.strip().startswith(_HARMLESS)]
     if (weights or shards or changes) and not output:
-        raise UserError("Other weights, shards or settings need --output FOLDER, so that the run's own results stay.")
+        raise UserError(
+            "Other weights, shards or settings need --output DIRECTORY, so that the run's own results stay."
+        )
     run = Run(spec)
     log_to_file(os.path.join(log_folder(run.path), "evaluate.log"), who="driver")
     job, _ = make_detection_job(

@@ -141,7 +141,7 @@ class Data(Section):
                 if not any(getattr(split, field) for field in fields) or (chosen == "coco" and not split.images):
                     raise ValueError(f"a {chosen} split in data.{name} needs {needed}")
                 if chosen != "shapes" and not (split.root or self.root):
-                    raise ValueError(f"data.root is missing: say where the {chosen} data set is (data.root=FOLDER)")
+                    raise ValueError(f"data.root is missing: name the directory of {chosen} (data.root=DIRECTORY)")
         if any(split.weight != 1 for split in self.val):
             raise ValueError("`weight` applies to data.train: every image of data.val is evaluated once; remove it")
         names = self.classes or ()

@@ -21,7 +21,7 @@ _ERROR_WORDS = {
     "both": ("wrong class and box", "the box fits an object of another class badly"),
     "duplicate": ("duplicate", "a second box on a found object"),
     "background": ("background", "a box on no object"),
-    "missed": ("missed", "an object without any detection"),
+    "missed": ("missed", "an object that no box fits, wrong class or wrong box included"),
 }
 _STAGE_WORDS = {
     "found": "found",

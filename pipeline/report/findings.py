@@ -20,8 +20,12 @@ LoadImages = Callable[[Sequence[int]], Mapping[int, np.ndarray]]
 """Images, uint8 [H, W, 3] RGB, by image id; those that do not exist are left out."""
 
 GROUPS = {
-    "worst_images": ("Worst images", "By the AP that the errors on them cost. Dashed: a false alarm."),
-    "costly_misses": ("Missed objects", "Objects without a detection, costliest first."),
+    "worst_images": (
+        "Worst images",
+        "By the AP that the errors on them cost. Objects are missed at every score; false alarms count from the score "
+        "of the confusions. Dashed: a false alarm.",
+    ),
+    "costly_misses": ("Missed objects", "Objects that no correct detection found, at any score; costliest first."),
     "false_alarms": ("False alarms", "Wrong detections, costliest first. Dashed: the object that it was taken for."),
     "truth_suspects": ("Likely mistakes of the truth", "Confident detections that the annotations contradict."),
 }

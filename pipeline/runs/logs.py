@@ -42,6 +42,8 @@ def log_to_file(path: str, who: str) -> None:
     root.setLevel(logging.INFO)
     logging.captureWarnings(True)
     warnings.simplefilter("default")
+    # DeepSpeed's import warns on stdout of every machine without a GPU, a launcher's too, which needs none.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 
 def restore_loggers() -> None:

@@ -276,7 +276,7 @@ def test_other_voc_shards_are_measured_and_sent_as_their_own_year(tmp_path: Path
     path = Path(run.file("spec.yaml"))
     overrides = ["data.train=[]", f"data.shards={tmp_path}/voc12-test", "data.val=[{set: VOC2012/test}]"]
     done = CliRunner().invoke(app, ["shard", str(path), *overrides], catch_exceptions=False)
-    assert "6 images in 1 shards" in done.output
+    assert "6 images, shards: 1" in done.output
     job, _ = make_detection_job(run, "single", shards=f"{tmp_path}/voc12-test/val", output=str(tmp_path / "out"))
     assert (job.protocol.metric, job.image_set) == ("voc2012", "VOC2012/test")
     truth = json.loads(Path(job.truth).read_text())
@@ -335,7 +335,7 @@ def test_mistakes_are_met_before_a_worker_starts(shapes_run: Run, tmp_path: Path
     storage.write_bytes("memory://somewhere/run/spec.yaml", dump_spec(elsewhere).encode())
     with pytest.raises(UserError, match="has no `multiscale`"):
         evaluate_run("memory://somewhere/run/", "multiscale")
-    with pytest.raises(UserError, match="need --output FOLDER"):
+    with pytest.raises(UserError, match="need --output DIRECTORY"):
         evaluate_run(folder, "single", weights=shapes_run.weights)
     with pytest.raises(UserError, match="has no `multiscale`"):
         evaluate_run(folder, "multiscale")

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import click
 import nbformat
 import pytest
 import typer
+from PIL import Image
+from refinedet.model import RefineDet, RefineDetConfig
+from refinedet.model.export import export_onnx
 from refinedet.pipeline.cli.main import app
 from refinedet.pipeline.config.reference import describe_spec
 from refinedet.pipeline.config.spec import JobSpec
@@ -119,6 +124,37 @@ def test_the_notebook_that_reads_a_run_executes() -> None:
 
 def texts(notebook: nbformat.NotebookNode) -> list[str]:
     return [output.text for cell in notebook.cells for output in cell.get("outputs", []) if "text" in output]
+
+
+def run_python_of(page: str, where: Path) -> str:
+    """What the first block of Python of a page prints, executed in a directory."""
+    code = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)[0]
+    done = subprocess.run([sys.executable, "-c", code], cwd=where, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_python_of_the_library_page_runs(tmp_path: Path) -> None:
+    run_python_of("docs/library.md", tmp_path)
+    assert (tmp_path / "detector").is_dir()
+
+
+@pytest.mark.slow  # a step of a large detector
+def test_the_python_of_the_readme_runs(tmp_path: Path) -> None:
+    run_python_of("README.md", tmp_path)
+    assert (tmp_path / "detector").is_dir()
+
+
+def test_an_exported_detector_runs_as_its_page_shows(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    (tmp_path / "photos" / "images").mkdir(parents=True)
+    Image.new("RGB", (90, 60), (200, 40, 40)).save(tmp_path / "photos" / "images" / "beach.jpg")
+    config = RefineDetConfig(num_classes=2, input_size=64, backbone="resnet18", tcb_channels=16, score_threshold=0.0)
+    detector = RefineDet(config, categories=("cat", "dog")).eval()
+    detector.save_pretrained(tmp_path / "runs" / "photos")
+    export_onnx(detector, tmp_path / "detector.onnx", 64, 64)
+    first = run_python_of("docs/own-data.md", tmp_path).splitlines()[0]
+    assert first.startswith(("cat ", "dog "))
 
 
 @pytest.mark.parametrize("job", JOBS, ids=lambda job: job.stem)
