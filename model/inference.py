@@ -35,7 +35,7 @@ def detect_images(
     images  as in `resize_images`, on the detector's device
     size    (height, width) that each is warped to
     config  of the selection (thresholds, NMS)
-    returns boxes clipped to their image; those that lie off it are left out
+    returns boxes clipped to their image; those that lie off it are excluded
     """
     shapes: list[tuple[int, int]] = []
 

@@ -63,7 +63,7 @@ class JobsClient:
     def submit(self, spec: JobSpec) -> str:
         """Start a job, or resume a run that stopped; returns its id.
 
-        Raises UserError where the run is being worked on, where its name stands for another spec, where the cluster
+        Raises UserError where the run is in use, where its name stands for another spec, where the cluster
         cannot hold it, or where its paths mean nothing on a cluster.
         """
         check_spec(spec, "cluster")
@@ -72,7 +72,7 @@ class JobsClient:
         for job in jobs:
             if job.home == home and job.is_active:
                 raise UserError(
-                    f"The run {spec.name!r} is being worked on by job {job.id}; follow it (refinedet logs {job.id}), "
+                    f"The run {spec.name!r} is in use by job {job.id}; follow it (refinedet logs {job.id}), "
                     "stop it, or choose another name (name=OTHER)."
                 )
         before = next((job.spec for job in reversed(jobs) if job.home == home and job.spec), None)

@@ -100,7 +100,7 @@ class TrainingRecorder:
         return self._read_lines(EVENTS_LOG)
 
     def _read_lines(self, log: str) -> list[dict[str, Any]]:
-        """Read the lines of all starts of this run; a line that a crash cut short is left out."""
+        """Read the lines of all starts of this run; a line that a crash cut short is excluded."""
         path = self._run.file(log)
         lines = []
         for line in storage.read_bytes(path).splitlines() if storage.exists(path) else ():

@@ -94,7 +94,7 @@ class Data(Section):
     """selects the classes and orders the labels; default: all that the data set has. Upper and lower case count where
     two classes differ in nothing else"""
     other_classes: Literal["refuse", "drop"] = "refuse"
-    """objects of classes that `classes` does not list: an error, or left out and counted"""
+    """objects of classes that `classes` does not list: an error, or excluded and counted"""
     exif: Literal["stored", "displayed"] = "stored"
     """what boxes refer to in photos with an EXIF rotation: the stored pixels, as in COCO, or the displayed picture"""
     max_side: PositiveInt | None = None

@@ -223,7 +223,7 @@ class JobSpec(Section):
     evaluation: Evaluation = Evaluation()
     """detection at a single scale, the metric, the diagnosis"""
     multiscale: Multiscale | None = None
-    """testing at several scales; without this section the stage is left out"""
+    """testing at several scales; without this section the stage is skipped"""
     tracking: Tracking = Tracking()
     """MLflow and the report"""
     cluster: Cluster = Cluster()

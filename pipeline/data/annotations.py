@@ -123,7 +123,7 @@ def number_classes(
             if len(bbox) != 4 or not all(map(math.isfinite, bbox)):
                 fault = fault_of_box(bbox)
             if fault:
-                faults.add(BadSample(name, f"{record.file_name}, object {number}", f"{fault}; left out"))
+                faults.add(BadSample(name, f"{record.file_name}, object {number}", f"{fault}; excluded"))
             else:
                 box = (bbox[0], bbox[1], bbox[2], bbox[3])
                 category = categories[label].id

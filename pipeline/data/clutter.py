@@ -42,7 +42,7 @@ _MAX_OVERLAP = 0.45
 _MUCH_SMALLER = 0.25
 """in area"""
 _MIN_SEEN = 0.1
-"""of an object's box; one that is hidden further is left out of the truth"""
+"""of an object's box; one that is hidden further is excluded from the truth"""
 _ATTEMPTS = 12
 
 

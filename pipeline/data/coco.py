@@ -205,7 +205,7 @@ def _objects_by_image(content: _Content, faults: FaultLog, file: str) -> dict[in
     images = {image["id"] for image in content.images}
     for place, entry in enumerate(content.annotations):
         if not isinstance(entry, tuple):
-            faults.add(BadSample(file, f"annotations[{place}]", f"{entry[0]!r:.80} is not an object; left out"))
+            faults.add(BadSample(file, f"annotations[{place}]", f"{entry[0]!r:.80} is not an object; excluded"))
             continue
         received_id, received_image, received_category, received_box, received_area, crowd = entry
         image_id, category_id = whole_number(received_image), whole_number(received_category)
@@ -220,7 +220,7 @@ def _objects_by_image(content: _Content, faults: FaultLog, file: str) -> dict[in
         elif crowd not in (0, 1, None):
             fault = f"iscrowd {crowd!r:.80} is neither 0 nor 1"
         if fault or image_id is None or category_id is None or isinstance(bbox, str):
-            faults.add(BadSample(file, f"annotation {received_id!r:.80}", f"{fault}; left out"))
+            faults.add(BadSample(file, f"annotation {received_id!r:.80}", f"{fault}; excluded"))
             continue
         area = as_number(received_area)
         if area is None or not math.isfinite(area):

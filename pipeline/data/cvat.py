@@ -1,6 +1,6 @@
 """CVAT data sets: "CVAT for images", one XML file for all images, with shapes in pixels.
 
-Boxes, polygons and masks' boxes become objects; a rotated box becomes its extent. Points and polylines are left out.
+Boxes, polygons and masks' boxes become objects; a rotated box becomes its extent. Points and polylines are excluded.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ def read_cvat(root: str, split: Split, faults: FaultLog) -> Source:
     records, objects = [], []
     for image_id, (element, name, size, found) in enumerate(listed, start=1):
         if name not in sizes:
-            faults.add(BadSample(file, name, f"no such image exists in {directory}; left out"))
+            faults.add(BadSample(file, name, f"no such image exists in {directory}; excluded"))
             continue
         load = partial(read_file, storage.join(directory, name))
         records.append(Record(image_id, name, load, sizes[name], Annotations(), *size))
         objects.append(found)
         for kind in ("points", "polyline"):
             for _ in element.iter(kind):
-                faults.add(BadSample(file, name, f"{kind} have no area; left out"))
+                faults.add(BadSample(file, name, f"{kind} have no area; excluded"))
     names = [label.text or "" for label in document.findall("./meta//labels/label/name")]
     return number_classes(file, records, objects, faults, names)
 

@@ -43,7 +43,7 @@ def read_image_tars(root: str, split: Split, faults: FaultLog) -> Source:
             raise UserError(f"{path} is not a tar of images and JSON ({error}): correct or remove it") from None
         for key, member in images.items():
             if key not in labels:
-                faults.add(BadSample(path, key, "no JSON file has this key; left out"))
+                faults.add(BadSample(path, key, "no JSON file has this key; excluded"))
                 continue
             load = partial(_load, path, member.offset_data, member.size)
             records.append(Record(len(records) + 1, member.name, load, member.size))

@@ -91,8 +91,8 @@ def _shared_finding(shared: Mapping[str, Any]) -> list[str]:
         return []
     if shared["images"] == shared["of"]:
         return [
-            f"all {shared['of']:,} images of data.val are in data.train too: scores show what was learnt by heart, and "
-            "nothing of new images"
+            f"all {shared['of']:,} images of data.val are in data.train too: scores measure "
+            "memorized images, not new ones"
         ]
     return [
         f"{shared['images']:,} of the {shared['of']:,} images of data.val are in data.train too, for example "

@@ -1,6 +1,6 @@
 """LabelMe data sets: a JSON file beside each image, with shapes in pixels.
 
-Rectangles, polygons and circles become boxes; points and lines have no area, are counted and left out.
+Rectangles, polygons and circles become boxes; points and lines have no area, are counted and excluded.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _read_labels(
         for number, shape in enumerate(content["shapes"], start=1):
             kind = shape.get("shape_type") or ""
             if kind not in _WITH_AREA:
-                faults.add(BadSample(split, f"{image}, shape {number}", f"a {kind} has no area; left out"))
+                faults.add(BadSample(split, f"{image}, shape {number}", f"a {kind} has no area; excluded"))
             else:
                 found.append((str(shape["label"]), _box(shape["points"], kind), int(bool(shape.get("difficult")))))
     except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:

@@ -39,7 +39,7 @@ class Reader:
 
     read(root, split, faults) -> Source
         The images and objects of a split. Faults of single images and objects are added to `faults`, and what they
-        concern is left out; a data set that cannot be read at all raises `UserError`. Image bytes are not read here:
+        concern is excluded; a data set that cannot be read at all raises `UserError`. Image bytes are not read here:
         a record's `load` reads them, in another thread or process. Category, image and annotation ids are the data
         set's own with `fixed_ids`, and else count from 1.
     lists(root, split) -> (name, path) of every file that defines the images and objects of the split
@@ -267,7 +267,7 @@ def _refuse_others(data: Data, part: str, dropped: Mapping[str, int], ids: Mappi
         return
     counts = ", ".join(f"{name!r} ({count})" for name, count in sorted(dropped.items())[:20])
     if data.other_classes == "drop":
-        logger.warning("data.%s: %d objects of classes that are not listed are left out: %s", part,
+        logger.warning("data.%s: %d objects of classes that are not listed are excluded: %s", part,
                        sum(dropped.values()), counts)  # fmt: skip
         return
     raise UserError(

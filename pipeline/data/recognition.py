@@ -196,7 +196,7 @@ RECOGNISERS: dict[DataFormat, Callable[[str], Recognised | None]] = {
 def _choose(splits: dict[str, Split]) -> tuple[tuple[Split, ...], tuple[Split, ...]]:
     """Splits to train and to validate on, by the words in their names; a name without either word is trained on.
 
-    Of several that could be validated on, the best of `_VALIDATION` is; the others are left out. `trainval` is the
+    Of several that could be validated on, the best of `_VALIDATION` is; the others are excluded. `trainval` is the
     union of train and val: it is trained on where no other list but test is there.
     """
     words = {name: re.split(r"[^a-z]+", name.lower()) for name in splits}
@@ -212,7 +212,7 @@ def _choose(splits: dict[str, Split]) -> tuple[tuple[Split, ...], tuple[Split, .
 
 
 def _directories(root: str) -> Iterator[str]:
-    """Paths below `root` of the directories in it, hidden ones left out, to a depth of `_DEPTH`."""
+    """Paths below `root` of the directories in it, hidden ones excluded, to a depth of `_DEPTH`."""
     for top, names, _ in os.walk(root):
         names[:] = sorted(name for name in names if not name.startswith("."))
         relative = os.path.relpath(top, root)

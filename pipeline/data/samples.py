@@ -82,7 +82,7 @@ class Batch:
     """One micro-batch of one rank.
 
     images   uint8 [B, 3, S, S]  RGB, channels-last, pinned where CUDA is there
-    targets  B of them; crowds are left out
+    targets  B of them; crowds are excluded
     keys     of the samples; "" for a blank, which fills up a batch
     index    of the global batch within the epoch
     part     of this rank's share of that global batch, 0 .. accumulation - 1

@@ -163,7 +163,7 @@ def _encode_sample(
     """The tar members of one image, or None where it cannot be used; what is wrong with it is added to `found`."""
 
     def fault(reason: str) -> None:
-        found.append(BadSample(shard, f"{key} ({record.file_name})", f"{reason}; left out"))
+        found.append(BadSample(shard, f"{key} ({record.file_name})", f"{reason}; excluded"))
 
     try:
         original = content = record.load()

@@ -34,10 +34,10 @@ def read_voc(root: str, split: Split, faults: FaultLog) -> Source:
     for image_id, stem in enumerate(_stems(root, split), start=1):
         image = by_stem.get(stem)
         if image is None:
-            faults.add(BadSample(name, stem, f"no image of this name exists in {pictures}; left out"))
+            faults.add(BadSample(name, stem, f"no image of this name exists in {pictures}; excluded"))
             continue
         if annotations and f"{stem}.xml" not in annotations:
-            faults.add(BadSample(name, stem, f"{stem}.xml does not exist, while others do; left out"))
+            faults.add(BadSample(name, stem, f"{stem}.xml does not exist, while others do; excluded"))
             continue
         size, found = _parse(storage.join(folder, f"{stem}.xml")) if folder and annotations else ((None, None), [])
         load = partial(read_file, storage.join(pictures, image))

@@ -39,7 +39,7 @@ def read_yolo(root: str, split: Split, faults: FaultLog) -> Source:
         if directory not in sizes:
             sizes[directory] = list_sizes(directory)
         if file not in sizes[directory]:
-            faults.add(BadSample(name, file, f"{path} does not exist; left out"))
+            faults.add(BadSample(name, file, f"{path} does not exist; excluded"))
             continue
         load = partial(read_file, path)
         labels = _label_path(path)

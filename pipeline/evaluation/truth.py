@@ -35,7 +35,7 @@ def _no_pairs() -> np.ndarray:
 
 @dataclass(frozen=True)
 class GroundTruth:
-    """Objects of a COCO instances file, in the file's order; those of unlisted images or categories are left out.
+    """Objects of a COCO instances file, in the file's order; those of unlisted images or categories are excluded.
 
     image_ids     [I] int64, ascending, unique
     category_ids  [K] int64, ascending, unique
@@ -190,7 +190,7 @@ def _from_coco(source: Mapping[str, Any], name: str) -> GroundTruth:
     if not listed.all():
         unlisted = int((~listed).sum())
         logger.warning(
-            "%s: %d annotations of images or categories that the file does not list are left out", name, unlisted
+            "%s: %d annotations of images or categories that the file does not list are excluded", name, unlisted
         )
         truth = truth.select(listed)
     by_id = {numbered[one["id"]]: one for one in source["images"]}

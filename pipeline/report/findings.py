@@ -17,7 +17,7 @@ from refinedet.pipeline.report.diagnosis_section import error_name
 logger = logging.getLogger(__name__)
 
 LoadImages = Callable[[Sequence[int]], Mapping[int, np.ndarray]]
-"""Images, uint8 [H, W, 3] RGB, by image id; those that do not exist are left out."""
+"""Images, uint8 [H, W, 3] RGB, by image id; those that do not exist are excluded."""
 
 GROUPS = {
     "worst_images": (
@@ -85,7 +85,7 @@ def finding_groups(
                 else:
                     panels.append(_panel(kind, row, image, name))
             except (KeyError, TypeError, ValueError) as error:
-                logger.warning("A picture of %s is left out of the report: %s", kind, error)
+                logger.warning("A picture of %s is excluded from the report: %s", kind, error)
         if panels:
             groups.append(FindingGroup(*GROUPS[kind], panels))
     return groups

@@ -1,4 +1,4 @@
-"""A run as its directory holds it, for the report: what is missing or broken is left out, and listed.
+"""A run as its directory holds it, for the report: what is missing or broken is excluded, and listed.
 
 Files: `spec.yaml`, `tracking.json`, `metrics.jsonl` (a line a step, and a line a validation), `metrics.json`
 ({"single": ..., "multiscale": ..., "merge_rules": [...]}), `detections/single.json` and `detections/multiscale.json`,
@@ -148,7 +148,7 @@ def _read(path: str, name: str, missing: list[str], kind: type) -> Any:
     except FileNotFoundError:
         pass
     except (OSError, ValueError, yaml.YAMLError) as error:
-        logger.warning("%s is left out of the report: %s", file, error)
+        logger.warning("%s is excluded from the report: %s", file, error)
     missing.append(name)
     return kind()
 

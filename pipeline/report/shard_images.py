@@ -19,7 +19,7 @@ class ShardImages:
         self._positions = {image_id: position for position, image_id in enumerate(image_ids)}
 
     def __call__(self, image_ids: Sequence[int]) -> dict[int, np.ndarray]:
-        """uint8 [H, W, 3] RGB of each id; those that cannot be decoded are left out."""
+        """uint8 [H, W, 3] RGB of each id; those that cannot be decoded are excluded."""
         from refinedet.pipeline.data.index import open_shards
         from refinedet.pipeline.data.reading import EvaluationSamples
 

@@ -26,7 +26,7 @@ _PACKAGES = (
 
 
 def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that matter; those not installed are left out."""
+    """Installed versions of the packages that matter; those not installed are excluded."""
     found = {"python": platform.python_version()}
     for name in _PACKAGES:
         try:

@@ -188,7 +188,7 @@ def _is_here(holder: Owner) -> bool:
 def _refusal(run: str, holder: Owner) -> str:
     silence = describe_duration(max(0.0, time.time() - holder.renewed))
     return (
-        f"The run {run} is being worked on by process {holder.pid} on {holder.host} (last sign of life {silence} ago); "
+        f"The run {run} is in use by process {holder.pid} on {holder.host} (last sign of life {silence} ago); "
         "wait for it, stop it, or choose another name (name=OTHER)."
     )
 

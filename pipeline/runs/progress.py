@@ -18,7 +18,7 @@ _PLAIN_INTERVAL_S = 15.0
 class ProgressDisplay:
     """A bar on a terminal; elsewhere (a log, CI) a line now and then.
 
-    Use as a context manager; `stage` begins a part, `update` tells how far it is.
+    Use as a context manager; `stage` begins a part, `update` sets its progress.
     """
 
     def __init__(self, console: Console | None = None) -> None:

@@ -103,5 +103,5 @@ def flatten(value: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def parameters(spec: Mapping[str, Any]) -> dict[str, str]:
-    """The parameters of a run: the resolved spec, redacted and flattened; unset values are left out."""
+    """The parameters of a run: the resolved spec, redacted and flattened; unset values are excluded."""
     return {name: str(value) for name, value in flatten(redact(spec)).items() if value is not None}

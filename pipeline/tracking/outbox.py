@@ -43,7 +43,7 @@ class Outbox:
                      delivery's own fault, and it is dropped, with a warning, after three attempts
     max_points       held while the server is away; beyond it the oldest are dropped, and that is said once
     max_pause_s      longest pause between two attempts
-    linger_s         points wait this long for company, so that a batch is worth its request
+    linger_s         maximum delay before a partial batch is sent
     """
 
     def __init__(

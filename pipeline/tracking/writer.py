@@ -104,7 +104,7 @@ class RunWriter:
         self._outbox.put_call("a data set", lambda: self.client.log_inputs(self.run_id, [DatasetInput(dataset, tags)]))
 
     def log_metrics(self, step: int, metrics: Mapping[str, float], *, time_s: float | None = None) -> None:
-        """Log values at a step; undefined ones are left out: not finite, or a negative result of an evaluation.
+        """Log values at a step; undefined ones are excluded: not finite, or a negative result of an evaluation.
 
         time_s  seconds since 1970, now by default
         Logging the same value of the same step and time again changes nothing, so records may be replayed.
@@ -118,7 +118,7 @@ class RunWriter:
         """Log the metrics of an evaluation at the step of its weights.
 
         content  of one mode in `metrics.json`
-        Undefined values (None, or COCO's -1 where there is nothing to measure by) are left out.
+        Undefined values (None, or COCO's -1 where there is nothing to measure by) are excluded.
         """
         self.log_metrics(step, evaluation_metrics(mode, content), time_s=time_s)
 

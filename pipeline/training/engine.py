@@ -6,7 +6,7 @@ norm on all ranks, and the update of a sharded optimizer (ZeRO 1 or 2). What is 
 - the loss is divided by the positives of the global batch, summed over ranks (equation 1);
 - a loss that is not finite makes the gradient not finite, which DeepSpeed then refuses on all ranks alike;
 - the order in which gradients become ready is checked to be the same on all ranks: DeepSpeed fills its buckets in that
-  order, and would add up gradients of different parameters without a word.
+  order, and would add up gradients of different parameters silently.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def test_a_job_is_followed_stopped_and_resumed(cluster: RayCluster, client: Jobs
         seen = metrics_of(cluster)
         first = client.find("live")
         assert first.status == "RUNNING"
-        with pytest.raises(UserError, match=f"is being worked on by job {first.id}"):
+        with pytest.raises(UserError, match=f"is in use by job {first.id}"):
             client.submit(spec_of(tmp_path, "live"))
         assert client.stop("live").status == "STOPPED"
         assert follower.wait(60) == 1

@@ -114,7 +114,7 @@ def test_a_job_that_is_stopped_goes_on_with_no_step_lost(cluster: RayCluster, tm
     )
     again = cluster.outside("submit", *spec)
     assert again.returncode == 2
-    assert f"is being worked on by job {job}" in again.stderr
+    assert f"is in use by job {job}" in again.stderr
     stopped = ask("stop", "second")
     assert stopped.returncode == 0, stopped.stderr
     assert "stopped" in stopped.stdout

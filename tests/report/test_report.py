@@ -98,7 +98,7 @@ def test_a_missing_file_is_left_out_with_a_word(run, name):
     (run / name).unlink()
     page = _page(run)
     if not name.startswith(("detections", "ground_truth")):
-        assert re.search(rf"Left out, not there: [^<]*{re.escape(name)}", page)
+        assert re.search(rf"Missing: [^<]*{re.escape(name)}", page)
 
 
 @pytest.mark.parametrize("name", FILES)

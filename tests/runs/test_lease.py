@@ -100,7 +100,7 @@ def test_a_file_is_created_by_one_of_many(run: str) -> None:
 
 def test_one_process_holds_a_run_and_gives_it_back(run: str) -> None:
     for _ in range(3):
-        with Lease(run), pytest.raises(UserError, match=f"worked on by process {os.getpid()}"), Lease(run):
+        with Lease(run), pytest.raises(UserError, match=f"in use by process {os.getpid()}"), Lease(run):
             pass
     assert len(storage.list_folder(storage.join(run, "lease"))) == 1, "earlier owners leave nothing"
 
@@ -118,7 +118,7 @@ def test_an_owner_elsewhere_that_gives_signs_of_life_is_not_disturbed(run: str) 
 
         thread = threading.Thread(target=live)
         thread.start()
-        with pytest.raises(UserError, match="is being worked on"), Lease(run, ttl_s=TTL_S):
+        with pytest.raises(UserError, match="is in use"), Lease(run, ttl_s=TTL_S):
             pass
         stop.set()
         thread.join()
