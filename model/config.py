@@ -44,10 +44,10 @@ class RefineDetConfig:
     loss_normalization        "per_module": ARM and ADM by their own positives (equation 1); "arm": both by the ARM's
     activation_checkpointing  recompute the backbone's blocks in backward; for 1024 inputs
     score_threshold           detections below are dropped
-    pre_nms_top_k             most confident detections kept before NMS: 400 an image (P), 1000 a class (C)
+    pre_nms_top_k             most confident detections kept before NMS: 400 per image (P), 1000 per class (C)
     pre_nms_scope             whether that count is by "image" (P) or by "class" (C)
     nms_iou                   IoU of the per-class NMS
-    max_detections            kept an image: 200 (P), 500 (C)
+    max_detections            kept per image: 200 (P), 500 (C)
     """
 
     num_classes: int = 80

@@ -22,7 +22,7 @@ from refinedet.pipeline.runs.errors import UserError
 CERTIFICATES = "REQUESTS_CA_BUNDLE"
 """environment: file or directory of the authorities that may sign for an https:// dashboard, as Requests reads it"""
 HEADERS = "RAY_JOB_HEADERS"
-"""environment: JSON of further HTTP headers, as a proxy that asks for a login wants them; Ray's own name for it"""
+"""environment: JSON of further HTTP headers, for a proxy that requires a login; Ray's own name for it"""
 _MOST_NODES = 10_000
 
 

@@ -102,7 +102,7 @@ class Data(Section):
     seed: NonNegativeInt = 0
     """shapes: seed of the drawings"""
     drawing: Literal["simple", "clutter"] = "simple"
-    """shapes: 10 classes, 1 to 5 objects an image; or 20 classes, more and smaller objects that hide one another"""
+    """shapes: 10 classes, 1 to 5 objects per image; or 20 classes, more and smaller objects that hide one another"""
     image_size: PositiveInt = 160
     """shapes: longer side of the drawn images, pixels"""
     train: tuple[Split, ...] = ()

@@ -32,7 +32,7 @@ class MergeRule(Section):
     plus_one: bool = False
     """inclusive pixel corners: width = x2 - x1 + 1, as the authors' test code counts"""
     max_detections: PositiveInt = 200
-    """boxes that are kept in an image"""
+    """boxes kept per image"""
 
 
 MetricName = Literal["coco", "voc2007", "voc2012", "lvis", "openimages", "crowdhuman"]

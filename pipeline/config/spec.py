@@ -97,7 +97,7 @@ class Training(Section):
     """weights to start from: "timm", which downloads its own of `model.backbone`; or a file or URI: a backbone's, an
     earlier run's, another project's RefineDet (which, and what they need: model/weight_names.py)"""
     fork_from: str | None = None
-    """directory or URI of a run from whose newest checkpoint a new run goes on: weights, momentum, average, step, and
+    """directory or URI of a run from whose newest checkpoint a new run starts: weights, momentum, average, step, and
     place in the data, which must be the same. `init_weights` takes weights alone"""
     deterministic: bool = False
     """deterministic algorithms only: bitwise the same on the same hardware, slower"""

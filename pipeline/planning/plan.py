@@ -304,7 +304,7 @@ def _cost_table(cost: ModelCost) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     table.add_column("module")
     table.add_column("parameters", justify="right")
-    table.add_column("GFLOPs an image", justify="right")
+    table.add_column("GFLOPs per image", justify="right")
     for name, count in cost.parameters.items():
         table.add_row(name, f"{count / 1e6:.2f} M", f"{cost.gflops[name]:.1f}")
     table.add_row("[bold]total", f"[bold]{cost.total_parameters / 1e6:.2f} M", f"[bold]{cost.total_gflops:.1f}")

@@ -36,7 +36,7 @@ _ALL = (
     Variable("RAY_AUTH_MODE", "cluster", "text", None, "`token`: requests carry RAY_AUTH_TOKEN"),
     Variable("RAY_AUTH_TOKEN", "cluster", "text", None, "token of a cluster; a local node's is drawn at the launch"),
     Variable("REQUESTS_CA_BUNDLE", "cluster", "path", None, "authorities that may sign for an https:// dashboard"),
-    Variable("RAY_JOB_HEADERS", "cluster", "json", None, "further HTTP headers, for a proxy that asks for a login"),
+    Variable("RAY_JOB_HEADERS", "cluster", "json", None, "further HTTP headers, for a proxy that requires a login"),
     Variable("RANK", "training", "number", None, "number of this worker; torchrun and Ray Train set it"),
     Variable("WORLD_SIZE", "training", "number", None, "number of workers; torchrun and Ray Train set it"),
     Variable("LOCAL_RANK", "training", "number", "0", "number of this worker on its node, which chooses its GPU"),
