@@ -138,7 +138,7 @@ MISTAKES = [
 ]
 SAID = [
     *(said for _, said in MISTAKES),
-    "the preflight found 2 faults; nothing was started",
+    "the preflight found 1 fault; nothing was started",
     "Nothing answers at '127.0.0.1:1'",
     "http://127.0.0.1:1",
 ]
@@ -191,9 +191,9 @@ def test_a_mistake_ends_with_one_sentence_and_status_2(mistakes: dict[str, Done]
 
 
 def test_a_preflight_prints_every_finding(mistakes: dict[str, Done]) -> None:
-    seen = mistakes["the preflight found 2 faults; nothing was started"].stdout
+    seen = mistakes["the preflight found 1 fault; nothing was started"].stdout
     assert "✗ shards" in seen
-    assert seen.count("does not match its digest; remove it and run `refinedet shard`") == 2, "on every rank"
+    assert seen.count("does not match its digest; remove it and run `refinedet shard`") == 1, "by the rank that reads it"
     for line in ("workers     2 on 1 node", "storage     ", "memory      about", "versions    python", "clocks      "):
         assert f"✓ {line}" in seen
     assert "GB/s: 32 MiB across 2 workers" in seen
