@@ -7,7 +7,7 @@ UV := $(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --
 # For one file; the default of a minute is too short for a machine at full load.
 export UV_COMPILE_BYTECODE_TIMEOUT := 600
 
-.PHONY: sbom quickstart test test-all gpu-check check format docs bench benchmarks install build clean
+.PHONY: lock sbom quickstart test test-all gpu-check check format docs bench benchmarks install build clean
 
 quickstart: install
 	$(BIN)/refinedet launch jobs/quickstart.yaml
@@ -53,6 +53,13 @@ sbom: install
 	mkdir -p build
 	$(BIN)/uv tool run --from cyclonedx-bom==7.5.0 cyclonedx-py environment --pyproject pyproject.toml \
 	    --output-reproducible --output-file build/sbom.json $(BIN)/python
+
+# Versions and hashes of what infra/Dockerfile installs; again after a change of constraints.txt or pyproject.toml.
+lock: install
+	printf '%s\n' boto3 google-api-python-client setuptools wheel scikit-build-core cmake ninja psutil \
+	    | $(BIN)/uv pip compile --quiet pyproject.toml - --extra pipeline --extra s3 --extra gcs \
+	    --constraint constraints.txt --generate-hashes --no-emit-index-url --no-header --no-annotate \
+	    --python-version 3.11 --python-platform x86_64-unknown-linux-gnu --output-file infra/lock.txt
 
 install: $(VENV)/.installed
 

@@ -41,7 +41,8 @@ def test_container_files_pass_the_linter_and_do_not_run_as_root(file):
 def test_the_image_is_built_for_both_generations_of_gpus_from_pinned_packages():
     content = (INFRA / "Dockerfile").read_text()
     assert "CUDAARCHS=80-real;90" in content
-    assert content.count("--constraint constraints.txt") == 3
+    assert content.count("--constraint constraints.txt") == 1, "of uv itself"
+    assert content.count("--constraint lock.txt") == 2
     ignored = (INFRA / "Dockerfile.dockerignore").read_text().splitlines()
     kept = {line[1:] for line in ignored if line.startswith("!")}
     copied = {name for line in re.findall(r"^COPY (?!--from)(.+) \S+$", content, re.MULTILINE) for name in line.split()}
@@ -62,6 +63,17 @@ def test_the_bases_of_the_image_are_pinned_by_digest_and_the_fabric_by_checksum(
 
 
 @pytest.mark.slow
+def test_the_image_installs_pinned_versions_by_their_hashes():
+    """Of the lock: `make lock` writes it."""
+    text = Path("infra/lock.txt").read_text()
+    locked = re.findall(r"^(\S+)==(\S+)((?: \\\n    --hash=sha256:[0-9a-f]{64})+)$", text, flags=re.MULTILINE)
+    assert len(locked) == len(re.findall(r"==", text)) > 100
+    assert "://" not in text
+    pins = dict(line.split("==") for line in Path("constraints.txt").read_text().split())
+    assert {name: version for name, version, _ in locked}.items() <= pins.items()
+    assert {"torch", "ray", "deepspeed", "mlflow", "setuptools", "cmake"} <= {name for name, *_ in locked}
+
+
 def test_the_bill_of_materials_names_what_is_installed():
     done = subprocess.run(
         [_program("make"), "--assume-old=install", "sbom"], cwd=INFRA.parent, capture_output=True, text=True
