@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.drills.faults import faulty_loss, parse_faults
 
@@ -32,6 +31,8 @@ def hook(faults: str = "") -> str:
 
 def witnessed_loss(faults: str, run: Run, rank: int) -> Callable[..., Any]:
     """The loss of the run's model, with faults, which notes its samples in a file of this process."""
+    import torch.distributed as dist  # by workers alone: `refinedet drill` answers without torch
+
     loss = faulty_loss(faults, run, rank)
     path = Path(run.file(_FOLDER)) / f"{rank}-{dist.get_world_size()}-{os.getpid()}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
