@@ -193,7 +193,7 @@ def test_a_mistake_ends_with_one_sentence_and_status_2(mistakes: dict[str, Done]
 def test_a_preflight_prints_every_finding(mistakes: dict[str, Done]) -> None:
     seen = mistakes["the preflight found 1 fault; nothing was started"].stdout
     assert "✗ shards" in seen
-    assert seen.count("does not match its digest; remove it and run `refinedet shard`") == 1, "by the rank that reads it"
+    assert seen.count("does not match its digest; remove it and run `refinedet shard`") == 1, "by its reader"
     for line in ("workers     2 on 1 node", "storage     ", "memory      about", "versions    python", "clocks      "):
         assert f"✓ {line}" in seen
     assert "GB/s: 32 MiB across 2 workers" in seen
