@@ -276,7 +276,7 @@ def _step(manifest: Path) -> int:
 
 
 def _went_on_after_a_commit(bench: Bench, name: str, after: int) -> bool:
-    """Whether a checkpoint was committed after step `after`, and training is two steps or more beyond it."""
+    """True once a checkpoint was committed after step `after`, and training is two steps or more beyond it."""
     commits, steps = bench.commits(name), bench.steps(name)
     return bool(commits and steps) and commits[-1] > after and steps[-1] >= commits[-1] + 2
 
@@ -286,7 +286,7 @@ def _each_once(bench: Bench, name: str) -> bool:
 
 
 def _is_one_line(messages: list[str], text: str) -> bool:
-    """Whether there are messages, each of one line, and the terminal shows the first."""
+    """True where there are messages, each of one line, and the terminal shows the first."""
     plain = "".join(text.split())
     return bool(messages) and all("\n" not in each for each in messages) and "".join(messages[0].split()) in plain
 

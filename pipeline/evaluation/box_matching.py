@@ -64,12 +64,8 @@ def match_boxes(
     check_known(truth, images, detections)
     low, high = np.array([area[1:] for area in protocol.areas], np.float64).T
 
-    def cell_of(image_id: np.ndarray, category_id: np.ndarray) -> np.ndarray:
-        category = np.searchsorted(truth.category_ids, category_id)
-        return category * len(images) + np.searchsorted(images, image_id)
-
     chosen = np.flatnonzero(np.isin(truth.image_id, images))
-    cell = cell_of(truth.image_id[chosen], truth.category_id[chosen])
+    cell = _cells(truth, images, truth.image_id[chosen], truth.category_id[chosen])
     order = np.argsort(cell, kind="stable")
     objects, object_cell = chosen[order], cell[order]
     area, crowd = truth.area[objects], crowd[objects]
@@ -78,7 +74,7 @@ def match_boxes(
     positives = np.zeros((len(truth.category_ids), len(low)), np.int64)
     np.add.at(positives, object_cell // max(len(images), 1), ~skipped_object)
 
-    cell = cell_of(detections.image_id, detections.category_id)
+    cell = _cells(truth, images, detections.image_id, detections.category_id)
     order = np.lexsort((-detections.score, cell))  # stable: equal scores stay in the file's order
     cell = cell[order]
     rank = np.arange(len(cell)) - np.searchsorted(cell, cell)
@@ -106,6 +102,11 @@ def match_boxes(
         true=true,
         false=false,
     )
+
+
+def _cells(truth: GroundTruth, images: np.ndarray, image_id: np.ndarray, category_id: np.ndarray) -> np.ndarray:
+    """Numbers of the pairs of category and image, by category first; `images` ascending."""
+    return np.searchsorted(truth.category_ids, category_id) * len(images) + np.searchsorted(images, image_id)
 
 
 def check_images_once(truth: GroundTruth, parts: Iterable[np.ndarray]) -> None:

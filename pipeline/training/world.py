@@ -72,7 +72,7 @@ class World:
         return values[0]
 
     def from_main(self, call: Callable[[], T]) -> T:
-        """What `call` returns on rank 0, on every rank; it must pickle. What it raises there, all ranks raise."""
+        """Return on every rank what `call` returns on rank 0, pickled; an exception there is raised on all ranks."""
         if self.size == 1:
             return call()
         result: Any = None
