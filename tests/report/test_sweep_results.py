@@ -66,6 +66,16 @@ def test_metrics_are_judged_apart(sweep_file):
     assert [one.verdict for one in found if one.claim == "a > b"] == ["holds", "contradicted"]
 
 
+def test_claims_are_judged_at_the_first_scale_alone(sweep_file):
+    evaluate(sweep_file)
+    for path in Path(sweep_file).parent.glob("s/*/metrics.json"):
+        single = json.loads(path.read_text())["single"]
+        path.write_text(json.dumps({"single": single, "multiscale": single}))
+    found = compare_sweep(load_sweep(sweep_file))
+    assert {one.metric for one in found.claims} == {"AP, single scale", "AP50, single scale"}
+    assert "AP, multi-scale" in found.variants[0].scores
+
+
 def test_the_command_prints_them_and_as_json(sweep_file):
     evaluate(sweep_file)
     text = CliRunner().invoke(app, ["compare", sweep_file], catch_exceptions=False, env={"COLUMNS": "200"}).stdout

@@ -297,7 +297,7 @@ def test_a_later_start_logs_a_nodes_load_at_later_steps(runs):
             time.sleep(1.1)
             tracker.log_load({name: load})
     (first, _), (second, _) = _history(tracker, name)
-    assert 1 <= first < second
+    assert 1 <= first < second < 600, "seconds of the run"
 
 
 def test_a_better_model_becomes_champion_and_only_on_the_same_data(runs, tmp_path):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from refinedet.model.ops import library
+from refinedet.model.ops import align_conv_products, library
 from refinedet.model.ops.align_conv import align_conv, top_rows
 from refinedet.model.ops.align_conv_products import find_corners
 from refinedet.model.ops.align_conv_reference import align_conv_reference, split_rows
@@ -267,6 +267,28 @@ def test_any_layout(implementation, layout: str) -> None:
         strict=True,
     ):
         torch.testing.assert_close(got, want)
+
+
+@needs_library
+@pytest.mark.parametrize("size", [1, 7, 50, 97, 1000])
+def test_equals_itself_in_parts_of_any_size(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Groups of 96, 24 and 8 rows, in parts that cut them, hold several of them, or all."""
+    monkeypatch.setitem(align_conv_products.ROWS_PER_CHUNK, "cpu", size)
+    case = make_case(dtype=torch.float64)
+    assert relative_error(align_conv(*case.arguments()), align_conv_by_loops(case)) < 1e-13
+
+
+@pytest.mark.parametrize("size", [1, 5, 64])
+def test_parts_hold_every_row_once_and_no_more_than_they_may(size: int) -> None:
+    starts = [0, 3, 3, 70, 71, 200]
+    rows, groups = [], []
+    for part, inside in align_conv_products._divide(starts, size):
+        assert 0 < part.stop - part.start <= size
+        for group, here in inside:
+            rows += range(part.start + here.start, part.start + here.stop)
+            groups += [group] * (here.stop - here.start)
+    assert rows == list(range(200))
+    assert groups == [0] * 3 + [2] * 67 + [3] + [4] * 129
 
 
 @needs_library
