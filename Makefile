@@ -23,6 +23,7 @@ check: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 	git ls-files '*.py' '*.md' '*.yaml' '*.yml' '*.toml' '*.j2' '*.cpp' '*.h' '*.cu' '*.cuh' | xargs $(BIN)/codespell
+	$(BIN)/python -m tests.docs.language
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	git ls-files 'csrc/*.cpp' 'csrc/*.h' 'csrc/*.cu' 'csrc/*.cuh' | xargs -r $(BIN)/clang-format --dry-run --Werror
 

@@ -179,7 +179,7 @@ def build_backbone(config: RefineDetConfig) -> TimmBackbone | ReducedVgg16:
 
 
 def check_backbone(name: str) -> None:
-    """Raise ValueError for a name that neither this module nor timm knows, with the nearest that is known."""
+    """Raise ValueError for a name that neither this module nor timm has, with the nearest that exists."""
     own = (VGG16_REDUCED, *RESNETS)
     if name in own or timm.is_model(name):
         return

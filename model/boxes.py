@@ -1,6 +1,6 @@
 """Box arithmetic: deltas (section III-C) and overlap (the Jaccard index of section IV-D).
 
-A anchors, G boxes; boxes are xyxy in pixels, computed in fp32 whatever the autocast says
+A anchors, G boxes; boxes are xyxy in pixels, computed in fp32, under autocast too
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ class RefineDetConfig:
                               BGR minus (104, 117, 123), for weights that came from Caffe (C)
     map_norm                  of the backbone's maps, which the ARM and the TCBs read: "batch", or "l2", every cell's
                               vector scaled to a learned length; None: "l2" for VGG's finest two (P), else "batch"
-    prediction_block          a bottleneck, 256-256-1024, before every ARM and ADM predictor; P says nothing of it, C
+    prediction_block          a bottleneck, 256-256-1024, before every ARM and ADM predictor; P does not mention it, C
                               has it for ResNet; None: on for all but VGG
     tcb_norm                  BN in the TCBs; None: on for all but VGG (C)
     arm_iou, adm_iou          (negative below, positive from); P (0.5, 0.5), later advice for the ARM (0.3, 0.7)

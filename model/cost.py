@@ -75,7 +75,7 @@ def count_cost(config: RefineDetConfig, input_size: int | None = None) -> ModelC
     size = input_size or config.input_size
     with torch.device("meta"):
         model = RefineDet(config)
-    model.adm.portable = True  # of products alone, which the counter knows
+    model.adm.portable = True  # of products alone, which the counter counts
     parameters = {
         name: sum(parameter.numel() for parameter in module.parameters())
         for name in MODULES

@@ -141,7 +141,7 @@ class DetectionHead(Head):
         outputs: list[Tensor] = []
         for x, offset, weight, bias in zip(features, self.offsets, *self.join_filters(), strict=True):
             half, filters = self.kernel_size // 2, weight.flatten(0, 1).float()
-            # In fp32, as autocast runs it on CUDA; torchvision's CPU kernel knows no bf16.
+            # In fp32, as autocast runs it on CUDA; torchvision's CPU kernel has no bf16.
             y = deform_conv2d(x.float(), offset(x).float(), filters, bias.flatten().float(), padding=(half, half))
             outputs.append(flatten_outputs(y, self.num_outputs))
         return torch.cat(outputs, dim=1)

@@ -19,7 +19,7 @@ CONFIG, CATEGORIES, PREPROCESSING = "config", "categories", "preprocessing"
 
 
 def check_detector(source: str) -> None:
-    """Raise ValueError where `source` can be no detector, as far as a path and a file's header tell.
+    """Raise ValueError where `source` can be no detector, as far as a path and a file's header show.
 
     source  as in `hub.load_detector`; of a URI the protocol is looked at, the hub is not asked
     """

@@ -41,7 +41,7 @@ def match_anchors(
         return Matches(labels, matched)
     if num_anchors >= 2**ANCHOR_BITS or most >= 2**BOX_BITS:
         raise ValueError(
-            f"matching holds fewer than {2**ANCHOR_BITS} anchors and {2**BOX_BITS} boxes an image, "
+            f"matching holds fewer than {2**ANCHOR_BITS} anchors and {2**BOX_BITS} boxes per image, "
             f"received {num_anchors} and {most}."
         )
     step = max(1, PAIRS_AT_ONCE // (num_anchors * most))

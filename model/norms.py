@@ -26,8 +26,8 @@ AnyBatchNorm = nn.BatchNorm1d | nn.BatchNorm2d | nn.BatchNorm3d | nn.SyncBatchNo
 class BatchNorm(nn.BatchNorm2d):
     """Batch normalisation that survives one value a channel.
 
-    The coarsest level of a small input is one cell; with one image a batch there is no variance to take, where torch
-    raises. The running statistics stand in. Momentum is torch's 0.1: the Caffe release's moving average (0.001 a step)
+    The coarsest level of a small input is one cell; with one image per batch there is no variance, and torch
+    raises. The running statistics stand in. Momentum is torch's 0.1: 0.001 per step, as in the Caffe release,
     needs thousands of steps before evaluation sees what training saw.
     """
 

@@ -23,7 +23,7 @@ def align_conv_portable(
     weight: Sequence[Tensor],
     bias: Sequence[Tensor],
 ) -> Tensor:
-    """`refinedet.model.ops.align_conv` of every anchor, in operators that exporters know.
+    """`refinedet.model.ops.align_conv` of every anchor, in operators that exporters support.
 
     features  a level each: [B, F, H, W]
     boxes     [B, A, 4]  xyxy, pixels of the image

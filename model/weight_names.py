@@ -42,7 +42,7 @@ _PROJECTION = {"downsample.0": "project", "downsample.1": "project_bn"}
 
 VGG_DEPTHS = (2, 2, 3, 3, 3)
 VGG_NUMBERS = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
-"""of torchvision's convolutions; the ports and OpenMMLab's detectors go on with 31 and 33, fc6 and fc7"""
+"""of torchvision's convolutions; the ports and OpenMMLab's detectors continue with 31 and 33, fc6 and fc7"""
 VGG_BLOCK_NUMBERS = (0, 1, 3, 4, 6, 7, 8, 10, 11, 12, 14, 15, 16)
 """of OpenMMLab's classifier, which counts a convolution and its activation as one"""
 

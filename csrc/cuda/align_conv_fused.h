@@ -51,7 +51,7 @@ REFINEDET_BOTH int64_t first_number(const DeviceLevels& levels, int32_t group) {
   return last.begin + levels.aspects * levels.batch * last.cells_per_image;
 }
 
-// Thread g finds the first row of group g, so that the host need not know how many rows a group has. Rows before group
+// Thread g finds the first row of group g, so that the host need not read how many rows a group has. Rows before group
 // 0 have negative numbers: they are taken for its own, and marked as out of order.
 REFINEDET_BOTH void find_starts(const DeviceLevels& levels, const FusedArguments& arguments, int thread,
                                 int32_t* starts) {

@@ -18,7 +18,7 @@ extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stre
 
 namespace refinedet {
 
-// Makes the tensor's device current for as long as it lives, and knows the stream to launch on.
+// Makes the tensor's device current for as long as it lives, and holds the stream to launch on.
 class LaunchScope {
  public:
   explicit LaunchScope(const torch::stable::Tensor& tensor) : guard_(tensor.get_device()) {

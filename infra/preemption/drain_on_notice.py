@@ -31,7 +31,7 @@ _DRAIN_TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Notice:
-    """What the metadata server announces; seconds from now until the machine ends."""
+    """Announcement of the metadata server; seconds from now until the machine ends."""
 
     reason: str
     remaining_s: int
@@ -120,7 +120,7 @@ def _seconds_until(moment: datetime.datetime) -> int:
 
 
 def wait_for_notice(poll: Callable[[], Notice | None], interval_s: float) -> Notice:
-    """Ask until there is a notice. A server that fails is reported once, until it answers again."""
+    """Poll until a notice exists. A server that fails is reported once, until it answers again."""
     failing = False
     while True:
         try:
@@ -132,7 +132,7 @@ def wait_for_notice(poll: Callable[[], Notice | None], interval_s: float) -> Not
                 return notice
         except (OSError, ValueError, KeyError, TypeError) as error:
             if not failing:
-                _say(f"the metadata server does not answer ({type(error).__name__}: {error}); asking again")
+                _say(f"the metadata server does not answer ({type(error).__name__}: {error}); retrying")
             failing = True
         time.sleep(interval_s)
 

@@ -34,7 +34,7 @@ class LibraryStatus:
     architectures  compute capabilities the CUDA kernels are built for, such as "80-real"; empty without CUDA
     compilers      that built it
     oldest_torch   the stable ABI it is built on, as the oldest torch that can load it
-    reason         one sentence: what is there, or why it is not and what to do
+    reason         one sentence: what is loaded, or why nothing is and the remedy
     """
 
     loaded: bool
@@ -52,10 +52,10 @@ _loaded_here: list[Path] = []
 
 @functools.cache
 def describe() -> LibraryStatus:
-    """Load the library where it is built, and say what it holds; never raises.
+    """Load the library where it is built, and describe it; never raises.
 
     A process can register the operators once. A second copy of this package, such as a packaged model of other code,
-    does not use the first one's operators, whose contract may differ: it runs the reference, and its reason says so.
+    does not use the first one's operators, whose contract may differ: it runs the reference, for that reason.
     """
     import torch  # not before: to submit a job only `find` is needed
 

@@ -145,7 +145,7 @@ def stop(name: RunOrJob, address: Dashboard = None) -> None:
     from refinedet.pipeline.cluster.jobs import JobsClient
 
     found = JobsClient(address).stop(name)
-    typer.echo(f"{found.id}  {found.status.lower()}; `refinedet resume {found.run}` goes on")
+    typer.echo(f"{found.id}  {found.status.lower()}; `refinedet resume {found.run}` resumes it")
 
 
 @app.command()
@@ -177,7 +177,7 @@ def render(
         raise UserError(f"There is nothing to render for {target!r}; there is kuberay.")
     options = KubeRay(
         image=image,
-        kind=kind,  # type: ignore[arg-type]  # `render_kuberay` says which there are
+        kind=kind,  # type: ignore[arg-type]  # `render_kuberay` checks it
         namespace=namespace,
         queue=queue,
         spot=spot,  # type: ignore[arg-type]

@@ -74,7 +74,7 @@ def predict(
     if output.exists() and not output.is_dir():
         raise UserError(f"--output must be a directory, received the file {output}.")
     if size and (nms_iou is not None or max_detections is not None):
-        raise UserError("--size merges its views by a rule of its own; leave out --nms-iou and --max-detections.")
+        raise UserError("--size has a merge method of its own; remove --nms-iou and --max-detections.")
     from refinedet.pipeline.inference.sources import find_sources
 
     found = find_sources(sources, leave_out=str(output), every=every)
@@ -231,7 +231,7 @@ def _check_writable(json_file: Path | None) -> None:
     """Before hours of evaluation rather than after."""
     if json_file and (json_file.is_dir() or not json_file.parent.is_dir()):
         fault = "is a directory" if json_file.is_dir() else f"lies in no directory: there is no {json_file.parent}"
-        raise UserError(f"--json: {json_file} {fault}; give a file in a directory that is there.")
+        raise UserError(f"--json: {json_file} {fault}; give a file in an existing directory.")
 
 
 def _print_metrics(metrics: Metrics | None, json_file: Path | None, diagnosis: Diagnosis | None = None) -> None:

@@ -54,7 +54,7 @@ def serve(
     server = Server(host, port, replicas, float(on_gpu), address)
     path = storage.absolute(weights) if os.path.exists(weights) else weights  # replicas run in other directories
     with ProgressDisplay() as display, stop_signals(display, "  stopping") as stop:
-        serve_detector(path, settings, server, stop=stop, tell=display.note)
+        serve_detector(path, settings, server, stop=stop, report=display.note)
 
 
 def _is_on_gpu(weights: str, device: str | None, precision: str) -> bool:

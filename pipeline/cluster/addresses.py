@@ -39,5 +39,5 @@ def check_reachable(address: str) -> None:
     except OSError as error:
         raise UserError(
             f"Nothing answers at {address!r} ({error.strerror or error}); check the address with `ray status`, or "
-            "leave out --address to run here."
+            "remove --address to run here."
         ) from None

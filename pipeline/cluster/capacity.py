@@ -31,7 +31,7 @@ class Node:
 
 
 def gpus_of(nodes: Iterable[Node]) -> list[str]:
-    """The GPUs of a cluster by their kind, as Ray knows it: ["16 x H200"]."""
+    """The GPUs of a cluster by their kind, as Ray reports it: ["16 x H200"]."""
     counts: Counter[str] = Counter()
     for node in nodes:
         counts[node.labels.get("ray.io/accelerator-type", "GPU")] += round(node.resources.get("GPU", 0.0))
@@ -63,7 +63,7 @@ def missing_capacity(cluster: Cluster, nodes: Sequence[Node]) -> str | None:
         if not fitting:
             there = {f"{key}={value}" for node in nodes for key, value in node.labels.items() if "ray.io/" not in key}
             return (
-                f"cluster.labels asks for nodes with {wanted}, and none of the {len(nodes)} nodes has them (their "
+                f"cluster.labels requires nodes with {wanted}, and none of the {len(nodes)} nodes has them (their "
                 f"labels: {', '.join(sorted(there)) or 'none'})"
             )
         where = f"the nodes with {wanted}"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).with_name("detection_page.html")
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src blob:; connect-src 'self'"
 _Encoded = tuple[str, bytes]
-"""how messages name an image, and its bytes"""
+"""the image's name in messages, and its bytes"""
 
 
 @dataclass(frozen=True)

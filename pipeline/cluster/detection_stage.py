@@ -61,13 +61,13 @@ def run_detection(
     pool: DetectionPool,
     *,
     on_progress: Callable[[int, int], None],
-    tell: Callable[[str], None],
+    report: Callable[[str], None],
     stop: threading.Event,
 ) -> Detected:
     """Detect every image once; write the results file, metrics.json and what an evaluation server takes.
 
     on_progress  called with the images done and all images
-    tell         takes one line for every worker that dies and every chunk that is tried again
+    report       takes one line for every worker that dies and every chunk that is tried again
     Raises StoppedError when asked to stop, JobError where a chunk fails more often than `cluster.max_failures`.
     """
     truth = GroundTruth.of(job.truth)
@@ -87,7 +87,7 @@ def run_detection(
         max_failures=run.spec.cluster.max_failures,
         resource_timeout_s=run.spec.cluster.resource_timeout_s,
         stop=stop,
-        tell=tell,
+        report=report,
     )
     answers: dict[Chunk, ChunkAnswer] = {}
     done, unreadable = 0, ()
@@ -101,7 +101,7 @@ def run_detection(
 
 
 def _chunks(run: Run, job: DetectionJob, workers: int) -> tuple[Chunk, ...]:
-    """The chunks, cut for `workers`; as they were cut first where this evaluation goes on with other workers."""
+    """The chunks, cut for `workers`; as they were cut first where this evaluation resumes with other workers."""
     path = storage.join(job.folder, "chunks.json")
     if storage.exists(path):
         known = storage.read_json(path)

@@ -52,7 +52,7 @@ class Dispatcher:
     """Workers of one stage.
 
     start      start worker `number`: returns the actor, and the answer that comes once it is ready
-    tell       one line for the terminal
+    report     one line for the terminal
     resource_timeout_s  longest time without any worker that has started
     """
 
@@ -64,9 +64,9 @@ class Dispatcher:
         max_failures: int,
         resource_timeout_s: float,
         stop: threading.Event,
-        tell: Callable[[str], None],
+        report: Callable[[str], None],
     ) -> None:
-        self._start, self._tell, self._stop = start, tell, stop
+        self._start, self._report, self._stop = start, report, stop
         self._max_failures, self._resource_timeout_s = max_failures, resource_timeout_s
         self._busy = [self._started(number) for number in range(workers)]
         self.idle: list[_Worker] = []
@@ -151,7 +151,7 @@ class Dispatcher:
     def _note_waiting(self, worker: _Worker, waiting: str, now: float) -> None:
         """Take a worker's answer to a ping; of an outage that several workers meet, one line is printed."""
         if waiting and not any(other.waits for other in self._busy):
-            self._tell(f"evaluation worker {worker.number} waits for storage: {waiting}")
+            self._report(f"evaluation worker {worker.number} waits for storage: {waiting}")
         worker.ping, worker.pinged, worker.waits = None, now, bool(waiting)
         if waiting:
             worker.since = now
@@ -172,7 +172,9 @@ class Dispatcher:
         if tries > self._max_failures:
             ray.kill(worker.actor)
             raise JobError(f"{what} failed {tries} times; the last time its worker {why}")
-        self._tell(f"evaluation worker {worker.number} {why}; {what} is tried again ({tries} of {self._max_failures})")
+        self._report(
+            f"evaluation worker {worker.number} {why}; {what} is tried again ({tries} of {self._max_failures})"
+        )
         resumed_at = time.monotonic() + alive * PAUSE_S * 2 ** (tries - 1)
         if worker.chunk is not None:
             self._waiting.insert(0, (resumed_at, worker.chunk))

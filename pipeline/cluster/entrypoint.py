@@ -1,6 +1,6 @@
 """The first module that a submitted job runs, on whatever Python the cluster has: it checks that, and whose code runs.
 
-It imports nothing of this project before the check, so that an older Python says what is wrong instead of stumbling.
+It imports nothing of this project before the check, so that an older Python prints the reason instead of a traceback.
 """
 
 import importlib.util

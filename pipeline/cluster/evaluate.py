@@ -24,7 +24,7 @@ from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
 from refinedet.pipeline.runs.progress import ProgressDisplay
 
-# What says how the work is done, and nothing of what comes out: these may be set without --output.
+# Keys of how the work is done, without effect on its results: these may be set without --output.
 _HARMLESS = (
     "cluster.",
     "evaluation.diagnose=",
@@ -48,7 +48,7 @@ def detect_and_measure(
         job,
         pool,
         on_progress=lambda done, total: display.update(done, total, unit="images"),
-        tell=display.warn,
+        report=display.warn,
         stop=stop,
     )
     if found.damaged:
@@ -63,7 +63,7 @@ def detect_and_measure(
 
 
 def evaluate_run(
-    folder: str,
+    directory: str,
     mode: Mode,
     *,
     overrides: Sequence[str] = (),
@@ -72,17 +72,17 @@ def evaluate_run(
     output: str | None = None,
     address: str | None = None,
 ) -> Metrics | None:
-    """Detect and measure with a run's spec, on a cluster or here, and say how far it is.
+    """Detect and measure with a run's spec, on a cluster or here, with its progress on the terminal.
 
-    folder   of the run, here or behind an fsspec URI
-    weights  other weights, file or URI; default: the run's
-    shards   other shards; default: the run's validation shards
-    output   where the results go; default: the run directory, unless weights, shards or overrides make it another thing
-    Raises UserError where the run, weights or shards are not there.
+    directory  of the run, local or an fsspec URI
+    weights    other weights, file or URI; default: the run's
+    shards     other shards; default: the run's validation shards
+    output     where the results go; default: the run directory, unless weights, shards or overrides differ
+    Raises UserError where the run, weights or shards do not exist.
     """
-    path = storage.join(folder, "spec.yaml")
-    check_run_directory(folder)
-    parent, _, name = storage.absolute(folder).rstrip("/").rpartition("/")
+    path = storage.join(directory, "spec.yaml")
+    check_run_directory(directory)
+    parent, _, name = storage.absolute(directory).rstrip("/").rpartition("/")
     spec = load_spec(path, [f"runs={parent}", f"name={name}", *overrides])
     if mode == "multiscale" and spec.multiscale is None:
         raise UserError("The run's spec has no `multiscale`; give a recipe, as in multiscale.recipe=coco512.")

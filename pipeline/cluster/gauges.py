@@ -1,6 +1,6 @@
 """A training run in numbers that Prometheus collects with Ray's own: `ray_refinedet_<name>{run="..."}`.
 
-Created in the driver once Ray is connected; a cluster whose metrics nobody collects loses nothing by it.
+Created in the driver once Ray is connected; it costs nothing where no one collects a cluster's metrics.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ GAUGES = {
     "total_steps": "steps that training takes",
     "loss": "loss, the sum of its parts",
     "learning_rate": "learning rate",
-    "images_per_second": "images a second, all workers",
+    "images_per_second": "images per second, all workers",
     "memory_bytes": "device memory in use at its highest, or resident memory on a CPU, of the first worker",
     "skipped_steps": "steps skipped for a loss or gradient that was not finite",
 }

@@ -149,7 +149,7 @@ class Job:
                 self.tracker.log_artifact(self.local_copy(self.run.file(name)), os.path.dirname(name) or None)
         if self._begun and not self.tracker.finish("FINISHED"):
             self.display.warn(
-                f"MLflow ({self.tracker.location}) did not take everything; {log_folder(self.run.path)} says what, and "
+                f"MLflow ({self.tracker.location}) did not take all; {log_folder(self.run.path)} has the reason, and "
                 "the run directory has it all"
             )
         self._print_summary()

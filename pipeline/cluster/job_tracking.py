@@ -69,7 +69,7 @@ def log_result(tracker: RunTracker, run: Run, mode: Mode) -> int:
 
 
 def log_result_later(run: Run, mode: Mode) -> bool:
-    """As `log_result`, of a job that has ended; returns whether MLflow took it."""
+    """Log a result, as `log_result`, of a job that has ended; return whether MLflow took it."""
     content = _results(run).get(mode)
     return content is None or log_later_result(
         run.spec.tracking,

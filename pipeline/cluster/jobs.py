@@ -139,7 +139,7 @@ class JobsClient:
         found = [job for job in jobs if name in (job.id, job.run)]
         if not found:
             known = ", ".join(sorted({job.run for job in jobs})) or "none"
-            raise UserError(f"The cluster at {self.address} knows no job {name!r}; runs there: {known}.")
+            raise UserError(f"The cluster at {self.address} has no job {name!r}; its runs: {known}.")
         return found[-1]
 
     def read_logs(self, name: str) -> str:

@@ -153,7 +153,7 @@ def _worker_groups(spec: JobSpec, options: KubeRay) -> list[dict[str, Any]]:
     gpus = math.ceil(each * cluster.gpus_per_worker)
     cpus = math.ceil(each * cluster.cpus_per_worker) + 1  # one for the tasks that prepare and merge
     training = _group("training", spec, options, cpus, each * options.memory_per_worker_gib, gpus)
-    if gpus and options.efa_per_node:  # AWS asks for the huge pages, which libfabric's buffers are in
+    if gpus and options.efa_per_node:  # AWS requires huge pages, which hold libfabric's buffers
         training["requests"] |= {"vpc.amazonaws.com/efa": str(options.efa_per_node), "hugepages-2Mi": "5120Mi"}
     training |= {"shared_memory": 8 * each, "replicas": (0, 0, high) if options.queue is None else (low,) * 3}
     preparation = _group("preparation", spec, options, cpus=8, memory_gib=16, gpus=0)

@@ -43,12 +43,12 @@ class Server:
 
 
 def serve_detector(
-    weights: str, settings: Settings, server: Server, *, stop: threading.Event, tell: Callable[[str], None]
+    weights: str, settings: Settings, server: Server, *, stop: threading.Event, report: Callable[[str], None]
 ) -> None:
     """Serve a detector until `stop` is set.
 
     weights  as `Predictor.load`, readable on every node
-    tell     called with lines about where to find the server, once it answers
+    report   called with the server's addresses, a line each, once it answers
     Raises UserError where the cluster cannot hold the replicas.
     """
     for name, value in _MALLOC.items():  # Ray's processes inherit it
@@ -76,8 +76,8 @@ def serve_detector(
                 deployment.bind(weights, dataclasses.replace(settings, threads=cores)), name=NAME, route_prefix="/"
             )
             shown = f"[{server.host}]" if ":" in server.host else server.host
-            tell(f"http://{shown}:{server.port}/  page; POST an image to /predict; /health")
-            tell(f"http://{shown}:{metrics_port()}/metrics  ray_serve_* and ray_refinedet_*, for Prometheus")
+            report(f"http://{shown}:{server.port}/  page; POST an image to /predict; /health")
+            report(f"http://{shown}:{metrics_port()}/metrics  ray_serve_* and ray_refinedet_*, for Prometheus")
             stop.wait()
         finally:
             serve.shutdown()

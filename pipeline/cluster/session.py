@@ -76,5 +76,5 @@ def _explain(error: Exception, address: str) -> Exception:
         return error
     return UserError(
         f"There is no Ray cluster to be reached at {address!r} ({message}); check the address with `ray status`, or "
-        "leave out --address to run here."
+        "remove --address to run here."
     )

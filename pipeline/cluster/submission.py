@@ -37,7 +37,7 @@ def described_run(metadata: dict[str, str]) -> tuple[str, str] | None:
 
 
 def described_spec(metadata: dict[str, str]) -> JobSpec | None:
-    """The spec a job was submitted with; None where it is not known, or of a release that knew other keys."""
+    """The spec a job was submitted with; None where it is missing, or of a release with other keys."""
     text = metadata.get(_SPEC_KEY)
     try:
         return parse_spec(yaml.safe_load(text), source="the submitted job") if text else None

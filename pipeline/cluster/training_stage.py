@@ -257,6 +257,6 @@ def explain(error: BaseException) -> str:
             break
         inner = following
     lines = [line for line in str(inner).strip().splitlines() if line.strip()]
-    if isinstance(inner, OutOfMemoryError) and lines:  # Ray goes on for pages, and ends with advice on its own settings
+    if isinstance(inner, OutOfMemoryError) and lines:  # Ray adds pages, and ends with advice on its own settings
         return f"{lines[0].strip()}. All programs on the node count; fewer workers or loader processes need less"
     return lines[-1].strip() if lines else type(inner).__name__

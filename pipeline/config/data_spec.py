@@ -32,7 +32,7 @@ class Split(Section):
     image_info: str | None = None
     """coco: JSON that lists images without annotations (test-dev)"""
     ids: str | None = None
-    """coco, lvis: file of image ids to keep, one a line or a JSON list (trainval35k, minival)"""
+    """coco, lvis: file of image ids to keep, one per line or a JSON list (trainval35k, minival)"""
     set: str | None = None
     """voc: year and list under the root, as in VOC2007/trainval; yolo, huggingface: name of the split, as train"""
     count: PositiveInt | None = None

@@ -1,4 +1,4 @@
-"""Identity of a run: the part of its spec that decides what is learnt."""
+"""Identity of a run: the part of its spec that decides what is learned."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 # What may change between two launches of one run: where and how it runs and how it is looked at, never what is
-# learnt. A changed evaluation is done again, nothing else.
+# learned. A changed evaluation is done again, nothing else.
 _MAY_CHANGE = {
     "runs": None,
     "cluster": None,

@@ -50,7 +50,7 @@ class Run(RunDirectory):
         """
         try:
             storage.make_folder(self.path)
-        except Exception as error:  # a library of remote storage raises what it likes, or is not there
+        except Exception as error:  # a library of remote storage raises errors of its own, or is missing
             reason = getattr(error, "strerror", None) or str(error).partition("\n")[0] or type(error).__name__
             raise UserError(
                 f"The run's directory {self.path} cannot be written ({reason}); set runs=DIRECTORY to one that can."

@@ -1,4 +1,4 @@
-"""The job spec: what a YAML file in `jobs/` may say, its types, defaults and checks.
+"""The job spec: the keys of a YAML file in `jobs/`, their types, defaults and checks.
 
 `JobSpec` is the whole; every component receives its own section, never the whole. A leaf: of this project it
 imports only the torch-free `model.config`. Reading files and overrides is in `spec_files.py`.
@@ -52,7 +52,7 @@ __all__ = [
 
 class Training(Section):
     global_batch: PositiveInt = 32
-    """images a step, over all workers, whatever their number"""
+    """images per step, over all workers, whatever their number"""
     micro_batch: PositiveInt | None = None
     """most images that a worker holds at once; default: its whole share of the global batch. `norm: batch` takes its
     statistics over them"""

@@ -79,7 +79,7 @@ def read_yaml(path: str) -> dict[str, Any]:
         raise UserError(f"There is no job spec {path!r}; give a file, a URI, or a job that ships: {names}.") from None
     except yaml.YAMLError as error:
         raise UserError(f"{path} is not YAML: {' '.join(str(error).split())}.") from None
-    except Exception as error:  # a library of remote storage raises what it likes, or is not there
+    except Exception as error:  # a library of remote storage raises errors of its own, or is missing
         raise UserError(f"The job spec {path!r} cannot be read: {error}.") from None
     if not isinstance(values, dict):
         raise UserError(f"{path} must hold a mapping of keys to values, received {type(values).__name__}.")

@@ -16,7 +16,7 @@ _TENSORS_OF = ("backbone", "num_classes", "num_levels", "head", "kernel_size", "
 
 
 def check_start(spec: JobSpec) -> None:
-    """UserError where the weights to start from do not exist, or the run to go on from has no such checkpoint."""
+    """UserError where the weights to start from do not exist, or the run to fork from has no such checkpoint."""
     weights = weights_file(spec)
     if weights and not storage.exists(storage.absolute(weights)):
         raise UserError(f"training.init_weights: there is no {weights!r}; give a file or URI of weights.")

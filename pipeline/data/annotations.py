@@ -22,7 +22,7 @@ class Annotation(NamedTuple):
     bbox: tuple[float, float, float, float]
     """x, y, width, height; pixels, continuous"""
     area: float
-    """of the object's mask where the data set knows it: COCO's small, medium and large go by it"""
+    """of the object's mask where the data set has it: it decides COCO's small, medium and large"""
     iscrowd: int = 0
     difficult: int = 0
 
@@ -81,7 +81,7 @@ class Record:
     """of the encoded image, as known before it is read; shards are cut by it"""
     annotations: Annotations = field(default_factory=Annotations)
     width: int | None = None
-    """pixels, as the annotations say; None: the image's own word is taken"""
+    """pixels, from the annotations; None: the image's own size is used"""
     height: int | None = None
 
 
@@ -154,7 +154,7 @@ def as_number(value: Any) -> float | None:
 
 
 def fault_of_box(bbox: tuple[float, ...], width: float = math.inf, height: float = math.inf) -> str | None:
-    """Return why a box (x, y, width, height) cannot be learnt from, or None."""
+    """Return why a box (x, y, width, height) cannot be trained on, or None."""
     if len(bbox) != 4 or not math.isfinite(sum(bbox)):  # NaN and infinity outlive a sum
         return f"box {list(bbox)} is not four finite numbers"
     x, y, w, h = bbox

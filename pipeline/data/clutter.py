@@ -1,6 +1,6 @@
 """The harder drawn set: 20 classes, many objects of all sizes, before and inside one another, and marks of no class.
 
-Each outline comes plain and patterned, which are two classes; its colour is any and says nothing. Six objects an image
+Each outline comes plain and patterned, which are two classes; its colour is random. Six objects per image
 on average, a third of them shorter than a fifth of the image.
 """
 

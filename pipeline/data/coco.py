@@ -1,7 +1,7 @@
 """COCO-format data sets: COCO 2014 and 2017, LVIS, and any other with its own categories.
 
 trainval35k is two splits: train2014 whole, and val2014 with `ids` naming valminusminival2014. An `ids` file may be a
-list of ids, one a line, a JSON list, or an annotation file whose images are meant. test-dev has `image_info` alone.
+list of ids, one per line, a JSON list, or an annotation file whose images are meant. test-dev has `image_info` alone.
 LVIS names its images by `coco_url`: the last two parts, as train2017/000000391895.jpg, under `images`.
 """
 
@@ -160,7 +160,7 @@ def _read_categories(entries: list[Any], file: str) -> dict[int, Category]:
         if number is None or "name" not in entry:
             raise UserError(f"{file}: every category needs a whole number `id` and a `name`, received {entry!r:.120}")
         if number in found:
-            raise UserError(f"{file}: category id {number} is there twice: give every category its own id")
+            raise UserError(f"{file}: category id {number} occurs twice: give every category its own id")
         found[number] = Category(number, str(entry["name"]))
     if not found:
         raise UserError(f"{file} has no categories: a detector needs at least one")
@@ -171,7 +171,7 @@ def _select_images(images: list[dict[str, Any]], file: str, root: str, split: Sp
     by_id: dict[int, dict[str, Any]] = {}
     for image in images:
         if image["id"] in by_id:
-            raise UserError(f"{file}: image id {image['id']} is there twice: image ids must be unique")
+            raise UserError(f"{file}: image id {image['id']} occurs twice: image ids must be unique")
         by_id[image["id"]] = image
     if not split.ids:
         return list(by_id.values())
@@ -182,7 +182,7 @@ def _select_images(images: list[dict[str, Any]], file: str, root: str, split: Sp
 
 
 def read_ids(path: str) -> list[int]:
-    """Image ids of a list file: one a line, a JSON list, or a COCO file whose images are meant."""
+    """Image ids of a list file: one per line, a JSON list, or a COCO file whose images are meant."""
     try:
         text = storage.read_bytes(path).decode()
     except FileNotFoundError:
@@ -241,7 +241,7 @@ def _box(received: Any) -> tuple[float, float, float, float] | str:
 
 
 def _file_sizes(folder: str, names: list[str]) -> dict[str, int]:
-    """Bytes of the files in `folder` that are there."""
+    """Bytes of those files that exist in `folder`."""
     sizes: dict[str, int] = {}
     if storage.is_local(folder):
         for name in names:

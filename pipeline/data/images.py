@@ -1,6 +1,6 @@
 """Encoded images: their headers, strict decoding, re-encoding, and the plain resize of evaluation.
 
-A decoder that fills in what a damaged file lacks makes training data that nobody took. Every image is decoded
+A decoder that fills in what a damaged file lacks makes training data that no camera took. Every image is decoded
 strictly: what libjpeg-turbo only warns of is a refusal, the chunks of a PNG must match their checksums, and a WebP
 file must have its whole length. A lossy WebP file has no checksum: flipped bits inside it cannot be detected.
 """

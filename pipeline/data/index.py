@@ -175,7 +175,7 @@ def format_key(number: int) -> str:
 
 
 def check_same_categories(first: ShardSet, second: ShardSet) -> None:
-    """UserError unless each label stands for the same name in both: a detector knows labels, not names or ids."""
+    """UserError unless each label stands for the same name in both: a detector holds labels, not names or ids."""
     for label, (one, other) in enumerate(itertools.zip_longest(first.categories, second.categories), start=1):
         if one is None or other is None or one.name != other.name:
             names = [repr(category.name) if category else "missing" for category in (one, other)]

@@ -81,7 +81,7 @@ def _check_shard(shards: ShardSet, shard: int, decode: bool) -> _Found:
         fault("-", f"cannot be read ({error})")
         return found
     if len(content) != shards.num_bytes[shard]:
-        fault("-", f"has {len(content)} bytes, the index says {shards.num_bytes[shard]}")
+        fault("-", f"has {len(content)} bytes, the index has {shards.num_bytes[shard]}")
     elif storage.digest_bytes(content) != shards.sha256[shard]:
         fault("-", "does not match its digest")
     members: list[tuple[str, bytes]] = []

@@ -46,7 +46,7 @@ def _column(part: Mapping[str, Any]) -> dict[str, str]:
         "image sizes": f"{width['50%']:g} x {height['50%']:g} ({width['min']:g} x {height['min']:g} to "
         f"{width['max']:g} x {height['max']:g})",
         "objects": f"{part['objects']:,}",
-        "not learnt from (crowds, bad boxes)": f"{part['objects_not_learnt']:,}",
+        "not trained on (crowds, bad boxes)": f"{part['objects_not_learnt']:,}",
         "classes": f"{len(counts)}, {sum(1 for count in counts.values() if not count)} without objects",
         "most frequent class": f"{most} ({counts[most]:,})",
         "rarest class": f"{least} ({counts[least]:,})",

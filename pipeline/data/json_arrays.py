@@ -43,7 +43,7 @@ def iterate_members(path: str) -> Iterator[tuple[str, Any, bool]]:
             if text.skip("}"):
                 break
             text.expect(",", f"a comma is missing after {name!r:.80}")
-        text.expect("", "the file goes on after its end")
+        text.expect("", "the file continues after its end")
 
 
 class _Text:
@@ -75,7 +75,7 @@ class _Text:
         while True:
             try:
                 found, end = self.decoder.raw_decode(self.window, self.at)
-                if end < len(self.window) or not self._read():  # a number may go on
+                if end < len(self.window) or not self._read():  # a number may continue
                     self.at = end
                     return found
             except ValueError:

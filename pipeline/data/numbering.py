@@ -14,7 +14,7 @@ from refinedet.pipeline.runs.errors import UserError
 class Numbering:
     """Keeps ids unique in a part, and those of annotations positive: COCO's code takes id 0 for "unmatched".
 
-    A data set's own image ids must be unique; where a format has none, they go on from the split before. Files number
+    A data set's own image ids must be unique; where a format has none, they follow the split before. Files number
     their annotations each from 1: an id that another split has taken is given a new one, and no fault.
     """
 
@@ -27,7 +27,7 @@ class Numbering:
         self.images: dict[int, str] = {}
         self.annotations: dict[int, int] = {}  # id -> the last split that had it; empty while ids are `plain`
         self.plain: dict[int, np.ndarray] = {}
-        """ids of each split, by its number, as long as all are positive and none is there twice: 8 bytes each"""
+        """ids of each split, by its number, as long as all are positive and none occurs twice: 8 bytes each"""
         self.free = 2**40
         self.offset = self.last = self.last_annotation = 0
         self.simple = False
@@ -77,7 +77,7 @@ class Numbering:
                 return received  # type: ignore[return-value]
         self.free += 1
         if not number or before == self.number:
-            why = "is there twice" if number else "is not a positive number"
+            why = "occurs twice" if number else "is not a positive number"
             key = f"annotation {received!r}"
             self.faults.add(BadSample(source.name, key, f"its id {why}; it becomes {self.free}"))
         return self.free

@@ -1,4 +1,4 @@
-"""Check that the data of a job is there, without reading it."""
+"""Check that the data of a job exists, without reading it."""
 
 from __future__ import annotations
 

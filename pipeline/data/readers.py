@@ -245,7 +245,7 @@ def _finish_record(
     dropped: Counter[str],
     faults: FaultLog,
 ) -> Record:
-    """The record with final category and annotation ids; boxes that cannot be learnt from are named, and stay."""
+    """The record with final category and annotation ids; boxes that cannot be trained on are reported, and stay."""
     names = numbers.names
     kept = Annotations()
     for annotation in record.annotations:
@@ -258,7 +258,7 @@ def _finish_record(
         kept.append(annotation._replace(id=number, category_id=ids[match]))
         if fault := fault_of_box(annotation.bbox, record.width or float("inf"), record.height or float("inf")):
             key = f"annotation {number}" if source.fixed_ids else f"{record.file_name}, object {annotation.id}"
-            faults.add(BadSample(source.name, key, f"{fault}; it is not learnt from"))
+            faults.add(BadSample(source.name, key, f"{fault}; it is not trained on"))
     return replace(record, annotations=kept)
 
 
@@ -277,7 +277,7 @@ def _refuse_others(data: Data, part: str, dropped: Mapping[str, int], ids: Mappi
 
 
 def _check_objects(data: Data, part: str, records: list[Record], categories: tuple[Category, ...]) -> None:
-    """UserError where nothing can be learnt; a warning for classes without objects."""
+    """UserError where nothing can be learned; a warning for classes without objects."""
     found = Counter(
         annotation.category_id
         for record in records

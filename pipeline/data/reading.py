@@ -25,7 +25,7 @@ _BLOCK = 512  # bytes, a tar's
 
 
 class DamagedError(ValueError):
-    """A sample's bytes are there, and are not those that were written."""
+    """Error for a sample whose bytes differ from those that were written."""
 
 
 class SampleReader:
@@ -79,7 +79,7 @@ class SampleReader:
 def _damage(content: bytes, entry: SampleEntry) -> str | None:
     """Return why these are not the bytes of a sample, or None."""
     if len(content) != entry.size:
-        return f"the shard ends early: {len(content)} of its {entry.size} bytes are there"
+        return f"the shard ends early: {len(content)} of its {entry.size} bytes exist"
     if zlib.crc32(content) != entry.crc32:
         return "its bytes are not those that were written (checksum)"
     return None
@@ -234,7 +234,7 @@ def read_facts(
 
 
 def write_coco_annotations(shards: ShardSet, path: str) -> None:
-    """Write the ground truth of the shards as a COCO instances file, unless it is there; its `info` says whose it is.
+    """Write the ground truth of the shards as a COCO instances file, unless it exists; its `info` names the shards.
 
     Category and image ids are the data set's own. Masks are not in the shards, so there are no segmentations; areas are
     those of the masks all the same.

@@ -24,7 +24,7 @@ _VALIDATION = ("val", "validation", "valid", "minival", "test", "testing")
 """names of splits to validate on, the best first"""
 _TRAINING = ("trainval", "train", "training")
 _DEPTH = 4  # directories below the root that are looked into
-_HEAD = 4 * 2**20  # bytes of a JSON or XML file that tell what it is
+_HEAD = 4 * 2**20  # bytes of a JSON or XML file that show its format
 _STRING = r'("(?:[^"\\]|\\.)*")'
 _YOLO_LINE = re.compile(r"\d+( [\d.e-]+){4,}\s*$", re.MULTILINE)
 _COCO_ARRAY = re.compile(r'"(images|annotations|categories)"\s*:\s*\[')
@@ -197,7 +197,7 @@ def _choose(splits: dict[str, Split]) -> tuple[tuple[Split, ...], tuple[Split, .
     """Splits to train and to validate on, by the words in their names; a name without either word is trained on.
 
     Of several that could be validated on, the best of `_VALIDATION` is; the others are excluded. `trainval` is the
-    union of train and val: it is trained on where no other list but test is there.
+    union of train and val: it is trained on where the only other list is test.
     """
     words = {name: re.split(r"[^a-z]+", name.lower()) for name in splits}
     training = [name for name, own in words.items() if "train" in own or "training" in own]

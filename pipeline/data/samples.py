@@ -51,7 +51,7 @@ class Sample:
     image      uint8   [H, W, 3]  RGB
     boxes      float32 [G, 4]     pixels of `image`, inside it, of positive area
     labels     int64   [G]        1..C
-    crowd      bool    [G]        a region of many objects, not to be learnt as one
+    crowd      bool    [G]        a region of many objects, not one object to train on
     difficult  bool    [G]        VOC's flag
     """
 
@@ -81,7 +81,7 @@ class Sample:
 class Batch:
     """One micro-batch of one rank.
 
-    images   uint8 [B, 3, S, S]  RGB, channels-last, pinned where CUDA is there
+    images   uint8 [B, 3, S, S]  RGB, channels-last, pinned where CUDA is available
     targets  B of them; crowds are excluded
     keys     of the samples; "" for a blank, which fills up a batch
     index    of the global batch within the epoch

@@ -87,7 +87,7 @@ class EpochDraws:
         """Positions of the samples that a mosaic shows beside those of [start, stop); int64 [3, stop - start].
 
         They are the draws one, two and three global batches later, whole rounds of the streams, so that a node reads
-        its own shards for them too. At the end of the epoch they go on from its start.
+        its own shards for them too. At the end of the epoch they continue from its start.
         """
         rounds = -(-global_batch // self.streams) * self.streams
         step = max(1, min(rounds, self.num_draws // 4))
@@ -95,7 +95,7 @@ class EpochDraws:
         return np.stack([self._positions(row) for row in places])
 
     def _positions(self, places: np.ndarray) -> np.ndarray:
-        """Positions at ascending places, which may go on once from the epoch's start."""
+        """Positions at ascending places, which may continue once from the epoch's start."""
         cut = int(np.argmin(places))
         pieces = [piece for piece in (places[:cut], places[cut:]) if len(piece)]
         return np.concatenate([self.stretch(int(piece[0]), int(piece[-1]) + 1)[0] for piece in pieces])
@@ -105,7 +105,7 @@ def expected_repeats(shards: ShardSet, splits: Sequence[Split], sampling: Sampli
     """Expected repeats of the samples of a training set; None where every sample occurs once.
 
     splits  those the shards were written from, in that order
-    Crowds and boxes that cannot be learnt from count for no class; objects that are `difficult` do.
+    Crowds and boxes that cannot be trained on count for no class; objects that are `difficult` do.
     """
     weights = [split.weight for split in splits]
     if sampling.method == "uniform" and set(weights) <= {1.0}:

@@ -1,6 +1,6 @@
 """The synthetic data set: shapes on textured backgrounds, drawn on the spot from a seed, in COCO's terms.
 
-Ten classes with sparse ids, told apart by outline, typical colour and fill. 1 to 5 objects an image, small to large,
+Ten classes with sparse ids, which differ in outline, typical colour and fill. 1 to 5 objects per image, small to large,
 some elongated, some overlapping; now and then a crowd of tiny ones. Small networks learn it in minutes on a CPU.
 """
 

@@ -174,21 +174,21 @@ def _encode_sample(
     if header is None or image is None:
         return fault(reason or "not an image")
     size = header.displayed if data.exif == "displayed" else (header.width, header.height)
-    said = (record.width or size[0], record.height or size[1])
-    if said != size:
+    stated = (record.width or size[0], record.height or size[1])
+    if stated != size:
         other = header.displayed if data.exif == "stored" else (header.width, header.height)
         hint = ""
-        if said == other:
+        if stated == other:
             meant = "displayed" if data.exif == "stored" else "stored"
             hint = f", which is the {meant} picture of its EXIF rotation (data.exif={meant})"
-        return fault(f"is {size[0]} x {size[1]} pixels, its annotations say {said[0]} x {said[1]}{hint}")
+        return fault(f"is {size[0]} x {size[1]} pixels, its annotations have {stated[0]} x {stated[1]}{hint}")
     extension, annotations = header.extension, list(record.annotations)
     turned = header.orientation != 1 and data.exif == "displayed"
     scale = min(1.0, data.max_side / max(size)) if data.max_side else 1.0
     if turned or scale < 1:
         image = turn_upright(image, header.orientation) if turned else image
         size = (max(1, round(size[0] * scale)), max(1, round(size[1] * scale)))
-        annotations = [_scale(annotation, size[0] / said[0], size[1] / said[1]) for annotation in annotations]
+        annotations = [_scale(annotation, size[0] / stated[0], size[1] / stated[1]) for annotation in annotations]
         image = cv2.resize(image, size, interpolation=cv2.INTER_AREA) if scale < 1 else image
         content, extension = encode_image(image), "jpg"
     facts = {

@@ -92,7 +92,7 @@ def show_classes(shards: ShardSet, directory: str, *, seed: int = 0, count: int 
 
 
 def _learnt_objects(shards: ShardSet) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Position of its sample, label, and number within `Sample.boxes`, of every object that can be learnt from."""
+    """Position of its sample, label, and number within `Sample.boxes`, of every object to train on."""
     ids = np.array([category.id for category in shards.categories])
     found = [np.zeros((0, 3), np.int64)]
     for shard in range(len(shards)):

@@ -2,7 +2,7 @@
 
 `statistics.json` lies beside the shards and is written with them. It needs no image: all of it is in the columns.
 
-N images, G objects that can be learnt from
+N images, G objects to train on
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def image_hashes(shards: ShardSet) -> np.ndarray:
 def anchor_reach(shards: ShardSet, model: RefineDetConfig) -> dict[str, Any]:
     """The objects that no anchor overlaps by the ARM's positive IoU, in the plain view of the model's input size.
 
-    Such an object is learnt through its one best anchor alone, by bipartite matching (section IV-D).
+    Such an object is learned through its one best anchor alone, by bipartite matching (section IV-D).
     """
     total, missed = np.zeros(shards.num_classes + 1, np.int64), np.zeros(shards.num_classes + 1, np.int64)
     reasons = dict.fromkeys(("small", "elongated", "other"), 0)
@@ -140,7 +140,7 @@ def best_overlaps(boxes: np.ndarray, model: RefineDetConfig) -> np.ndarray:
 
 
 def _objects(shards: ShardSet, columns: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sample within the shard [G], label [G] and xyxy box [G, 4], clipped to its image, of what can be learnt from."""
+    """Sample within the shard [G], label [G] and xyxy box [G, 4], clipped to its image, of the objects to train on."""
     learnt = columns["learnt"]
     sample = np.repeat(np.arange(len(columns["widths"])), columns["num_objects"])[learnt]
     label = np.searchsorted([category.id for category in shards.categories], columns["category_ids"][learnt]) + 1

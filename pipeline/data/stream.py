@@ -39,8 +39,8 @@ class TrainingStream:
     Micro-batches differ by at most one image where the numbers of ranks and parts do not divide the global batch.
 
     Iterating yields `Batch`es ordered by (epoch, index, part); iterating again, or in another process with
-    `start=stream.cursor`, goes on with exactly what has not been delivered, at any world size and number of workers.
-    Every sample occurs once in every epoch, or as often as `data.sampling` and the splits' weights say. Where the
+    `start=stream.cursor`, continues with exactly what has not been delivered, at any world size and number of workers.
+    Every sample occurs once in every epoch, or as often as `data.sampling` and the splits' weights require. Where the
     global batch does not divide the epoch, some batches have one sample less and a blank in its place
     (`refinedet.pipeline.data.order`).
 

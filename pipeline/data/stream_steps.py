@@ -209,7 +209,7 @@ class Augmenter:
         return View(turn, image, boxes, labels, sample.key, sample.image_id, sample.fault)
 
     def _picture(self, sample: Sample) -> Picture:
-        """The image with the objects that are learnt from."""
+        """The image with the objects to train on."""
         kept = ~sample.crowd if self.include_difficult else ~(sample.crowd | sample.difficult)
         return Picture(sample.image, sample.boxes[kept], sample.labels[kept])
 

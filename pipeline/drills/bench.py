@@ -109,7 +109,7 @@ class Bench:
     def cluster(self) -> Any:
         """The drills' own Ray, a `ray.cluster_utils.Cluster` on this machine; started when it is first asked for."""
         if self._cluster is None:
-            settings.suggest("RAY_AUTH_MODE", "disabled")  # nobody else is to reach it
+            settings.suggest("RAY_AUTH_MODE", "disabled")  # no one else is to reach it
             settings.provide("ray")
             self._cluster = storage.retry(_start_cluster, "Ray on this machine", deadline_s=_START_S)
         return self._cluster
@@ -236,7 +236,9 @@ class Bench:
             if not self.wait_for(
                 job, lambda: self.commits("stopped") and self.steps("stopped")[-1] > STEPS_AN_EPOCH + 2
             ):
-                raise JobError(f"the job to stop made no checkpoint within {_TIMEOUT_S:g} s; {job.output} says why")
+                raise JobError(
+                    f"the job to stop made no checkpoint within {_TIMEOUT_S:g} s; {job.output} has the reason"
+                )
             os.kill(job.process.pid, signal.SIGTERM)  # what a scheduler sends before it takes a node away
             self._stopped = job.wait()
         shutil.copytree(self.run("stopped"), self.run(name))

@@ -123,7 +123,7 @@ def storage_outage(bench: Bench) -> None:
     for kind, words in (("save_failed", "was not written"), ("waiting", "training waits")):
         messages = [event["message"] for event in bench.events(name, kind) if words in event["message"]]
         seen = messages[0] if messages else "nothing"
-        bench.check(f"{words!r}", "said in one line", seen, _is_one_line(messages, job.text))
+        bench.check(f"{words!r}", "reported in one line", seen, _is_one_line(messages, job.text))
     bench.check("steps", f"1 to {STEPS}, each once", f"{len(bench.steps(name))} steps", _each_once(bench, name))
     bench.check("last checkpoint", STEPS, (bench.commits(name) or [0])[-1])
     bench.check_same_weights(name)
@@ -138,7 +138,7 @@ def nan(bench: Bench) -> None:
     bench.check("exit status", 1, job.wait())
     text = " ".join(job.text.split())
     bench.check(
-        "what is said",
+        "messages",
         f"step {step}, rank 1, loss parts, sample keys",
         next((line for line in job.text.splitlines() if "not finite" in line), "nothing"),
         all(word in text for word in (f"step {step}", "rank 1", "arm_class", "samples")),
@@ -190,7 +190,7 @@ def stop(bench: Bench) -> None:
 
 
 def resize(bench: Bench) -> None:
-    """Stop with two workers, go on with one: the same global and micro-batches, and the same end but for rounding."""
+    """Stop with two workers, continue with one: the same global and micro-batches, the same end but for rounding."""
     name = "resize"
     bench.check("exit status", 130, bench.stopped(name))
     again = bench.finish(bench.write_spec(name, cluster={"workers": 1}))
@@ -201,7 +201,7 @@ def resize(bench: Bench) -> None:
 
 
 def elastic(bench: Bench) -> None:
-    """Kill one of three workers with its node, bring another: Ray Train goes on with two, then three, same samples."""
+    """Kill one of three workers with its node, bring another: training continues with two, then three, same samples."""
     name, reference = "elastic", "elastic-undisturbed"
     # One norm over the global batch, whose four images three workers share unevenly. At a higher rate, or with maps of
     # one cell, whose statistics are of four values, rounding grows until nothing can be compared.

@@ -78,7 +78,7 @@ def make_detection_job(
     """The job of a run's own weights and validation shards, or of others; and the inputs it depends on, as JSON.
 
     Raises UserError where there are no weights, or where they or the shards are of another model, or the shards' labels
-    mean other categories than those of the training shards, where these are there.
+    mean other categories than those of the training shards, where these exist.
     """
     spec = run.spec
     found = _open_matching_shards(run, shards or storage.join(run.shards, "val"))
@@ -97,7 +97,7 @@ def make_detection_job(
         "shards": found.digest,
         "spec": storage.digest_json(_detection_settings(spec, multiscale)),
     }
-    listed = spec.data.val[0].set if spec.data.val and not shards else None  # shards of earlier releases do not say
+    listed = spec.data.val[0].set if spec.data.val and not shards else None  # shards of earlier releases do not name it
     image_set = found.sets[0] if found.sets else listed
     protocol = protocol_of(spec.evaluation, found.format, image_set)
     job = DetectionJob(

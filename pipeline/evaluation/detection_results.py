@@ -1,7 +1,7 @@
 """Results of the evaluate and multiscale stages: numbers from the chunks' answers, and the files of a run.
 
 Rows go from the committed chunks to the results file chunk by chunk, as they are: the detections of all images are
-never in memory together, unless a server's format asks for them.
+never in memory together, unless a server's format requires them.
 """
 
 from __future__ import annotations

@@ -33,5 +33,5 @@ def diagnose_files(truth: GroundTruth, detections: DetectionTable) -> Diagnosis:
     """The diagnosis of what `read_files` returned; UserError where it has no rule for marks of the truth."""
     if not can_examine(truth):
         marked = " and ".join(MARKS[mark] for mark in sorted(truth.marks - {"crowd", "difficult"}))
-        raise UserError(f"the annotations {marked}, which the diagnosis has no rule for; leave out --diagnose")
+        raise UserError(f"the annotations {marked}, which the diagnosis does not support; remove --diagnose")
     return diagnose(truth, detections)

@@ -103,7 +103,7 @@ def write_voc_files(
     image_set: str = "test",
     competition: str = "comp4",
 ) -> tuple[str, ...]:
-    """Write the devkit's result files, one a class: lines of image name, score, xmin, ymin, xmax, ymax (from 1).
+    """Write the devkit's result files, one per class: lines of image name, score, xmin, ymin, xmax, ymax (from 1).
 
     `ground_truth` is a COCO dict whose images have file names. Returns the files' names; a class without detections
     has an empty file, as the server wants it.

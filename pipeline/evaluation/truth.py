@@ -235,7 +235,7 @@ def _annotation_ids(annotations: Sequence[Mapping[str, Any]], name: str) -> np.n
         )
     if (found == 0).any():
         logger.warning(
-            "%s: an annotation has the id 0, which the COCO API counts as found by nobody; its detection becomes a "
+            "%s: an annotation has the id 0, which the COCO API counts as not found; its detection becomes a "
             "false positive here too. Number the annotations from 1.",
             name,
         )
@@ -245,7 +245,7 @@ def _annotation_ids(annotations: Sequence[Mapping[str, Any]], name: str) -> np.n
 def _with_lvis_fields(
     truth: GroundTruth, images: Sequence[Mapping[str, Any]], categories: Sequence[Mapping[str, Any]]
 ) -> GroundTruth:
-    """With what LVIS adds to images (in the order of image_ids) and categories (of category_ids), if it is there."""
+    """Add LVIS's fields of images (in the order of image_ids) and categories (of category_ids), if they exist."""
     pairs = {}
     for name in ("neg_category_ids", "not_exhaustive_category_ids"):
         listed = [(image, category) for image, one in enumerate(images) for category in one.get(name, ())]

@@ -102,7 +102,7 @@ class Pictures(Output):
             code = cv2.VideoWriter.fourcc(*"mp4v")
             self._video = frame.source.stem, cv2.VideoWriter(path, code, frame.rate, picture.size)
             if not self._video[1].isOpened():
-                raise JobError(f"OpenCV cannot write the video {path}; leave out --format pictures.")
+                raise JobError(f"OpenCV cannot write the video {path}; remove --format pictures.")
         self._video[1].write(cv2.cvtColor(np.asarray(picture), cv2.COLOR_RGB2BGR))
 
     def _end_video(self) -> None:
@@ -112,7 +112,7 @@ class Pictures(Output):
 
 
 class JsonLines(Output):
-    """`detections.jsonl`: a line an image, with all its objects."""
+    """`detections.jsonl`: one line per image, with all its objects."""
 
     def __init__(self, directory: Path, names: tuple[str, ...], threshold: float) -> None:
         super().__init__(directory, names, threshold)

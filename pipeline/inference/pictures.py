@@ -1,4 +1,4 @@
-"""Pictures of boxes: what a detector found, or what is there, drawn so that it can be read.
+"""Pictures of boxes: detections or ground truth, drawn so that they can be read.
 
 Small images are enlarged before drawing, so that lines and labels stay sharp; a class has the same colour everywhere.
 """

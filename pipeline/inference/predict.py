@@ -48,7 +48,7 @@ def predict_sources(
     on_progress: Callable[[Tally], None] = lambda tally: None,
     on_fault: Callable[[str, str], None] = lambda name, fault: None,
 ) -> Tally:
-    """Detect in all sources, in batches; decoding and drawing go on beside. Memory does not grow with their number.
+    """Detect in all sources, in batches; decoding and drawing run beside. Memory does not grow with their number.
 
     on_progress  called after each batch
     on_fault     called with name and reason of each image that cannot be read; it is passed over

@@ -73,7 +73,7 @@ def find_sources(names: Sequence[str], *, leave_out: str, every: int = 1) -> lis
     """Expand names, in their order.
 
     names      files, directories (all images and videos below), patterns (`photos/**/*.jpg`), URLs, text files with one
-               name a line, "-" for names from standard input
+               name per line, "-" for names from standard input
     leave_out  directory whose files are not read: the output's
     every      of videos, read one frame in so many
     Raises UserError for a name that stands for nothing; what a list names is looked up only when it is read.
@@ -143,7 +143,7 @@ def _lines(name: str) -> list[str]:
         try:
             lines = storage.read_bytes(name).decode("utf-8").splitlines()
         except UnicodeDecodeError:
-            raise UserError(f"{name!r} is no text file of names, one a line, in UTF-8; correct it.") from None
+            raise UserError(f"{name!r} is no text file of names, one per line, in UTF-8; correct it.") from None
     return [line.strip() for line in lines if line.strip()]
 
 

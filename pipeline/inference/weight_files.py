@@ -33,7 +33,7 @@ def load_whole_detector(config: RefineDetConfig, uri: str, what: str = "weights"
     if unset:
         raise UserError(
             f"{what}: {uri!r} does not fit the model ({config.backbone}, {config.num_classes} classes): {len(unset)} "
-            f"of its tensors are not there in that shape, such as {unset[0]}; give the weights of a whole detector "
+            f"of its tensors do not exist in that shape, such as {unset[0]}; give the weights of a whole detector "
             "of the same spec."
         )
     return detector.eval()

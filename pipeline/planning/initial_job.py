@@ -23,7 +23,7 @@ _TRAINED_ON = 0.9
 """share of the images that is trained on where the data set has no validation split"""
 _FEWEST_DIVIDED = 10
 """images from which a data set without a validation split is divided"""
-_SAMPLED = 200  # images whose headers tell the size where annotations do not
+_SAMPLED = 200  # images whose headers are read where annotations have no size
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _cluster_section(hardware: Hardware) -> dict[str, object]:
 def _input_size(train: Part, hardware: Hardware) -> int:
     """The smallest size at which most objects are as large as the smallest anchor needs, within the hardware's reach.
 
-    It is not much larger than the images: enlarged pixels tell nothing new.
+    It is not much larger than the images: enlarged pixels add no information.
     """
     sizes = (320, 512, 1024) if hardware.gpus else (128, 192, 256, 320)
     sides, longest = [], []

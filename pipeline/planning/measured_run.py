@@ -51,7 +51,7 @@ def device_here() -> tuple[str, str]:
     name = torch.cuda.get_device_name(0)
     key = accelerator_key(torch.device("cuda", 0))
     if key is None:
-        raise UserError(f"the plan does not know the device {name!r}; it knows {', '.join(DEVICES)}.")
+        raise UserError(f"the plan has no device {name!r}; it has {', '.join(DEVICES)}.")
     return key, name
 
 

@@ -1,4 +1,4 @@
-"""Statistics of the run's data: from its COCO ground truth, and what its shards say of anchors, copies and EXIF."""
+"""Statistics of the run's data: from its COCO ground truth, and its shards: anchors, copies and EXIF."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ from refinedet.pipeline.report.findings import LoadImages, Panel, jpeg_uri
 
 _MATCH_IOU = 0.5
 _THRESHOLD_IMAGES = 200
-_LOWEST_THRESHOLD = 0.1  # a detector that has learnt little would cover its pictures
+_LOWEST_THRESHOLD = 0.1  # a detector that has learned little would cover its pictures
 _MAX_DRAWN = 25
 _LONGEST = 640
 

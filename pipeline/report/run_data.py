@@ -1,6 +1,6 @@
 """A run as its directory holds it, for the report: what is missing or broken is excluded, and listed.
 
-Files: `spec.yaml`, `tracking.json`, `metrics.jsonl` (a line a step, and a line a validation), `metrics.json`
+Files: `spec.yaml`, `tracking.json`, `metrics.jsonl` (one line per step and per validation), `metrics.json`
 ({"single": ..., "multiscale": ..., "merge_rules": [...]}), `detections/single.json` and `detections/multiscale.json`,
 `ground_truth.json`, `data.json`, `ledger.json`, `environment.json`, `timeline.jsonl`, `goodput/attempt-*.json`.
 """

@@ -11,7 +11,7 @@ from refinedet.pipeline.report.training_charts import duration, ledger_total
 
 
 def verdict(run: RunFolder, num_images: int | None) -> list[str]:
-    """Sentences: how the run ended, its result, what costs most, what to know before trusting it.
+    """Sentences: how the run ended, its result, what costs most, and its reservations.
 
     num_images  validated; None where it is not known
     """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def describe_duration(seconds: float) -> str:
-    """Seconds as a person says them: "2 min 05 s"."""
+    """Seconds in minutes, hours and days: "2 min 05 s"."""
     seconds = round(seconds)
     if seconds < 60:
         return f"{seconds} s"

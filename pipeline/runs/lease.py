@@ -38,7 +38,7 @@ class Owner:
     """Content of a lease file.
 
     machine  boot and process namespace in which `pid` is a process; empty where they are unknown
-    started  start of the process, which tells it from a later one of the same number
+    started  start of the process, since a later one may have the same number
     beat     sign of life: grows while the owner lives; -1 once it has released the run
     renewed  seconds since the epoch, of the owner's clock
     """
@@ -194,7 +194,7 @@ def _refusal(run: str, holder: Owner) -> str:
 
 
 def _machine() -> str:
-    """The boot of this machine and the namespace of its process numbers; empty where the system does not tell."""
+    """The boot of this machine and the namespace of its process numbers; empty where the system has none."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot} {os.readlink('/proc/self/ns/pid')}"

@@ -1,4 +1,4 @@
-"""Files of one JSON object a line, which grow as a job goes on."""
+"""Files of one JSON object per line, which grow while a job runs."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _UPLOAD_INTERVAL_S = 60.0
 class LinesLog:
     """One JSON object a line, appended as training goes; where the run is behind a URI, uploaded now and then.
 
-    While storage is away or full, lines wait: training goes on, and every line is written later.
+    While storage is away or full, lines wait: training continues, and every line is written later.
     """
 
     def __init__(self, target: str) -> None:

@@ -65,7 +65,7 @@ class ProgressDisplay:
                 self._bar.update(self._task, completed=done, total=total, unit=unit, facts=text)
             return
         now = time.monotonic()
-        if self._first is None:  # what came before, such as placing workers, says nothing of the time left
+        if self._first is None:  # what came before, such as placing workers, is no measure of the time left
             self._first = (now, done)
         if now - self._last_line < _PLAIN_INTERVAL_S and done < total:
             return

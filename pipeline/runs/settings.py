@@ -97,9 +97,9 @@ def provide(group: Literal["ray", "mlflow"]) -> None:
 
 
 def provide_ray_token() -> None:
-    """Draw a token for the local node of this process, unless the environment says which cluster, or how to reach it.
+    """Draw a token for the local node of this process, unless the environment names a cluster, or how to reach it.
 
-    Call before Ray is imported, which reads it then; a node asks for a token by default.
+    Call before Ray is imported, which reads it then; a node requires a token by default.
     """
     if "RAY_AUTH_MODE" not in os.environ and "RAY_ADDRESS" not in os.environ:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}

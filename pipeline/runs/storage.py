@@ -48,7 +48,7 @@ class FileDigest:
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system that serves `path`, and the path as that file system knows it."""
+    """The file system that serves `path`, and the path within that file system."""
     return fsspec.core.url_to_fs(path, use_listings_cache=False)  # other processes write there too
 
 
@@ -240,7 +240,7 @@ def verify_manifest(path: str, manifest: Mapping[str, Any]) -> list[str]:
             continue
         seen = digest_file(file, entry["name"])
         if seen.size != entry["size"]:
-            faults.append(f"{entry['name']} has {seen.size} bytes, the manifest says {entry['size']}")
+            faults.append(f"{entry['name']} has {seen.size} bytes, the manifest has {entry['size']}")
         elif seen.sha256 != entry["sha256"]:
             faults.append(f"{entry['name']} does not match its digest")
     return faults

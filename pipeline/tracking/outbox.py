@@ -41,7 +41,7 @@ class Outbox:
     send_points      delivers one batch of at most `batch_points`; must be safe to repeat
     is_away          whether an error means that the server is away: tried until it is back. Any other error is the
                      delivery's own fault, and it is dropped, with a warning, after three attempts
-    max_points       held while the server is away; beyond it the oldest are dropped, and that is said once
+    max_points       held while the server is away; beyond it the oldest are dropped, with one warning
     max_pause_s      longest pause between two attempts
     linger_s         maximum delay before a partial batch is sent
     """
@@ -104,7 +104,7 @@ class Outbox:
             return not (self._queue or self._busy)
 
     def close(self, timeout_s: float) -> bool:
-        """Flush, then end the thread; False where anything was ever lost. What could not be delivered is said."""
+        """Flush, then end the thread; False where anything was ever lost. Warn about what could not be delivered."""
         delivered = self.flush(timeout_s)
         with self._changed:
             self._closing = True
@@ -196,7 +196,7 @@ class Outbox:
 
     def _say_whether(self, away: bool) -> None:
         if away and not self._said_away:
-            logger.warning("The tracking server does not answer; the run goes on, deliveries wait.")
+            logger.warning("The tracking server does not answer; the run continues, deliveries wait.")
         if self._said_away and not away:
             logger.warning("The tracking server answers again.")
         self._said_away = away

@@ -113,7 +113,7 @@ def _base64_png(image: np.ndarray) -> str:
 
 
 def _signature() -> ModelSignature:
-    """`image` may hold encoded bytes or an array, which no type of MLflow's says: any."""
+    """`image` may hold encoded bytes or an array, which no type of MLflow's covers: any."""
     numbers = Array(DataType.double)
     outputs = Schema(
         [

@@ -73,7 +73,7 @@ class RunTracker(RunWriter):
         except (MlflowException, OSError) as error:
             if not (known.get("run_id") and known.get("uri") == redact_text(self.uri) and is_away(error)):
                 raise UserError(stores.unreachable(self.uri, error)) from error
-            logger.warning("No MLflow store answers at %s; the run goes on, its records wait.", redact_text(self.uri))
+            logger.warning("No MLflow store answers at %s; the run continues, its records wait.", redact_text(self.uri))
             self.experiment_id, run_id, self.resumed = known["experiment_id"], known["run_id"], True
             self._began_s = float(known.get("began") or time.time())
         super().__init__(client, lambda: run_id)

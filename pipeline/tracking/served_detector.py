@@ -28,7 +28,7 @@ class ServedDetector(PythonModel):
     most confident first; labels are the data set's own category ids.
 
     params: score_threshold in [0, 1]; batch_size in [1, 64].
-    Limits, checked before decoding: 64 images and 32 MiB a request, 20 MiB and 25 million pixels an image.
+    Limits, checked before decoding: 64 images and 32 MiB per request, 20 MiB and 25 million pixels per image.
     Raises MlflowException, invalid parameter value, which a server answers with status 400.
     """
 

@@ -57,7 +57,7 @@ def tracking_uri(tracking: Tracking, runs: str) -> str:
 
 
 def artifact_location(uri: str, runs: str) -> str | None:
-    """Return where a new experiment keeps its artifacts: beside the runs, or where the server says (None)."""
+    """Return where a new experiment keeps its artifacts: beside the runs, or where the server chooses (None)."""
     return None if uri.startswith(("http://", "https://")) else storage.join(storage.absolute(runs), ARTIFACTS)
 
 

@@ -53,7 +53,7 @@ class RunWriter:
 
     @property
     def run_id(self) -> str:
-        """The run's id in MLflow; asks the server the first time."""
+        """The run's id in MLflow; the first use calls the server."""
         if not self._run_id:
             self._run_id = self._find()
         return self._run_id
@@ -186,7 +186,7 @@ def evaluation_metrics(mode: str, content: Mapping[str, Any]) -> dict[str, float
     per_class = content.get("per_class")
     for name, row in per_class.items() if isinstance(per_class, Mapping) else ():
         key = f"{mode}/class AP/{metric_name(str(name))}"
-        while key in found:  # two names that MLflow cannot tell apart
+        while key in found:  # two names that are one to MLflow
             key += "_"
         found[key] = row.get("AP") if isinstance(row, Mapping) else row
     return {

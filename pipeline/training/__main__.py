@@ -81,7 +81,7 @@ class FileLink:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0 finished or saved after a signal, 1 failed, 2 a mistake of the user, told in one sentence."""
+    """Exit status: 0 finished or saved after a signal, 1 failed, 2 a mistake of the user, in one sentence."""
     parser = argparse.ArgumentParser(prog="python -m refinedet.pipeline.training", description=__doc__)
     parser.add_argument("job", metavar="JOB.yaml", help="job spec; see jobs/")
     parser.add_argument("overrides", metavar="KEY=VALUE", nargs="*", help="training.epochs=3 and the like")

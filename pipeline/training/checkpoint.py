@@ -45,7 +45,7 @@ def load_checkpoint(run_dir: str, world: World, on_event: Callable[[Event], None
     """The newest checkpoint that is whole, on every rank; None without one. Collective.
 
     The files are dealt over the ranks: each is read and verified by one rank and broadcast to the others. One with a
-    fault is set aside, on_event is told, and the one before is taken. UserError for a format of another version.
+    fault is set aside, reported by on_event, and the one before is taken. UserError for a format of another version.
     """
 
     def set_aside(path: str, step: int, faults: list[str]) -> None:
@@ -63,7 +63,7 @@ def load_checkpoint(run_dir: str, world: World, on_event: Callable[[Event], None
 def load_fork(run_dir: str, world: World) -> Checkpoint:
     """The newest checkpoint of another run, in which nothing is changed, on every rank. Collective.
 
-    UserError where it has none that is whole: an older one would be a start that nobody asked for.
+    UserError where it has none that is whole: an older one would be another start than requested.
     """
 
     def refuse(path: str, step: int, faults: list[str]) -> None:
@@ -141,7 +141,7 @@ def _read_files(path: str, manifest: Mapping[str, Any], world: World) -> tuple[d
 
 def _check_file(content: bytes, entry: Mapping[str, Any]) -> list[str]:
     if len(content) != entry["size"]:
-        return [f"{entry['name']} has {len(content)} bytes, the manifest says {entry['size']}"]
+        return [f"{entry['name']} has {len(content)} bytes, the manifest has {entry['size']}"]
     if storage.digest_bytes(content) != entry["sha256"]:
         return [f"{entry['name']} does not match its digest"]
     return []

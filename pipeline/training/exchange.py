@@ -26,7 +26,7 @@ class Agreed:
     given_up: bool
     """rank 0 has seen too many saves fail in a row"""
     committed_step: int
-    """newest committed checkpoint that rank 0 knows of; -1: none"""
+    """newest committed checkpoint by rank 0; -1: none"""
     same_order: bool
     """gradients became ready in the same order on all ranks"""
 

@@ -1,4 +1,4 @@
-"""Losses and gradients that are not finite: all ranks know, and say the same."""
+"""Losses and gradients that are not finite: found by all ranks alike, and reported alike."""
 
 from __future__ import annotations
 

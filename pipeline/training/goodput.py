@@ -49,7 +49,7 @@ class Ledger:
 
     def __init__(self, run_dir: str, step: int, active: bool, began_at: float | None = None) -> None:
         self.ended = "failed"
-        """how the attempt ended, unless it is told otherwise"""
+        """how the attempt ended, unless set otherwise"""
         self._active = active
         if not active:
             return

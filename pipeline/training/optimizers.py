@@ -51,7 +51,7 @@ def make_optimizer(groups: Iterable[dict[str, Any]], spec: Training, device: tor
 
 
 def import_apex_sgd(device: torch.device) -> Any:
-    """NVIDIA apex's FusedSGD; UserError that says what is wrong where it cannot be had."""
+    """NVIDIA apex's FusedSGD; UserError with the reason where it cannot be had."""
     remedy = "use training.optimizer=fused_sgd, torch's own, or build apex from github.com/NVIDIA/apex"
     if device.type != "cuda":
         raise UserError(f"training.optimizer=apex_sgd needs CUDA, and this worker is on {device.type}; {remedy}")

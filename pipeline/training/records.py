@@ -21,7 +21,7 @@ class StepTimes:
     optimizer: float = 0.0
     """checks, update, gathering of updated weights"""
     checkpoint: float = 0.0
-    """what saving held up; the writing itself goes on beside training"""
+    """what saving held up; the writing itself runs beside training"""
     validation: float = 0.0
     total: float = 0.0
 

@@ -60,12 +60,12 @@ class CheckpointWriter:
         self.world = world
         self.spec = spec
         self.committed: str | None = None
-        """the newest checkpoint known to be committed; rank 0 knows it first"""
+        """the newest committed checkpoint; rank 0 has it first"""
         self.committed_step = -1
         self.failure: str | None = None
-        """why the last one was not written; rank 0 knows of a failed commit first"""
+        """why the last one was not written; rank 0 has a failed commit first"""
         self.failed_saves = 0
-        """in a row; rank 0 knows first"""
+        """in a row; rank 0 has it first"""
         self._pool = ThreadPoolExecutor(1, "checkpoint")
         self._part: Future[FileDigest | None] | None = None
         self._commit: Future[None] | None = None
@@ -121,34 +121,34 @@ class CheckpointWriter:
         self.note(committed_step)
 
     def note(self, committed_step: int) -> None:
-        """Take over what rank 0 says is committed."""
+        """Take over what rank 0 has committed."""
         if committed_step > self.committed_step:
             self.committed_step = committed_step
             self.committed = self._path(committed_step)
 
     def resume(self, checkpoint: Checkpoint) -> None:
-        """Training goes on from this one."""
+        """Take this checkpoint as the one that training continues from."""
         self.note(checkpoint.step)
         self._told = (checkpoint.step, None)
 
     @property
     def given_up(self) -> bool:
-        """True once so many saves in a row have failed that training must not continue; rank 0 knows."""
+        """True once so many saves in a row have failed that training must not continue; rank 0 decides."""
         return self.failed_saves >= self.spec.max_failed_saves
 
     def wait_until_saved(
-        self, save: Callable[[], None], tell: Callable[[Event], None], stop_requested: Callable[[], bool]
+        self, save: Callable[[], None], report: Callable[[Event], None], stop_requested: Callable[[], bool]
     ) -> None:
         """Save again after growing pauses until it succeeds, at most for `save_wait_s`. Collective.
 
         save  begins to write the present state
-        A stop on any rank ends the wait; afterwards `failure` says whether the state is saved.
+        A stop on any rank ends the wait; afterwards `failure` holds whether the state is saved.
         """
         waited, pause = 0.0, _FIRST_WAIT_S
         while waited < self.spec.save_wait_s:
             pause = min(pause, self.spec.save_wait_s - waited)
             told = f"{self.failure}; training waits {pause:g} s and saves again"
-            tell(Event("waiting", self._step, f"{told}, for {self.spec.save_wait_s - waited:g} s at most"))
+            report(Event("waiting", self._step, f"{told}, for {self.spec.save_wait_s - waited:g} s at most"))
             time.sleep(pause)
             waited, pause = waited + pause, min(2 * pause, _LONGEST_WAIT_S)
             save()

@@ -1,4 +1,4 @@
-"""Signals that ask training to stop: it saves, and ends as if it had been told to."""
+"""Signals that stop training: it saves, and ends as after `refinedet stop`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ logger = logging.getLogger(__name__)
 
 
 class StopSignals:
-    """While it is entered, SIGTERM and SIGINT make it true; `Callbacks.stop_requested` of `train` reads it.
+    """A flag that SIGTERM and SIGINT set inside its context; `Callbacks.stop_requested` of `train` reads it.
 
     A second SIGINT interrupts as usual. Outside the main thread, where Python cannot handle signals, it stays false.
     """

@@ -37,7 +37,7 @@ class Straggler:
 def find_stragglers(work: Tensor) -> list[Straggler]:
     """Ranks whose own work takes longer than that of the rest by half, and by more than noise.
 
-    work     [ranks, phases of OWN_WORK]  seconds a step
+    work     [ranks, phases of OWN_WORK]  seconds per step
     returns  slowest first
     """
     if len(work) < 2:

@@ -118,10 +118,10 @@ def train_job(
         gflops_an_image=_count_gflops(run) if world.is_main else None,
         load_initial=functools.partial(load_initial_weights, detector, initial) if initial else lambda: None,
     )
-    tell = link.push if world.is_main else _discard
+    report = link.push if world.is_main else _discard
     callbacks = Callbacks(
-        on_step=tell,
-        on_event=tell,
+        on_step=report,
+        on_event=report,
         validate=validate if spec.training.validate_every_epochs else None,
         validation_timeout_s=spec.evaluation.validation_timeout_s,
         stop_requested=lambda: link.stop_requested,

@@ -121,7 +121,7 @@ class Upkeep:
         self.callbacks.on_event(event)
 
     def save_if_due(self, agreed: Agreed) -> None:
-        """Go on with the save that is being written, and begin one where it is time to."""
+        """Continue the save that is being written, and begin one where it is due."""
         step, every = self.state.step, self.spec.checkpoint_every_steps
         with self.clock.measure("checkpoint"):
             self._writer.advance(agreed.saving, agreed.committed_step)

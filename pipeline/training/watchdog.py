@@ -89,7 +89,7 @@ def exit_process(verdict: StallVerdict) -> None:
 
 
 class Watchdog:
-    """Watches from construction (a collective) to `close`. The thread that makes it is the one whose stack is told.
+    """Watches from construction (a collective) to `close`. The thread that makes it is the one whose stack is reported.
 
     on_stall  called from the watching thread, once, on every rank that can
     """
@@ -122,11 +122,11 @@ class Watchdog:
         self._step, self._since, self._paused, self._allowed_s = step, time.monotonic(), False, 0.0
 
     def pause(self) -> None:
-        """Until the next `finished`: what comes is not a step."""
+        """Mark the time until the next `finished` as no step."""
         self._paused = True
 
     def allow(self, seconds: float) -> None:
-        """Until the next `finished`, that much more time than a step has: what comes has a limit of its own."""
+        """Allow more time than a step has until the next `finished`, for work with a limit of its own."""
         self._allowed_s = seconds
 
     @property
@@ -167,7 +167,7 @@ class Watchdog:
         self._closed.wait(min(15.0, self._timeout_s / 2))
         if self._since > time.monotonic() - self._limit_s:
             _try("the report of a slow step", lambda: storage.remove(report))  # or it would speak for the next stall
-            return None  # it went on after all
+            return None  # it continued after all
         return self._judge(mine)
 
     def _judge(self, mine: StallReport) -> StallVerdict:
@@ -181,7 +181,7 @@ class Watchdog:
             return verdict
         ends = time.monotonic() + min(30.0, self._timeout_s)
         while time.monotonic() < ends and not self._closed.wait(min(1.0, self._timeout_s / 20)):
-            with suppress(Exception):  # not there yet, or storage is away
+            with suppress(Exception):  # missing so far, or storage is away
                 written = storage.read_json(found)
                 ranks, hosts = tuple(written["ranks"]), tuple(written["hosts"])
                 return StallVerdict(written["step"], ranks, hosts, written["reason"], (mine,))
@@ -189,13 +189,13 @@ class Watchdog:
         return StallVerdict(mine.step, (0,), (self.hosts[0],), reason, (mine,))
 
     def _read_report(self, rank: int) -> StallReport | None:
-        with suppress(Exception):  # not there, or storage is away
+        with suppress(Exception):  # missing, or storage is away
             return StallReport(**storage.read_json(storage.join(self._folder, f"rank-{rank}.json")))
         return None
 
 
 def _try(what: str, action: Callable[[], object]) -> None:
-    """A stall is told of and ended also where storage is away, which may well be its cause."""
+    """Report and end a stall also where storage is away, which may well be its cause."""
     try:
         action()
     except Exception as error:

@@ -84,7 +84,7 @@ def make_workload(arguments: argparse.Namespace) -> Workload:
 
 
 def _offsets(corners: Tensor, kernel: int, stride: int) -> Tensor:
-    """What deform_conv2d adds to its regular taps to sample the boxes [H, W, 4]: [1, 2 * K * K, H, W]."""
+    """Offsets that deform_conv2d adds to its regular taps to sample the boxes [H, W, 4]: [1, 2 * K * K, H, W]."""
     height, width, _ = corners.shape
     parts = (torch.arange(kernel) + 0.5) / kernel
     taps = torch.arange(kernel) - kernel // 2
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--planar", action="store_true", help="features in [B, F, H, W] memory, not channels-last")
-    parser.add_argument("--skip", nargs="*", default=[], help="leave out the cases whose name contains one of these")
+    parser.add_argument("--skip", nargs="*", default=[], help="skip the cases whose name contains one of these")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the command; times mean nothing")
     parser.add_argument("--json", type=Path, default=None)
     arguments = parser.parse_args()

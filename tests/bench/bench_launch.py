@@ -1,9 +1,9 @@
-"""What Ray adds to the bare loop: `refinedet launch` against two plain processes, and `submit` to the first step.
+"""Ray's cost beside the bare loop: `refinedet launch` against two plain processes, and `submit` to the first step.
 
     python -m tests.bench.bench_launch [--epochs 10] [--skip-submit] [--json OUT]
 
-One small job, three ways. Bare: the training loop in two processes, as torchrun starts them, on shards that are there.
-Launch: a local Ray is started, the shards are written, two Ray Train workers train, MLflow is told. Submit: the same
+One small job, three ways. Bare: the training loop in two processes, as torchrun starts them, on existing shards.
+Launch: a local Ray is started, the shards are written, two Ray Train workers train, MLflow records it. Submit: the same
 job sent to a cluster that runs, and has run it once before, until its first step is recorded.
 """
 

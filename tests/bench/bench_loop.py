@@ -246,7 +246,7 @@ def _table(result: dict[str, Any]) -> Iterator[str]:
         f"{setting['backbone']}, {setting['size']} px, batch {setting['batch']}, "
         f"{result['parameters'] / 1e6:.1f} M parameters, ZeRO {setting['zero_stage']}, {setting['precision']}"
     )
-    yield f"{'seconds a step':28}{'median':>10}{'quartiles':>20}"
+    yield f"{'seconds per step':28}{'median':>10}{'quartiles':>20}"
     for name, label in (
         ("ours_s", "this loop, clock"),
         ("bare_s", "bare PyTorch (DDP), clock"),
@@ -266,7 +266,7 @@ def _table(result: dict[str, Any]) -> Iterator[str]:
         f"the clock, quartiles {cost['lower_quartile']:.2f} {cost['upper_quartile']:.2f} ({result['saves']} saves)"
     )
     yield (
-        f"time lost to checkpoints: {100 * result['lost_at_an_epoch']:.3f} % at one an epoch of {STEPS_AN_EPOCH} such "
+        f"time lost to checkpoints: {100 * result['lost_at_an_epoch']:.3f} % at one per epoch of {STEPS_AN_EPOCH} such "
         f"steps; 5 % at one in {result['steps_for_5_percent']:.0f} steps"
     )
     yield ", ".join(f"{name} {value}" for name, value in where.items())

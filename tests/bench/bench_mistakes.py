@@ -1,4 +1,4 @@
-"""How long the answer to a mistake takes: every mistake of tests/cli/mistakes.py as a process of its own.
+"""Seconds until the answer to a mistake: every mistake of tests/cli/mistakes.py as a process of its own.
 
     python -m tests.bench.bench_mistakes [--quick] [--json OUT]
 

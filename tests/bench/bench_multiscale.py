@@ -1,10 +1,10 @@
-"""What multi-scale testing costs beside its forward passes alone, in one run.
+"""Cost of multi-scale testing beside its forward passes alone, in one run.
 
     python -m tests.bench.bench_multiscale [--run runs/quickstart] [--images 64] [--repeats 5] [--json OUT]
 
 The forward passes are the model's calls, timed inside the test; the whole adds reading, decoding, warping, selection,
 turning boxes back, merging and the rows. CPU time of all threads, so that a busy machine counts less. Without the
-folder of a run the images are drawn and the model is untrained: every anchor is looked into.
+directory of a run the images are drawn and the model is untrained: every anchor is looked into.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from refinedet.pipeline.inference.multiscale import detect_by_rules  # noqa: E40
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=int, default=64)
-    parser.add_argument("--run", help="a run's folder: its weights, model and validation shards")
+    parser.add_argument("--run", help="a run's directory: its weights, model and validation shards")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--quick", action="store_true", help="few images, to try the command; times mean nothing")
     parser.add_argument("--json", metavar="OUT")

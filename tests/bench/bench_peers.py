@@ -111,15 +111,15 @@ def main() -> None:
                 round(sum(one.numel() for one in peer.parameters()) / 1e6, 1),
             ]
         )
-    columns = ["", "training, ms an image", "quartiles", "of SSD's"]
-    columns += ["detection, ms an image", "quartiles", "of SSD's", "M parameters"]
+    columns = ["", "training, ms per image", "quartiles", "of SSD's"]
+    columns += ["detection, ms per image", "quartiles", "of SSD's", "M parameters"]
     for row in (columns, *rows):
         print("  ".join(f"{cell!s:>22}" for cell in row))  # noqa: T201
     if options.json:
         where = describe_where(("torchvision", "timm"))
         workload = (
             f"{options.backbone} with random weights, {options.size} pixels, batch {options.batch}, "
-            f"{options.classes} classes, {OBJECTS} objects an image; the peers take turns."
+            f"{options.classes} classes, {OBJECTS} objects per image; the peers take turns."
         )
         save_result(options.json, columns, rows, where, workload=workload, spread="quartiles of the repetitions")
 

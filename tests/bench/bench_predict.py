@@ -29,7 +29,7 @@ import numpy as np
 from tests.bench.record import describe_where, save_result
 
 FRAMES, FRAME_WIDTH, FRAME_HEIGHT = 300, 640, 480
-COLUMNS = ["what", "images", "whole command, s", "an image, ms", "images/s", "peak memory, MB"]
+COLUMNS = ["what", "images", "whole command, s", "ms per image", "images/s", "peak memory, MB"]
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""What grows with the number of ranks: the driver's and a rank's cost of a step, a stall's verdict, saving, resuming.
+"""Costs that grow with the number of ranks: a step for driver and rank, a stall's verdict, saving, resuming.
 
     python -m tests.bench.bench_ranks [--quick] [--json OUT]
 
@@ -67,7 +67,7 @@ class SimulatedWorld(World):
         return values.expand(self.size, -1)
 
     def all_gather_object(self, value: Any) -> list[Any]:
-        return [value]  # what the others say has no fault in it
+        return [value]  # the others' messages have no fault
 
     def broadcast_object(self, value: Any, source: int = 0) -> Any:
         if source != 0:
@@ -106,7 +106,7 @@ def step_record(step: int) -> StepRecord:
 def driver_ms(ranks: int, calls: int) -> dict[str, float]:
     """The driver's work of a step: one message of rank 0, and its share of the loads of all nodes.
 
-    As in a job, every tenth step is logged. MLflow's writing goes on in a thread of the tracker; what it takes of the
+    As in a job, every tenth step is logged. MLflow's writing runs in a thread of the tracker; what it takes of the
     interpreter is measured with it.
     """
     from refinedet.pipeline.cluster.recorder import TrainingRecorder

@@ -3,7 +3,7 @@
     python -m tests.bench.bench_shards [--images 118000] [--objects 7] [--photos 12] [--samples 10000000] [--quick]
         [--json OUT]
 
-The annotation file has COCO's size, seven objects an image with outlines of masks, and is made up. Its images are
+The annotation file has COCO's size, seven objects per image with outlines of masks, and is made up. Its images are
 small, so that time and memory are those of annotations, not of pixels. Memory is the peak of a process of its own. The
 photos of 12 megapixels are drawn, once written as they are and once with `data.max_side`; the stream reads both in
 turns, and its images for each second of CPU time are compared.

@@ -1,8 +1,8 @@
 """The training stream beside torchvision, albumentations, plain JPEG decoding and webdataset's own loader, in one run.
 
-    python tests/bench/bench_stream.py [--coco FOLDER] [--size 512] [--rounds 5] [--turns 8] [--json OUT]
+    python tests/bench/bench_stream.py [--coco DIRECTORY] [--size 512] [--rounds 5] [--turns 8] [--json OUT]
 
-FOLDER is laid out as COCO 2017 (default: ../shared/data/coco-mini). Every contender goes through the same photos in
+DIRECTORY is laid out as COCO 2017 (default: ../shared/data/coco-mini). Every contender goes through the same photos in
 one process with one thread, in turns, and is given images for each second of CPU time: what other processes of the
 machine do disturbs that least. albumentations takes part where it can be imported. Also measured: the stream with two
 workers by the clock, a cold start, and an index of ten million samples in ten thousand shards (opening, seeking,
@@ -191,7 +191,7 @@ def compare(folder: Path, shards: ShardSet, size: int, rounds: int, turns: int) 
 
 
 def measure_workers(shards: ShardSet, size: int, count: int) -> tuple[float, float]:
-    """Seconds to the first batch, workers' start included, and images a second by the clock, of two workers."""
+    """Seconds to the first batch, workers' start included, and images per second by the clock, of two workers."""
     began = time.perf_counter()
     source = stream_images(shards, size, Augmentation(), workers=2)
     next(source)
@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
     if not arguments.coco.is_dir():
-        sys.exit(f"{arguments.coco} does not exist: give a folder laid out as COCO 2017 with --coco")
+        sys.exit(f"{arguments.coco} does not exist: give a directory laid out as COCO 2017 with --coco")
     cv2.setNumThreads(0)
     torch.set_num_threads(1)
     split = Split(images="train2017", annotations="annotations/instances_train2017.json")

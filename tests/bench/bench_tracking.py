@@ -1,10 +1,10 @@
-"""What records cost a training step, and what an outage of MLflow's server costs.
+"""Cost of records in a training step, and of an outage of MLflow's server.
 
     python -m tests.bench.bench_tracking [--there 20] [--away 30] [--every 10] [--spare 0] [--quick] [--json OUT]
 
 The training loop runs in a worker process of a local Ray and sends its records through the job's mailbox, as a job's
 rank 0 does. This process is the driver: recorder, metrics.jsonl and MLflow's outbox, beside a real server. The server
-is there, is killed, and is there again. Steps while it is away are compared with those before and after. Starting the
+runs, is killed, and runs again. Steps while it is away are compared with those before and after. Starting the
 server takes the processor, so steps meanwhile count nowhere. At the end every point must be in the server once.
 --json adds a row to those that OUT has.
 """
@@ -53,8 +53,8 @@ POLL_S = 0.3
 WARMUP_S = 6.0
 QUICKSTART = {"num_classes": 10, "input_size": 128, "backbone": "regnetx_002", "tcb_channels": 128}
 COLUMNS = [
-    "steps there", "steps away", "a step there, s", "a step away, s", "away beside there",
-    "handing a record over, ms", "of a step", "driver's processor time a step, ms", "of the cores", "points missing",
+    "steps with the server", "steps without", "step with the server, s", "step without, s", "without beside with",
+    "handing a record over, ms", "of a step", "driver's processor time per step, ms", "of the cores", "points missing",
     "points twice",
 ]  # fmt: skip
 
@@ -86,7 +86,7 @@ def train_with_records(actor: Any, spec: dict[str, Any], threads: int) -> list[f
 
 @dataclass
 class Block:
-    """Steps of a time in which the server is there, or away."""
+    """Steps of a time in which the server answers, or does not."""
 
     seconds: list[float] = field(default_factory=list)
     processor_s: float = 0.0

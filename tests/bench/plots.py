@@ -45,7 +45,7 @@ TERMS = {
 
 
 def draw_all(folder: Path = RESULTS) -> dict[Path, str]:
-    """SVG of every plot whose result is there."""
+    """SVG of every plot whose result exists."""
     found: dict[Path, str] = {}
     for name, draw in PLOTS.items():
         if (folder / f"{name}.json").exists():

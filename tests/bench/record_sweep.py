@@ -2,7 +2,7 @@
 
     python -m tests.bench.record_sweep jobs/sweeps/NAME.yaml [runs=RUNS]
 
-writes tests/bench/results/NAME.json: what `refinedet compare` prints, and where the runs say they were made.
+writes tests/bench/results/NAME.json: what `refinedet compare` prints, and where the runs were made.
 """
 
 from __future__ import annotations

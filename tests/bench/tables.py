@@ -56,7 +56,7 @@ def read_result(path: Path) -> dict[str, Any]:
 
 
 def render(result: dict[str, Any]) -> str:
-    """What is measured, how and where, above its tables."""
+    """Subject, method and place of a measurement, above its tables."""
     tables = sweep_tables(result["sweep"]) if "sweep" in result else [(result["columns"], result["rows"])]
     return "\n".join(_provenance(result) + [line for table in tables for line in ["", *_markdown(table)]]) + "\n"
 

@@ -1,4 +1,4 @@
-"""What is recorded says where and how it was measured, and is read as a result."""
+"""A record holds where and how it was measured, and is read as a result."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""BENCHMARKS.md and the plots are what the results say, and a result that says too little is refused."""
+"""BENCHMARKS.md and the plots follow from the results, and an incomplete result is refused."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""What people mistype, and words that the answer must have. The files are those of `write_files`."""
+"""Mistakes of typing, and words that the answer must have. The files are those of `write_files`."""
 
 from __future__ import annotations
 

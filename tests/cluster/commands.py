@@ -17,7 +17,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Done:
-    """How a command ended. Output is what it and what it started wrote, whatever the library."""
+    """The end of a command. Output is what it and what it started wrote, whatever the library."""
 
     status: int
     stdout: str

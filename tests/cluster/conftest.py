@@ -1,4 +1,4 @@
-"""One Ray for all tests here: a small cluster, to which this process is connected too where a test asks for it."""
+"""One Ray for all tests here: a small cluster, to which this process is connected too where a test requires it."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Real Ray clusters for tests, with token authentication: one host, or two that only a network joins.
 
 The two hosts are network namespaces joined by a veth pair; a second pair joins the first of them to this process, as a
-laptop is joined to a cluster's head. They share the machine's processes and files, so a folder is their shared storage.
-Every cluster has its own ports, folder and token, and nothing is left of it, however the test ends.
+laptop is joined to a cluster's head. They share the machine's processes and files, a directory is their shared storage.
+Every cluster has its own ports, directory and token, and nothing is left of it, however the test ends.
 
     with two_hosts(tmp_path) as cluster:
         cluster.outside("submit", "job.yaml", "--address", cluster.dashboard)   # refinedet, as on a laptop
@@ -58,7 +58,7 @@ class Host:
 
     @property
     def node_name(self) -> str:
-        """Another at every start: Ray remembers dead nodes, and takes a while to know that they are dead."""
+        """Another at every start: Ray remembers dead nodes, and takes a while to find that they are dead."""
         return f"{self.name}-{self.starts}"
 
     def command(self, *arguments: str) -> list[str]:
@@ -123,7 +123,7 @@ class RayCluster:
 
     @property
     def environment(self) -> dict[str, str]:
-        """Environment of a client that knows the token."""
+        """Environment of a client with the token."""
         kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         return kept | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": self.token}
 
@@ -160,7 +160,7 @@ class RayCluster:
         raise AssertionError(f"Ray did not start on {host.name}: {log.read_text()[-3000:]}")
 
     def kill(self, host: Host) -> None:
-        """Take a host away as a power cut does: its raylet first, so that Ray cannot say goodbye, then all else."""
+        """Take a host away as a power cut does: its raylet first, so that Ray cannot sign off, then all else."""
         running = host.processes()
         host.raylet().kill()
         self._end(running)
@@ -198,7 +198,7 @@ class RayCluster:
             *(sys.executable, "-m", "ray.scripts.scripts", "start", "--block"),
             *(f"--node-ip-address={host.address}", f"--node-name={host.node_name}", f"--num-cpus={host.num_cpus}"),
             f"--object-store-memory={_OBJECT_STORE_BYTES}",
-            # One folder each: in a shared one a node clears away the code of jobs that run on the other.
+            # One directory each: in a shared directory a node deletes the code of jobs that run on the other.
             f"--temp-dir={self.folder / host.name}",
         ]
         for option, value in (("resources", host.resources), ("labels", host.labels)):
@@ -259,7 +259,7 @@ def _sweep() -> None:
 
 
 def reason_against_two_hosts() -> str | None:
-    """Why this machine cannot play two hosts; None where it can."""
+    """The reason why this machine cannot play two hosts; None where it can."""
     if os.geteuid() != 0:
         return "needs root, to make network namespaces"
     if shutil.which("ip") is None:
@@ -296,7 +296,7 @@ def one_host(
 def two_hosts(
     *, head_cpus: int = 1, worker_cpus: int = 1, worker: Mapping[str, str] | None = None
 ) -> Iterator[RayCluster]:
-    """A head and a worker node on hosts of their own. Ask `reason_against_two_hosts` before.
+    """A head and a worker node on hosts of their own. Call `reason_against_two_hosts` before.
 
     worker  further fields of the worker's `Host`: resources, labels
     """
@@ -347,7 +347,7 @@ def _ip(*arguments: str) -> None:
 
 
 def _own_address() -> str:
-    """The one that Ray takes where it is told 127.0.0.1: the address towards the outside. Nothing is sent."""
+    """The one that Ray takes for 127.0.0.1: the address towards the outside. Nothing is sent."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("192.0.2.1", 9))

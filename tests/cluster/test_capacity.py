@@ -1,4 +1,4 @@
-"""Whether a cluster can hold a job: answers worked out by hand, and by trying every way to place the workers."""
+"""The capacity of a cluster for a job: answers worked out by hand, and by trying every way to place the workers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a client meets at an address: other versions, certificates, proxies, something that is no Ray at all."""
+"""Answers that a client meets at an address: other versions, certificates, proxies, something that is no Ray at all."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ NODES = [
 
 
 class FakeDashboard(ThreadingHTTPServer):
-    """Answers what a test tells it to, and keeps what it was asked: (target, headers)."""
+    """Answers as a test prescribes, and keeps what it received: (target, headers)."""
 
     def __init__(self, answers: dict[str, object]) -> None:
         self.answers, self.asked = answers, []

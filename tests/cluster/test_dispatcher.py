@@ -22,7 +22,7 @@ CHUNKS = [Chunk(index, 2 * index, 2 * index + 2) for index in range(6)]
 
 
 class Worker:
-    """Does what `act` says with chunk 2, once in a test, or always."""
+    """Does `act` with chunk 2, once in a test, or always."""
 
     def __init__(self, act: str, mark: str, *, always: bool) -> None:
         self.act, self.mark, self.always = act, Path(mark), always
@@ -62,7 +62,7 @@ def dispatch(folder: Path, act: str, *, workers: int = 1, always: bool = False) 
         return worker, worker.begin.remote()
 
     dispatcher = Dispatcher(
-        start, workers=workers, max_failures=1, resource_timeout_s=60, stop=threading.Event(), tell=said.append
+        start, workers=workers, max_failures=1, resource_timeout_s=60, stop=threading.Event(), report=said.append
     )
     done = [chunk.index for chunk, _ in dispatcher.run(CHUNKS)]
     for worker in dispatcher.idle:

@@ -41,7 +41,7 @@ VICTIM = 2
 
 
 class FaultyWorker(DetectionWorker):
-    """Strikes once in a run, as the file beside the run's output says; storage is away for all workers at once."""
+    """Strikes once in a run, by the file beside the run's output; storage is away for all workers at once."""
 
     def __init__(self, spec: dict[str, Any]) -> None:
         super().__init__(spec)

@@ -55,7 +55,7 @@ NUM_IMAGES, IMAGES_PER_CHUNK = 24, 4
 
 
 def make_run(folder: Path, **changes: Any) -> Run:
-    """A run that looks trained: shards, ground truth and weights (random ones) are there."""
+    """A run that looks trained: shards, ground truth and weights (random ones) exist."""
     values = {
         "name": "r",
         "runs": str(folder),
@@ -88,7 +88,7 @@ def detect(run: Run, job: DetectionJob, told: list[str] | None = None):
             job,
             pool,
             on_progress=lambda done, total: seen.append(done),
-            tell=(told if told is not None else []).append,
+            report=(told if told is not None else []).append,
             stop=threading.Event(),
         )
     assert seen[-1] == len(job.image_ids)
@@ -168,7 +168,7 @@ def test_a_killed_worker_and_a_cut_file_cost_a_chunk_each_and_no_digit(
     told: list[str] = []
     disturbed = detect(many, same_job, told)
     killer.join()
-    assert killer.killed, "nobody was killed, so that this shows nothing"
+    assert killer.killed, "no worker was killed, so that this shows nothing"
     assert len(told) == 1, told
     assert "died (" in told[0]
     assert disturbed.damaged == [str(cut)]
@@ -359,7 +359,7 @@ def test_mistakes_are_met_before_a_worker_starts(shapes_run: Run, tmp_path: Path
     other = RefineDet(shapes_run.spec.model).state_dict()
     name = next(name for name in other if name.startswith("tcb"))
     torch.save({key: value for key, value in other.items() if key != name}, tmp_path / "part.pth")
-    with pytest.raises(UserError, match=rf"1 of its tensors are not there in that shape, such as {name}"):
+    with pytest.raises(UserError, match=rf"1 of its tensors do not exist in that shape, such as {name}"):
         evaluate_run(folder, "single", weights=str(tmp_path / "part.pth"), output=output)
     with pytest.raises(UserError, match="have 10 categories, the model has 3"):
         evaluate_run(folder, "single", overrides=["model.num_classes=3"], output=output)

@@ -14,7 +14,7 @@ from refinedet.pipeline.drills.bench import STEPS, Bench
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(1800)]
 
-SIZE_MIB = 1400  # the preflight asks for 1 GiB
+SIZE_MIB = 1400  # the preflight requires 1 GiB
 INTERVAL = 4
 
 

@@ -1,4 +1,4 @@
-"""How a job's MLflow run ends, by the error that ended the job; without Ray and without a store."""
+"""The end of a job's MLflow run, by the error that ended the job; without Ray and without a store."""
 
 from __future__ import annotations
 

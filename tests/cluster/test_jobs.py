@@ -1,4 +1,4 @@
-"""What travels with a submitted job, and what may not."""
+"""The files that travel with a submitted job, and those that may not."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_a_full_disk_here_is_not_put_down_to_the_cluster(monkeypatch: pytest.Mon
 
 
 def test_code_that_travelled_comes_before_an_installation(tmp_path: Path) -> None:
-    """Workers and driver start with the folder on PYTHONPATH, as Ray sets it for a working_dir."""
+    """Workers and driver start with the directory on PYTHONPATH, as Ray sets it for a working_dir."""
     stage_code(tmp_path, make_spec())
     program = "import importlib.util as i; print(i.find_spec('refinedet.pipeline').origin)"
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}

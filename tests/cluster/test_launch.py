@@ -146,7 +146,7 @@ SAID = [
 
 @pytest.fixture(scope="module")
 def mistakes(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Done]:
-    """What becomes of every mistake, by what the message has to say."""
+    """The outcome of every mistake, by words of its message."""
     folder = tmp_path_factory.mktemp("mistakes")
     spec = yaml.safe_load(bench.write_spec("mistake").read_text()) | {"runs": "runs"}
     del spec["data"]["shards"]

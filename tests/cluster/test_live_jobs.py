@@ -78,7 +78,7 @@ def steps(run: Path) -> list[int]:
 
 
 def metrics_of(cluster: RayCluster) -> str:
-    """What Prometheus would collect: every target that the dashboard's service discovery names."""
+    """The targets of Prometheus: all that the dashboard's service discovery names."""
 
     def fetch(url: str) -> str:
         request = urllib.request.Request(url, headers={"Authorization": f"Bearer {cluster.token}"})
@@ -162,7 +162,7 @@ def test_a_job_that_fails_says_why_through_its_log(cluster: RayCluster, client: 
 
 
 def check_nothing_secret(cluster: RayCluster, client: JobsClient, folder: Path) -> None:
-    """Neither the cluster's token nor its storage key is in what a job leaves, or in what Ray says of it."""
+    """Neither the cluster's token nor its storage key is in what a job leaves, or in what Ray prints of it."""
     session = cluster.folder / "head" / "session_latest" / "logs"
     left = [path for root in (folder, session) for path in root.rglob("*") if path.is_file()]
     assert any(path.name == "mlflow.db" for path in left)
@@ -200,5 +200,5 @@ def test_what_the_cluster_cannot_hold_is_refused_at_once(
 
 
 def test_a_job_that_is_not_there_is_named_with_those_that_are(client: JobsClient) -> None:
-    with pytest.raises(UserError, match="knows no job 'nobody'; runs there: "):
-        client.find("nobody")
+    with pytest.raises(UserError, match="has no job 'unknown'; its runs: "):
+        client.find("unknown")

@@ -42,7 +42,7 @@ def cluster() -> Iterator[RayCluster]:
 
 
 class Job:
-    """A job that runs on the head of the cluster, and what it leaves in its folder."""
+    """A job that runs on the head of the cluster, and what it leaves in its directory."""
 
     def __init__(self, cluster: RayCluster, folder: Path, fault: str) -> None:
         training = {**SPEC["training"], "epochs": EPOCHS, "checkpoint_every_steps": INTERVAL}
@@ -95,7 +95,7 @@ def test_a_job_outlives_the_nodes_it_runs_on(cluster: RayCluster, tmp_path: Path
         assert first["address"] == cluster.worker.address
         cluster.kill(cluster.worker)
 
-        # The job goes on, on the host that is left, from the checkpoint before: an interval back, no more.
+        # The job continues, on the host that is left, from the checkpoint before: an interval back, no more.
         job.wait_for(lambda: job.events("resumed"))
         resumed = job.events("resumed")[0]["step"]
         assert resumed == HELD_AT - INTERVAL, "the last checkpoint that was committed"
@@ -103,13 +103,13 @@ def test_a_job_outlives_the_nodes_it_runs_on(cluster: RayCluster, tmp_path: Path
         assert job.places()[-1]["address"] == cluster.head.address
         assert len(job.events("restarted")) == 1
 
-        # The host is back: Ray Train goes on with both, from the last checkpoint.
+        # The host is back: Ray Train continues with both, from the last checkpoint.
         cluster.start(cluster.worker)
         job.wait_for(lambda: len(job.events("resumed")) == 2)
         saved = job.events("resumed")[1]["step"]
         assert {place["address"] for place in job.places()[-2:]} == {cluster.head.address, cluster.worker.address}
 
-        # Its cloud announces that the host will be taken away: the job saves, and goes on with the other.
+        # Its cloud announces that the host will be taken away: the job saves, and continues with the other.
         job.wait_for(lambda: job.steps()[-1] > saved)
         (node,) = (place["node"] for place in job.places()[-2:] if place["address"] == cluster.worker.address)
         with watched(cluster, cluster.worker, node, tmp_path) as (notice, watcher, log):

@@ -1,4 +1,4 @@
-"""What MLflow has of the steps of a run whose driver was killed before it had delivered them."""
+"""MLflow's record of the steps of a run whose driver was killed before it had delivered them."""
 
 from __future__ import annotations
 

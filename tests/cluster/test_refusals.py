@@ -34,7 +34,7 @@ def refusal(command: Any, *arguments: Any, **options: Any) -> str:
 def test_one_refusal_for_every_command(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"name": "r", "runs": "s3://bucket/runs", "data": {"format": "shapes", "train": [{"count": 4}]}}
     spec = JobSpec.model_validate(values | changes)
-    monkeypatch.setattr(jobs, "connect", lambda address: None)  # a refused job asks no cluster
+    monkeypatch.setattr(jobs, "connect", lambda address: None)  # a refused job calls no cluster
     with ProgressDisplay() as display:
         said = refusal(launch, spec, display=display)
     assert refusal(JobsClient("http://head:8265").submit, spec) == said

@@ -62,7 +62,7 @@ def test_a_job_that_torchrun_began_and_sigterm_stopped_ends_under_ray_bitwise(be
         assert time.monotonic() < deadline, (tmp_path / "split.log").read_text()
         time.sleep(0.1)
     first.send_signal(signal.SIGTERM)
-    first.wait(120)  # torchrun's own status tells of the signal, whatever its workers did
+    first.wait(120)  # torchrun's own status is the signal's, whatever its workers did
     last = steps_of(run)[-1]
     assert 3 <= last < STEPS
     assert f"saved at step {last}" in (tmp_path / "split.log").read_text()

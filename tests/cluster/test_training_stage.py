@@ -1,4 +1,4 @@
-"""What the train stage makes of its workers' messages and ends; Ray Train is played, its real self is in the drills."""
+"""The train stage's answers to its workers' messages and ends, without Ray Train, which is in the drills."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_a_resume_says_how_many_steps_are_done_again(tmp_path: Path) -> None:
 
 
 def test_a_new_number_of_workers_is_told_with_the_checkpoint_it_starts_from(tmp_path: Path) -> None:
-    saved = Event("saved", 6, "checkpoint of step 4 is committed", {"step": 4})  # told two steps later
+    saved = Event("saved", 6, "checkpoint of step 4 is committed", {"step": 4})  # reported two steps later
     training, told = make(tmp_path, ([STARTED, saved, STARTED], FINISHED))
     training.train()
     assert "from the checkpoint of step 4" in next(event.message for event in told if event.kind == "resized")

@@ -41,7 +41,7 @@ def cluster() -> Iterator[RayCluster]:
 
 
 def arguments(cluster: RayCluster, folder: Path, name: str) -> list[str]:
-    """Of `refinedet submit`: the quickstart, smaller, its runs in a folder that both hosts see."""
+    """Of `refinedet submit`: the quickstart, smaller, its runs in a directory that both hosts see."""
     return [str(QUICKSTART), f"name={name}", f"runs={folder}", *SMALLER, "--address", cluster.dashboard]
 
 

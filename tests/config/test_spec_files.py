@@ -25,7 +25,7 @@ def test_every_job_resolves_and_survives_a_round_trip(path: Path) -> None:
 def test_every_job_opens_with_what_a_user_needs(path: Path) -> None:
     head = "".join(line for line in path.read_text().splitlines(keepends=True) if line.startswith("#"))
     for word in ("Command:", "Hardware:", "Expected", "Time"):
-        assert word in head, f"{path.name} does not say {word}"
+        assert word in head, f"{path.name} does not have {word}"
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What a run starts from, checked before anything starts."""
+"""The start of a run, checked before anything starts."""
 
 from pathlib import Path
 from typing import Any

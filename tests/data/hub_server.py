@@ -1,4 +1,4 @@
-"""A small Hugging Face hub: it serves directories as data sets, by the addresses that the hub's client asks for."""
+"""A small Hugging Face hub: it serves directories as data sets, by the addresses of the hub's client."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 """An S3 endpoint on loopback that can be killed and started again: `python object_store.py PORT FOLDER [SUFFIX COUNT]`.
 
-It serves one bucket, `bucket`, holding the files of FOLDER, before its port opens. With SUFFIX it dies in the middle
+It serves one bucket, `bucket`, holding the files of DIRECTORY, before its port opens. With SUFFIX it dies in the middle
 of its COUNT-th answer with the content of an object of that suffix.
 """
 

@@ -1,4 +1,4 @@
-"""Pixels and boxes stay together through every transform; what is drawn is what section 4 of the release says."""
+"""Pixels and boxes stay together through every transform; what is drawn follows section 4 of the release."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def marked_image(box: tuple[int, int, int, int]) -> np.ndarray:
 
 
 def edges_of_marker(image: np.ndarray, box: np.ndarray) -> np.ndarray:
-    """Where the marker's four edges are, to a fraction of a pixel: its profile from the middle out, at half height."""
+    """Places of the marker's four edges, to a fraction of a pixel: its profile from the middle out, at half height."""
     bright = image[..., 0].astype(np.float64)
     bright[(image != image[..., :1]).any(-1)] = 0  # the mean border is not grey
     x1, y1, x2, y2 = box
@@ -301,7 +301,7 @@ def coloured_picture(label: int, rng: np.random.Generator) -> Picture:
 
 
 def box_of_colour(image: np.ndarray, label: int) -> np.ndarray | None:
-    """What of an image is nearer to a colour than to black."""
+    """The pixels that are nearer to a colour than to black."""
     near = np.abs(image.astype(int) - COLOURS[label]).max(-1) < 128
     rows, columns = np.flatnonzero(near.any(1)), np.flatnonzero(near.any(0))
     return np.array([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]) if len(rows) else None
@@ -323,7 +323,7 @@ def test_boxes_follow_pixels_through_mosaic() -> None:
                 assert seen is not None
                 np.testing.assert_allclose(found[label], seen, atol=1)
                 kept += 1
-            else:  # cut: nothing of it is seen, or it goes on beyond its tile
+            else:  # cut: nothing of it is seen, or it continues beyond its tile
                 edges = {0, 1, width - 1, width, height - 1, height}
                 edges |= {side + by for side in meeting for by in (-1, 0, 1)}
                 assert seen is None or edges & set(seen.tolist())

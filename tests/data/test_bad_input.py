@@ -255,7 +255,7 @@ def test_an_image_of_another_size_than_annotated_is_left_out(
     data = coco_folder(3)
     (tmp_path / "images" / "2.jpg").write_bytes(jpeg(64, 48))
     shards, faults = prepared(data, tmp_path)
-    assert ["48 x 64 pixels, its annotations say 64 x 48" in fault["reason"] for fault in faults] == [True]
+    assert ["48 x 64 pixels, its annotations have 64 x 48" in fault["reason"] for fault in faults] == [True]
     assert shards.num_samples == 2
 
 
@@ -282,7 +282,7 @@ def test_names_that_point_out_of_the_tar_are_found_and_never_followed(coco_folde
     assert {"../x.jpg", "/etc/x.json"} <= {fault.key for fault in faults}
     assert not (tmp_path / "x.jpg").exists()
     assert expand_tar(file.getvalue())["__key__"] == "../x"
-    with pytest.raises(UserError, match="is damaged"):  # the bytes are not where the index says, and not what it says
+    with pytest.raises(UserError, match="is damaged"):  # place and content of the bytes differ from the index
         list(EvaluationSamples(shards))
 
 

@@ -168,7 +168,7 @@ def write_parquet(root: Path, images: dict[str, bytes]) -> tuple[str, Split]:
 
 
 def write_plain_parquet(root: Path, images: dict[str, bytes]) -> tuple[str, Split]:
-    """As the package `datasets` writes it, without the package."""
+    """A file as the package `datasets` writes it, without the package."""
     pyarrow = pytest.importorskip("pyarrow")
     from pyarrow import parquet
 

@@ -105,7 +105,7 @@ def test_shapes_are_a_coco_data_set(tmp_path: Path) -> None:
         assert y + h <= image["height"] + 0.01
         mask = coco.annToMask(annotation)
         rows, columns = np.nonzero(mask)
-        # The mask fills its box: the outline or run lengths say the same as the box.
+        # The mask fills its box: the outline or run lengths agree with the box.
         assert abs(columns.min() - x) <= 2
         assert abs(columns.max() + 1 - x - w) <= 2
         assert abs(rows.min() - y) <= 2
@@ -129,7 +129,7 @@ def test_shapes_are_a_coco_data_set(tmp_path: Path) -> None:
 
 
 def test_ground_truth_is_written_again_for_other_shards(coco_folder: Callable[..., Data], tmp_path: Path) -> None:
-    """A user who mends annotations gets other shards, and must not be measured by the boxes of before."""
+    """A user who corrects annotations gets other shards, and must not be measured by the boxes of before."""
     path, data = tmp_path / "truth.json", coco_folder(4)
     write_coco_annotations(prepare_shards(data, "train", str(tmp_path / "first")), str(path))
     written = path.stat().st_mtime_ns

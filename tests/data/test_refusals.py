@@ -1,4 +1,4 @@
-"""Data that cannot be what it is said to be: refused, or counted and logged, never silent."""
+"""Data that contradicts its description: refused, or counted and logged, never silent."""
 
 from __future__ import annotations
 

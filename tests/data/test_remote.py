@@ -39,7 +39,7 @@ class Store:
         self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, folder: Path, *dying: str) -> None:
-        """Serve the files of a folder. dying: suffix and number of the answer in which it dies."""
+        """Serve the files of a directory. dying: suffix and number of the answer in which it dies."""
         command = [sys.executable, str(HERE / "object_store.py"), str(self.port), str(folder), *dying]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 120

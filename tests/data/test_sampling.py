@@ -1,4 +1,4 @@
-"""How often samples occur: exact totals, expected counts, LVIS's factors, balance, and shards that do not change."""
+"""Frequencies of samples: exact totals, expected counts, LVIS's factors, balance, and shards that do not change."""
 
 from __future__ import annotations
 

@@ -40,7 +40,7 @@ class Page:
 
 
 def pages(client: MlflowClient, run: Run) -> dict[str, Page]:
-    """What the documentation shows of a run, by the name of the picture."""
+    """The documentation's pictures of a run, by name."""
     here = f"experiments/{run.info.experiment_id}/runs/{run.info.run_id}"
     query = f"tags.`mlflow.parentRunId` = '{run.info.run_id}' and attributes.run_name = 'pictures'"
     (pictures, *_) = client.search_runs([run.info.experiment_id], query)

@@ -127,7 +127,7 @@ def texts(notebook: nbformat.NotebookNode) -> list[str]:
 
 
 def run_python_of(page: str, where: Path) -> str:
-    """What the first block of Python of a page prints, executed in a directory."""
+    """The output of a page's first block of Python, executed in a directory."""
     code = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)[0]
     done = subprocess.run([sys.executable, "-c", code], cwd=where, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The numbers that count: pycocotools itself, and faster-coco-eval, as judges of our own evaluation."""
+"""The numbers that count: pycocotools itself, and faster-coco-eval, as references of our own evaluation."""
 
 from __future__ import annotations
 

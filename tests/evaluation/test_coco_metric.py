@@ -71,7 +71,7 @@ def hundred_images(request) -> Known:
 
 
 def evaluate_in_parts(truth: dict[str, Any], rows: list[dict[str, Any]], workers: int) -> dict[str, float]:
-    """As `workers` would: each matches its images, the parts come back in another order."""
+    """The result of `workers`: each matches its images, the parts come back in another order."""
     known, table = GroundTruth.of(truth), DetectionTable.of(rows)
     parts = []
     for worker in range(workers):

@@ -135,12 +135,12 @@ def test_what_cannot_be_measured_is_a_dash_and_errors_are_explained(tmp_path):
     assert json.loads(paths[2].read_text())["diagnosis"]["ap_all_fixed"] == 1
     truth["images"][0]["neg_category_ids"] = []
     paths[1].write_text(json.dumps(truth))
-    with pytest.raises(UserError, match="which the diagnosis has no rule for; leave out --diagnose"):
+    with pytest.raises(UserError, match="which the diagnosis does not support; remove --diagnose"):
         CliRunner().invoke(app, [*arguments, "--metric", "lvis"], catch_exceptions=False)
 
 
 def test_bad_input_in_files(files, tmp_path):
-    """What a file can hold, read as the command reads it."""
+    """Possible contents of a file, read as the command reads them."""
     annotations = files[1]
     known = json.loads((tmp_path / "truth.json").read_text())
     rows = json.loads((tmp_path / "detections.json").read_text())

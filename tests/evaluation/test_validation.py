@@ -146,7 +146,7 @@ def test_a_rank_that_fails_fails_all_and_is_named(model, shards, truth):
 
 
 def _decode_leniently(content: bytes) -> tuple[np.ndarray | None, str | None]:
-    """What OpenCV makes of an image: the missing rest of a JPEG is grey."""
+    """OpenCV's reading of an image: the missing rest of a JPEG is grey."""
     return cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR), None
 
 

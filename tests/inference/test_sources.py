@@ -1,4 +1,4 @@
-"""What people name is what is read: files, directories, patterns, lists, standard input, URLs, videos."""
+"""Every named source is read: files, directories, patterns, lists, standard input, URLs, videos."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """The fields of KubeRay's resources that our manifests set, with their types, in `tests/golden/kuberay_fields.json`.
 
-    python -m tests.infra.kuberay_definitions FOLDER
+    python -m tests.infra.kuberay_definitions DIRECTORY
 
-FOLDER holds KubeRay's own definitions, `ray.io_rayjobs.yaml` and `ray.io_rayclusters.yaml`. They have 2 MB; what is
+DIRECTORY holds KubeRay's own definitions, `ray.io_rayjobs.yaml` and `ray.io_rayclusters.yaml`. They have 2 MB; what is
 kept of them is what a field of ours is checked by. Run it again when a manifest sets a field that it did not.
 """
 

@@ -190,7 +190,7 @@ def test_every_metric_that_is_shown_or_alerted_on_is_kept():
 
 
 def test_alerts_reach_a_receiver_that_exists():
-    """What Prometheus sends to, Alertmanager listens at; every route names a receiver; no URL of one is in the file."""
+    """The address that Prometheus sends to is Alertmanager's; every route names a receiver, without its URL."""
     services = yaml.safe_load((INFRA / "monitoring" / "compose.yaml").read_text())["services"]
     (listened,) = (word for word in services["alertmanager"]["command"] if word.startswith("--web.listen-address="))
     sent = yaml.safe_load((INFRA / "monitoring" / "prometheus.yml").read_text())["alerting"]["alertmanagers"]

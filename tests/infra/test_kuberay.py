@@ -51,7 +51,7 @@ def _groups(document: dict) -> dict[str, dict]:
 
 
 def _strict(schema):
-    """A CRD's OpenAPI schema as JSON schema, in which a field that is not there is an error, not dropped in silence."""
+    """A CRD's OpenAPI schema as JSON schema, in which an unknown field is an error, not dropped in silence."""
     if isinstance(schema, list):
         return [_strict(item) for item in schema]
     if not isinstance(schema, dict):

@@ -209,7 +209,7 @@ def test_a_run_is_held_by_postgresql_and_the_store_through_an_outage(database, s
         tracker.log_dataset("shapes", "d" * 64, context="training", source="s3://bucket/shards", num_samples=5)
         tracker.log_metrics(1, {"loss/total": 3.0})
         assert tracker.flush()
-    tracker.log_metrics(2, {"loss/total": 2.0})  # nobody is there
+    tracker.log_metrics(2, {"loss/total": 2.0})  # no server answers
     time.sleep(5)
     with _server(database, store, folder, port):
         tracker.log_metrics(3, {"loss/total": 1.0})
@@ -220,7 +220,7 @@ def test_a_run_is_held_by_postgresql_and_the_store_through_an_outage(database, s
         again = RunTracker(spec, name="job", run_dir=str(runs / "job"), runs=str(runs))
         assert again.resumed
         assert again.finish("KILLED", "asked to stop")
-    assert "does not answer; the run goes on" in caplog.text
+    assert "does not answer; the run continues" in caplog.text
 
     with contextlib.closing(psycopg2.connect(database)) as connection, connection.cursor() as cursor:
         cursor.execute("SELECT step, value FROM metrics WHERE key = 'loss/total' ORDER BY step")

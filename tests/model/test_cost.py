@@ -22,7 +22,7 @@ def test_cost_of_the_paper_s_smallest_model():
 
 
 def test_align_conv_is_counted_as_it_runs_not_as_it_is_exported():
-    """It keeps its features, as a plain convolution does; sampled columns would be nine times those."""
+    """AlignConv keeps its features, as a plain convolution does; sampled columns would be nine times those."""
     small = {"num_classes": 3, "input_size": 128, "backbone": "resnet18"}
     align, vanilla = (count_cost(RefineDetConfig(**small, head=head)) for head in ("align", "vanilla"))
     assert align.activation_bytes == vanilla.activation_bytes
@@ -57,7 +57,7 @@ def test_an_image_of_training_costs_three_times_what_torch_counts_forward():
 
 
 def test_a_worker_among_others_counts_what_one_alone_does(monkeypatch: pytest.MonkeyPatch):
-    """It must not wait for the others: rank 0 counts, while they do something else."""
+    """Counting must not wait for the others: rank 0 counts, while they do something else."""
     config = RefineDetConfig(num_classes=3, input_size=64, backbone="resnet18", norm="frozen")
     alone = count_cost(config)
     monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)

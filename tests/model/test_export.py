@@ -69,7 +69,7 @@ def assert_same_detections(model, images, boxes, scores):
     for one, eager in zip(ours, model.detect(images), strict=True):
         assert len(one.scores) == len(eager.scores)
         assert (one.scores - eager.scores).abs().max() < 1e-3
-        # Every detection is there; two that score alike to the last digits may change places.
+        # Every detection exists; two that score alike to the last digits may change places.
         distance = (one.boxes[:, None] - eager.boxes).abs().amax(-1)
         distance[one.labels[:, None] != eager.labels] = torch.inf
         assert distance.amin(1).max() < 1e-3

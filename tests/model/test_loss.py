@@ -204,7 +204,7 @@ def test_adm_loss_gives_the_arm_no_gradient(build, batch):
 
 @pytest.mark.parametrize("normalization", ["per_module", "arm"])
 def test_sums_of_the_parts_are_those_of_the_whole(build, batch, normalization):
-    """What a global batch in parts needs: sums and positives add up, and one division gives equation 1."""
+    """Parts of a global batch: sums and positives add up, and one division gives equation 1."""
     model = build(loss_normalization=normalization).eval()
     images, targets = batch
     whole = detection_loss(model(images, targets), targets, model.config)

@@ -249,9 +249,9 @@ def test_splits_that_are_trained_and_validated_on_are_said(tmp_path: Path) -> No
 
 
 def header_of(path: Path) -> dict[str, str]:
-    """What the comment a spec opens with says, by "Command", "Hardware", "Expected", "Time"."""
+    """The parts of the comment a spec opens with, by "Command", "Hardware", "Expected", "Time"."""
     fields = {}
-    for line in re.sub(r" \\\n# +", " ", path.read_text()).splitlines():  # a command may go on in the next line
+    for line in re.sub(r" \\\n# +", " ", path.read_text()).splitlines():  # a command may continue in the next line
         if not line.startswith("#"):
             break
         if found := re.match(r"# (Command|Hardware|Expected|Time): +(.+)", line):

@@ -1,4 +1,4 @@
-"""A run folder as a job leaves it, without a job: numbers and pictures made up from a seed."""
+"""A run directory as a job leaves it, without a job: numbers and pictures made up from a seed."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def write_run(
 
 
 def images(folder: Path):
-    """What loads the made-up pictures of the run in `folder`, as `build_report` wants it."""
+    """A loader of the made-up pictures of the run in `folder`, for `build_report`."""
     truth = json.loads((folder / "ground_truth.json").read_text())
     by_id = {image["id"]: image for image in truth["images"]}
 

@@ -78,7 +78,7 @@ frame.srcdoc = JSON.parse(document.querySelector("script").textContent);
 
 
 def _measure(page: str, width: int, tmp_path, *, dark: bool = False) -> dict:
-    """What the browser makes of `page` in a frame `width` pixels wide."""
+    """The browser's layout of `page` in a frame `width` pixels wide."""
     harness = tmp_path / f"harness{width}.html"
     frame = f'<iframe style="width:{width}px;height:900px;border:0"></iframe>'
     content = json.dumps(page).replace("</", "<\\/")

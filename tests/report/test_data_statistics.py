@@ -1,4 +1,4 @@
-"""The report's table of the data: the annotations, and beside them what the shards say."""
+"""The report's table of the data: the annotations, and the shards' numbers beside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How commands end: a status, and one sentence for whoever ran them."""
+"""The end of a command: a status, and one sentence for whoever ran them."""
 
 from __future__ import annotations
 

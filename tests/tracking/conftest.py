@@ -9,7 +9,7 @@ from refinedet.pipeline.config.spec import Tracking
 
 @pytest.fixture(scope="session", autouse=True)
 def no_tracking_uri():
-    """Whatever the developer's own environment says, tests write to stores of their own."""
+    """Tests write to stores of their own, whatever the developer's environment holds."""
     with pytest.MonkeyPatch.context() as patch:
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         yield
@@ -27,7 +27,7 @@ def empty_store(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def runs(tmp_path, empty_store) -> Path:
-    """A runs folder with a store of its own."""
+    """A directory of runs with a store of its own."""
     folder = tmp_path / "runs"
     folder.mkdir()
     shutil.copy(empty_store, folder / "mlflow.db")

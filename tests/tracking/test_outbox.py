@@ -8,7 +8,7 @@ from refinedet.pipeline.tracking.outbox import Outbox, Point
 
 
 class Server:
-    """Receives points; away until told otherwise."""
+    """Receives points; away until set otherwise."""
 
     def __init__(self) -> None:
         self.away = threading.Event()
@@ -50,7 +50,7 @@ def test_an_outage_loses_nothing_and_is_said_once(server, caplog):
     assert outbox.close(5)
     assert server.points == _points(0, 20)
     assert [record.message for record in caplog.records].count(
-        "The tracking server does not answer; the run goes on, deliveries wait."
+        "The tracking server does not answer; the run continues, deliveries wait."
     ) == 1
     assert outbox.num_lost == 0
 

@@ -40,7 +40,7 @@ class TinyLosses:
 
 @dataclass(frozen=True)
 class TinySums:
-    """As `LossSums`: sums over images, divided by their number in all parts of the global batch."""
+    """Stand-in for `LossSums`: sums over images, divided by their number in all parts of the global batch."""
 
     fit: Tensor
     size: Tensor

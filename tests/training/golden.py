@@ -2,7 +2,7 @@
 
     python -m tests.training.golden
 
-writes tests/golden/losses.json. Run it after a change that is meant to change them, and say why in the commit.
+writes tests/golden/losses.json. Run it after a change that is meant to change them, and give the reason in the commit.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def main() -> None:
 
 
 def describe_machine() -> str:
-    """What decides how sums are rounded."""
+    """The facts that decide how sums are rounded."""
     return f"{torch.backends.cpu.get_cpu_capability()}, torch {torch.__version__}"
 
 

@@ -1,4 +1,4 @@
-"""Real processes are killed, frozen, slowed and stopped; training goes on as if nothing had been."""
+"""Real processes are killed, frozen, slowed and stopped; training continues as if nothing had been."""
 
 from __future__ import annotations
 

@@ -24,7 +24,7 @@ from tests.training.workers import run_together
 
 
 class ListLink:
-    """Keeps messages, and asks for a stop in the step `stop_at`."""
+    """Keeps messages, and requests a stop in the step `stop_at`."""
 
     def __init__(self, stop_at: int | None = None) -> None:
         self.steps: list[StepRecord] = []

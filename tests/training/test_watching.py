@@ -122,7 +122,7 @@ def test_half_a_page_of_the_ledger_is_no_attempt(tmp_path: Path) -> None:
 
 
 def test_a_stall_is_told_of_where_storage_is_away(world: World, tmp_path: Path) -> None:
-    (tmp_path / "stalls").write_text("a file where a folder should be")
+    (tmp_path / "stalls").write_text("a file in place of a directory")
     told: list[StallVerdict] = []
     watchdog = Watchdog(str(tmp_path), world, StepClock(world.device), 0.2, told.append)
     while not told:
@@ -165,7 +165,7 @@ def test_where_rank_0_gives_no_verdict_it_is_named(tmp_path: Path) -> None:
 
 
 class ThreeRanks:
-    """One of three ranks that share a folder; collectives give what the others would."""
+    """One of three ranks that share a directory; collectives give what the others would."""
 
     size, device = 3, torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""What the preflight finds: on one worker, on two, and in facts that no test machine can give."""
+"""Findings of the preflight: on one worker, on two, and in facts that no test machine can give."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def test_a_full_disk_is_named(world: World, tmp_path: Path, monkeypatch: pytest.
 
 @pytest.mark.dist
 def test_two_workers_agree_on_what_one_of_them_found(tmp_path: Path) -> None:
-    """Rank 1 sees a folder of its own under the run's name, as where a run is not on shared storage."""
+    """Rank 1 sees a directory of its own under the run's name, as where a run is not on shared storage."""
     reports = run_together(_preflight_of_two, tmp_path, str(tmp_path))
     assert reports[0] == reports[1]
     (fault,) = reports[0]["faults"]

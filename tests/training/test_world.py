@@ -1,4 +1,4 @@
-"""What two ranks tell each other: rank 0's results, its errors, and its weights."""
+"""Messages between two ranks: rank 0's results, its errors, and its weights."""
 
 from __future__ import annotations
 

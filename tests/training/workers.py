@@ -53,7 +53,7 @@ _PRELOAD = "tests.training.workers"
 
 @dataclass(frozen=True)
 class Fault:
-    """What goes wrong in one rank, before the step number `step` (from 1) or right after it."""
+    """A fault of one rank, before the step number `step` (from 1) or right after it."""
 
     rank: int
     step: int
@@ -63,7 +63,7 @@ class Fault:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a rank left behind."""
+    """The output of a rank."""
 
     exit_code: int | None
     steps: list[dict[str, Any]] = field(default_factory=list)
@@ -75,7 +75,7 @@ class Outcome:
 def run_workers(
     folder: Path, size: int, spec: Training = TINY, fault: Fault | None = None, *, refinedet: bool = False
 ) -> list[Outcome]:
-    """Run `size` ranks to their end in `folder`, and tell what each did. Frozen ones are killed at the end.
+    """Run `size` ranks to their end in `folder`, and return what each did. Frozen ones are killed at the end.
 
     refinedet   train a real detector, of the smallest size
     """

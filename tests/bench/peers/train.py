@@ -1,10 +1,10 @@
-"""Train RefineDet++ or a peer on real photos: same stream, backbone, weights, schedule, clip, images seen and judge.
+"""Train RefineDet++ or a peer on real photos: same stream, backbone, weights, schedule, clip, images seen, reference.
 
     refinedet shard jobs/coco_photos.yaml data.root=PHOTOS data.shards=SHARDS
-    python -m tests.bench.peers.train ssd --shards SHARDS/train --photos PHOTOS --weights LITE0.pth --output FOLDER
+    python -m tests.bench.peers.train ssd --shards SHARDS/train --photos PHOTOS --weights LITE0.pth --output DIRECTORY
 
 PHOTOS holds val/ and annotations/instances_val.json. The classes are those of the shards: those of
-`refinedet shard jobs/coco_photos_10.yaml` hold the ten most frequent, and no object of another class. FOLDER receives
+`refinedet shard jobs/coco_photos_10.yaml` hold the ten most frequent, no object of another class. DIRECTORY receives
 curve.jsonl, one line for each validation, and checkpoint.pt; the same command resumes. Everything but the model is
 equal for all: only `--learning-rate` is tuned for each, over the same number of values.
 """

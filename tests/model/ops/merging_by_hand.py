@@ -1,4 +1,4 @@
-"""Merging as the papers describe it, in loops over rows [x1, y1, x2, y2, score]; the judge of `model/ops/merge.py`.
+"""Merging as the papers describe it, in loops over rows [x1, y1, x2, y2, score]; the reference of `model/ops/merge.py`.
 
 Corners are inclusive pixels: a side is x2 - x1 + 1.
 """
@@ -28,7 +28,7 @@ def draw_rows(seed: int, objects: int, views: int) -> list[Row]:
 
 
 def answer_by_hand(rows: list[Row]) -> dict[str, list]:
-    """What every method makes of the rows, under the keys of the authors' own answers."""
+    """The result of every method, under the keys of the authors' own answers."""
     return {
         "boxes_scores": rows,
         "bbox_vote": vote(rows, soft=False),

@@ -213,7 +213,7 @@ def test_direct_calls_of_the_operators_are_checked():
 
 
 def test_coordinates_near_the_end_of_the_numbers(implementation):
-    """Sides and areas overflow; what comes out is among what went in, and nothing is read that is not there."""
+    """Sides and areas overflow; what comes out is among what went in, and nothing outside is read."""
     boxes = torch.tensor([[-3e38, -3e38, 3e38, 3e38], [0, 0, 1, 1], [3e38, 3e38, 3.1e38, 3.1e38], [0, 0, 1e-38, 1e-38]])
     scores = torch.tensor([0.9, 0.8, 0.7, 0.6])
     with np.errstate(all="ignore"):
