@@ -1,6 +1,6 @@
 """Cost of a detector, computed without memory or a device: parameters, FLOPs, anchors, activations.
 
-B images, A anchors an image. Everything is counted on torch's meta device, where tensors have shapes and no content.
+B images, A anchors per image. Everything is counted on torch's meta device, where tensors have shapes and no content.
 """
 
 from __future__ import annotations

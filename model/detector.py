@@ -1,13 +1,17 @@
-"""RefineDet++, whole (figure 1): backbone, ARM, TCBs, ADM.
+"""RefineDet++, whole (figure 1 of the paper): backbone, ARM, TCBs, ADM.
 
-B images, A anchors an image, H W pixels, multiples of the coarsest stride, N rows that the ADM computes
+ARM   anchor refinement module: object or not, and a first regression of the tiled anchors
+TCB   transfer connection block: joins a backbone map with the next coarser level
+ADM   anchor detection module: classes, and a second regression from the refined anchors
+
+B images, A anchors per image, H W pixels, multiples of the coarsest stride, N rows that the ADM computes
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -50,9 +54,9 @@ class RefineDet(nn.Module):
         if categories and len(categories) != config.num_classes:
             raise ValueError(f"categories must name {config.num_classes} classes, received {len(categories)} names.")
         self.config, self.categories = config, tuple(categories)
-        not_vgg = config.backbone != VGG16_REDUCED  # stands for None in the config
-        block = not_vgg if config.prediction_block is None else config.prediction_block
-        tcb_norm = not_vgg if config.tcb_norm is None else config.tcb_norm
+        has_norms = config.backbone != VGG16_REDUCED  # the default of what the paper adds to backbones with norms
+        block = has_norms if config.prediction_block is None else config.prediction_block
+        tcb_norm = has_norms if config.tcb_norm is None else config.tcb_norm
 
         self.backbone = build_backbone(config)
         self.arm = self.tcb = None
@@ -93,18 +97,26 @@ class RefineDet(nn.Module):
         dense: bool = False,
         capacity: int | None = None,
     ) -> Predictions:
-        """Predict for a batch.
+        """Predict for a batch: `Predictions`, from which `detection_loss` and `select_batch` start.
+
+        The arguments choose the rows, the anchors that the ADM computes:
+
+            forward(images, targets)       what the loss can use: positives, and negatives that survive the filter
+            forward(images)                the anchors that survive the filter
+            forward(images, dense=True)    every anchor, so that all shapes are known beforehand, as torch.compile and
+                                           exports need; loss and detections are the same
+            forward(images, capacity=n)    the n anchors that the ARM trusts most, or empty rows: all shapes are known
+                                           beforehand and the host never waits, as CUDA graphs need
 
         images   [B, 3, H, W]  RGB, 0..255, uint8 or float; normalised here
-        targets  of each image, in training, `Targets` or torchvision's dicts: the ADM then computes what its loss can
-                 use, positives included; without them it computes the anchors that survive the negative filter
-        dense    compute every anchor in any case: all shapes are then known beforehand, as torch.compile and exports
-                 need; the loss and the detections are the same
-        capacity  compute this many anchors, the survivors that the ARM trusts most and empty rows: all shapes are known
-                 beforehand and the host never waits, as CUDA graphs need; without targets
+        targets  of each image, `Targets` or torchvision's dicts
+        Raises ValueError for sides that are no multiples of `config.coarsest_stride`, for targets that are no boxes and
+        labels, and for a capacity beside targets or dense, or without an ARM.
         """
         if capacity is not None and (dense or targets is not None):
             raise ValueError("capacity is for detection: it excludes dense and targets, received them together.")
+        if capacity is not None and self.arm is None:
+            raise ValueError("capacity needs an ARM to choose anchors, received a detector with tcb: false.")
         anchors = self.anchors(images)
         if targets is not None:
             targets = as_targets(targets, self.config.num_classes, batch=images.shape[0])
@@ -121,12 +133,14 @@ class RefineDet(nn.Module):
                 refined = decode_boxes(arm_box.detach(), anchors)
 
         # Rows: the anchors that the ADM computes; None: every anchor.
-        rows, matches, filtered = None, None, False
-        if capacity is not None:
-            rows = self._choose_capacity(images, arm_class, capacity)
-            filtered = True
+        chosen = _Chosen(None)
+        if capacity is not None and arm_class is not None:
+            chosen = _Chosen(self._choose_capacity(images, arm_class, capacity), only_survivors=True)
+        elif targets is not None and not dense:
+            chosen = self._choose_trained(images, arm_class, refined, targets)
         elif not dense:
-            rows, matches, filtered = self._choose_rows(images, arm_class, refined, targets)
+            chosen = self._choose_survivors(images, arm_class)
+        rows = chosen.rows
         row_boxes = refined.flatten(0, 1)
         if rows is not None:  # an empty row names the anchor past the last; any box serves it
             row_boxes = row_boxes[rows.anchor.clamp(max=len(row_boxes) - 1)]
@@ -143,9 +157,9 @@ class RefineDet(nn.Module):
             adm_class=adm_class,
             adm_box=adm_box,
             row_boxes=row_boxes,
-            matches=matches,
+            matches=chosen.matches,
             level_anchors=count_anchors(images.shape[-2], images.shape[-1], self.config.strides),
-            filtered=filtered,
+            filtered=chosen.only_survivors,
             padded=capacity is not None,
         )
 
@@ -227,40 +241,53 @@ class RefineDet(nn.Module):
         return self._order_rows(images)
 
     @torch.no_grad()
-    def _choose_rows(
-        self, images: Tensor, arm_class: Tensor | None, refined: Tensor, targets: Sequence[Targets] | None
-    ) -> tuple[Rows | None, Matches | None, bool]:
-        """Rows of the ADM (None: every anchor), the matches that chose them, whether they are the survivors."""
-        config = self.config
-        survivors = None
-        if arm_class is not None and config.theta < 1.0:
-            survivors = select_survivors(arm_class, config.theta)
-        if targets is not None:
-            matches = match_anchors(refined, targets, config.adm_iou)
-            return self._locate(images, select_trained_rows(survivors, matches))[0], matches, False
-        if survivors is None or config.filter_negatives == "training":
-            return None, None, False
+    def _choose_trained(
+        self, images: Tensor, arm_class: Tensor | None, refined: Tensor, targets: Sequence[Targets]
+    ) -> _Chosen:
+        """The rows that the loss can use, and the matches that they follow from."""
+        matches = match_anchors(refined, targets, self.config.adm_iou)
+        rows, _ = self._locate(images, select_trained_rows(self._survivors(arm_class), matches))
+        return _Chosen(rows, matches)
+
+    @torch.no_grad()
+    def _choose_survivors(self, images: Tensor, arm_class: Tensor | None) -> _Chosen:
+        """The rows of the anchors that survive the filter; every anchor where the config does not filter here."""
+        survivors = self._survivors(arm_class)
+        if survivors is None or self.config.filter_negatives == "training":
+            return _Chosen(None)
         rows, any_survive = self._locate(images, survivors)
-        return rows, None, any_survive
+        return _Chosen(rows, only_survivors=any_survive)  # else the one row is there for its gradient, and no survivor
+
+    def _survivors(self, arm_class: Tensor | None) -> Tensor | None:
+        """[B, A] bool; None: all."""
+        if arm_class is None or self.config.theta >= 1.0:
+            return None
+        return select_survivors(arm_class, self.config.theta)
 
     def _locate(self, images: Tensor, chosen: Tensor) -> tuple[Rows, bool]:
         """Rows of the chosen anchors, [B, A] bool, and whether there are any.
 
         There is at least one row in any case, so that every parameter always has a gradient.
         """
-        order = self._order_rows(images)
-        number = chosen.flatten()[order[:-1]].nonzero().squeeze(1)
-        any_chosen = len(number) > 0
-        number = number if any_chosen else number.new_zeros(1)
-        return Rows(number, order[number]), any_chosen
+        order = self._order_rows(images)  # its last entry is that of an empty row
+        place = chosen.flatten()[order[:-1]].nonzero().squeeze(1)
+        any_chosen = len(place) > 0
+        place = place if any_chosen else place.new_zeros(1)
+        return Rows(place, order[place]), any_chosen
 
     @torch.no_grad()
-    def _choose_capacity(self, images: Tensor, arm_class: Tensor | None, capacity: int) -> Rows:
+    def _choose_capacity(self, images: Tensor, arm_class: Tensor, capacity: int) -> Rows:
         """The anchors that the ARM trusts most, with empty rows for those that it filters."""
         order, config = self._order_rows(images), self.config
-        if arm_class is None:
-            raise ValueError("capacity needs an ARM to choose anchors, received a detector with tcb: false.")
         trust = (arm_class[..., 1].float() - arm_class[..., 0].float()).sigmoid().flatten()[order[:-1]]
         filters = config.theta < 1.0 and config.filter_negatives == "always"
-        number = top_rows(trust, capacity, 1.0 - config.theta if filters else 0.0)
-        return Rows(number, order[number])
+        place = top_rows(trust, capacity, 1.0 - config.theta if filters else 0.0)
+        return Rows(place, order[place])
+
+
+class _Chosen(NamedTuple):
+    """Rows of the ADM (None: every anchor), the matches that chose them, and whether all of them are survivors."""
+
+    rows: Rows | None
+    matches: Matches | None = None
+    only_survivors: bool = False

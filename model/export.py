@@ -1,6 +1,6 @@
 """The detector as a graph of standard operators: `torch.export` and ONNX.
 
-B images, A anchors an image, C classes with background, H W pixels
+B images, A anchors per image, C classes with background, H W pixels
 
 The graph takes images and gives a box and class scores for every anchor, the form in which ONNX's NonMaxSuppression
 and TensorRT's EfficientNMS take them; `finish_detections` is the rest of section IV-H.

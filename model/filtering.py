@@ -1,6 +1,6 @@
 """Negative anchor filtering (section III-B).
 
-B images, A anchors an image
+B images, A anchors per image
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The predictors of the ARM and of the ADM (sections III-C and III-D).
 
-B images, A anchors an image (level, y, x, aspect), F_l channels and H_l W_l cells of level l, K kernel size,
+B images, A anchors per image (level, y, x, aspect), F_l channels and H_l W_l cells of level l, K kernel size,
 O outputs an anchor (4 deltas, then the classes, background first), N chosen anchors
 """
 
@@ -130,7 +130,7 @@ class DetectionHead(Head):
             boxes = torch.unflatten(boxes, 0, (features[0].shape[0], -1))
             return align_conv_portable(features, self.strides, boxes, weights, biases).flatten(0, 1).float()
         if rows is not None:
-            return align_conv(features, self.strides, boxes, rows.number, weights, biases).float()
+            return align_conv(features, self.strides, boxes, rows.place, weights, biases).float()
         assert order is not None
         order = order[:-1]
         every = torch.arange(len(order), device=order.device)

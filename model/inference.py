@@ -1,6 +1,6 @@
 """From predictions to detections (section IV-H), for a whole batch at once.
 
-B images, H W their pixels, A anchors an image, C foreground classes, N rows that the ADM computed, K candidates of an
+B images, H W their pixels, A anchors per image, C foreground classes, N rows that the ADM computed, K candidates of an
 image, D most detections of an image
 
 All shapes are known beforehand and nothing waits for the device, so that a CUDA graph can capture it;

@@ -3,6 +3,10 @@
     L = 1/N_arm * ( sum_i L_b(p_i, [l*_i >= 1]) + sum_i [l*_i >= 1] L_r(x_i, g*_i) )
       + 1/N_adm * ( sum_i L_m(c_i, l*_i)        + sum_i [l*_i >= 1] L_r(t_i, g*_i) )
 
+Of anchor i, the ARM predicts the logits p_i (object or not) and the deltas x_i; the ADM predicts the logits c_i of the
+classes and the deltas t_i. l*_i is the class of the box that it matches (0: none), g*_i are the deltas to that box.
+The ADM's anchors are the refined ones, which are matched anew: each line has its own l* and g*.
+
 N counts the positive anchors of the whole global batch. L_b and L_m are cross entropy over the positives and the mined
 negatives, L_r is smooth L1 over the positives. Four functions are the parts: `matching.match_anchors`,
 `mine_negatives`, `classification_loss` and `box_loss`.
@@ -11,7 +15,7 @@ A process that holds a part of the global batch computes `sum_losses` for each p
 all parts and processes, and calls `LossSums.divide` with the total. `detection_loss` does both for a batch that is
 whole.
 
-B images, A anchors an image, C classes with background, N rows that the ADM computed, P of them positive
+B images, A anchors per image, C classes with background, N rows that the ADM computed, P of them positive
 """
 
 from __future__ import annotations
@@ -53,15 +57,14 @@ def sum_losses(predictions: Predictions, targets: Sequence[AnyTargets], config: 
     targets  of each image: `Targets`, or torchvision's dicts with `boxes` and `labels`
     """
     p = predictions
-    targets = as_targets(targets, config.num_classes, batch=p.refined.shape[0], validate=p.matches is None)
+    unseen = p.matches is None  # else the forward pass has validated them
+    targets = as_targets(targets, config.num_classes, batch=p.refined.shape[0], validate=unseen)
     zero = p.adm_class.new_zeros(())
     arm = _ModuleSums(zero, zero, zero)
     if p.arm_class is not None and p.arm_box is not None:
         matches = match_anchors(p.anchors, targets, config.arm_iou, binary=True)
-        arm = _sum_module(
-            (p.arm_class.flatten(0, 1), p.arm_box.flatten(0, 1), None),
-            matches, matches.labels == 0, p.anchors, targets, config.negatives_per_positive,
-        )  # fmt: skip
+        rows = _ModuleRows(p.arm_class.flatten(0, 1), p.arm_box.flatten(0, 1), None)
+        arm = _sum_module(rows, matches, matches.labels == 0, p.anchors, targets, config.negatives_per_positive)
 
     matches = p.matches or match_anchors(p.refined, targets, config.adm_iou)
     eligible = matches.labels == 0
@@ -69,9 +72,8 @@ def sum_losses(predictions: Predictions, targets: Sequence[AnyTargets], config: 
     if p.arm_class is not None:
         survivors = select_survivors(p.arm_class, config.theta)
         eligible = eligible & survivors
-    adm = _sum_module(
-        (p.adm_class, p.adm_box, p.index), matches, eligible, p.refined, targets, config.negatives_per_positive
-    )
+    rows = _ModuleRows(p.adm_class, p.adm_box, p.index)
+    adm = _sum_module(rows, matches, eligible, p.refined, targets, config.negatives_per_positive)
     by_arm = config.loss_normalization == "arm" and p.arm_class is not None
     return LossSums(
         arm_class=arm.entropy,
@@ -84,6 +86,29 @@ def sum_losses(predictions: Predictions, targets: Sequence[AnyTargets], config: 
     )
 
 
+class _ModuleRows(NamedTuple):
+    """What a module predicted.
+
+    logits  [N, C]
+    deltas  [N, 4]
+    anchor  [N]     image * A + anchor of each row; None: every anchor, N = B * A
+    """
+
+    logits: Tensor
+    deltas: Tensor
+    anchor: Tensor | None
+
+    def of_rows(self, values: Tensor) -> Tensor:
+        """[B, A] -> [N]"""
+        return values.flatten() if self.anchor is None else values.flatten()[self.anchor]
+
+    def of_anchors(self, values: Tensor, like: Tensor, missing: float) -> Tensor:
+        """[N] -> [B, A], as `like` has it; anchors without a row get `missing`."""
+        if self.anchor is None:
+            return values.view_as(like)
+        return values.new_full((like.numel(),), missing).scatter_(0, self.anchor, values).view_as(like)
+
+
 class _ModuleSums(NamedTuple):
     """One line of equation 1 before division; scalars."""
 
@@ -93,7 +118,7 @@ class _ModuleSums(NamedTuple):
 
 
 def _sum_module(
-    rows: tuple[Tensor, Tensor, Tensor | None],
+    rows: _ModuleRows,
     matches: Matches,
     eligible: Tensor,
     anchors: Tensor,
@@ -102,26 +127,23 @@ def _sum_module(
 ) -> _ModuleSums:
     """Sums of one module: mine its negatives, then add up what equation 1 has for it.
 
-    rows      logits [N, C], deltas [N, 4], index [N]: image * A + anchor of each row; None: N = B * A
     eligible  [B, A]  negatives that may be mined
     anchors   [A, 4] or [B, A, 4]  what the deltas are relative to
     """
-    logits, deltas, index = rows
-    labels = matches.labels.flatten() if index is None else matches.labels.flatten()[index]
-    entropy = F.cross_entropy(logits.float(), labels.clamp(min=0), reduction="none")
+    labels = rows.of_rows(matches.labels)
+    entropy = F.cross_entropy(rows.logits.float(), labels.clamp(min=0), reduction="none")
 
-    # Mining compares the anchors of an image; one without a row comes last.
-    hardness = entropy.detach()
-    if index is not None:
-        hardness = hardness.new_full((matches.labels.numel(),), -torch.inf).scatter_(0, index, hardness)
+    # A negative's entropy is that against background. Mining compares the anchors of an image; those without a row
+    # come last.
+    hardness = rows.of_anchors(entropy.detach(), like=eligible, missing=-torch.inf)
     count = (matches.labels > 0).sum(dim=1)
-    negatives = mine_negatives(hardness.view_as(eligible), eligible, count, ratio).flatten()
+    mined = mine_negatives(hardness, eligible, count, ratio)
 
     positive = (labels > 0).nonzero().squeeze(1)
-    place = positive if index is None else index[positive]
+    place = positive if rows.anchor is None else rows.anchor[positive]
     return _ModuleSums(
-        entropy=classification_loss(entropy, labels > 0, negatives if index is None else negatives[index]),
-        smooth_l1=box_loss(deltas[positive].float(), *_matched_pairs(place, matches, anchors, targets)),
+        entropy=classification_loss(entropy, labels > 0, rows.of_rows(mined)),
+        smooth_l1=box_loss(rows.deltas[positive].float(), *_matched_pairs(place, matches, anchors, targets)),
         positives=count.sum().to(entropy.dtype),
     )
 
@@ -144,7 +166,7 @@ def box_loss(deltas: Tensor, boxes: Tensor, anchors: Tensor) -> Tensor:
 def mine_negatives(hardness: Tensor, eligible: Tensor, positives: Tensor, ratio: float) -> Tensor:
     """The hardest eligible negatives of each image, at most `int(ratio * positives)` of them.
 
-    hardness   [B, A]  cross entropy against background; the order among equals is that of the anchors
+    hardness   [B, A]  cross entropy against background, read where eligible; equals are taken in the anchors' order
     eligible   [B, A]  bool
     positives  [B]     matched anchors of each image
     returns    [B, A]  bool

@@ -1,6 +1,6 @@
 """Assignment of anchors to boxes (section IV-D).
 
-B images, A anchors an image, G boxes (padded to the largest count of the batch), K candidates a box
+B images, A anchors per image, G boxes (padded to the largest count of the batch), K candidates a box
 
 First every box takes an anchor of its own, the pair of highest IoU first (bipartite matching); then every anchor
 left over takes the box it overlaps most, if by `positive_iou` or more. Equal overlaps go to the lower anchor, then to

@@ -1,6 +1,6 @@
 """AlignConv from standard operators alone, for ONNX, `torch.export` and counting FLOPs (section III-D).
 
-B images, A anchors an image, F channels, H W cells of a level, K kernel size, O outputs; every anchor is computed
+B images, A anchors per image, F channels, H W cells of a level, K kernel size, O outputs; every anchor is computed
 
 The KxK samples of a box go through `grid_sample`, whose normalised coordinates make the alignment plain: a level's
 cell centres lie at (i + 0.5) * stride pixels, so -1..1 over the map is -1..1 over the image, and pixel p is at

@@ -1,6 +1,6 @@
 """Inputs and outputs of the detector.
 
-B images, A anchors an image, G boxes in one image, C classes with background, N rows that the ADM computed
+B images, A anchors per image, G boxes in one image, C classes with background, N rows that the ADM computed
 """
 
 # torch's `tolist` is typed in part; targets come from callers that no type checker reads.
@@ -236,9 +236,9 @@ class DetectionBatch:
 class Rows:
     """Anchors that the ADM computes.
 
-    number  [N]  ascending place in `anchors.order_rows`; B * A for an empty row
+    place   [N]  ascending place in `anchors.order_rows`; B * A for an empty row
     anchor  [N]  image * A + anchor; B * A for an empty row
     """
 
-    number: Tensor
+    place: Tensor
     anchor: Tensor

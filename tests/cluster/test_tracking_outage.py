@@ -52,4 +52,4 @@ def test_an_outage_and_a_killed_driver_leave_every_point_once(bench: Bench, serv
     points = server.rows(f"SELECT step FROM metrics WHERE run_uuid = '{run}' AND key = 'loss/total' ORDER BY step")
     steps = [step for (step,) in points]
     assert sorted(set(steps)) == list(range(1, STEPS + 1)), "no point is missing"
-    assert steps == sorted(set(steps)), "no point is there twice"
+    assert steps == sorted(set(steps)), "no point occurs twice"

@@ -209,9 +209,9 @@ def test_images_and_categories_that_are_malformed_are_errors_at_once(
 
 
 def test_duplicate_ids_of_images_and_categories_are_errors_at_once(coco_folder: Write, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="image id 1 is there twice"):
+    with pytest.raises(UserError, match="image id 1 occurs twice"):
         prepared(coco_folder(3, lambda content: content["images"][1].update(id=1)), tmp_path)
-    with pytest.raises(UserError, match="category id 90 is there twice"):
+    with pytest.raises(UserError, match="category id 90 occurs twice"):
         prepared(coco_folder(3, lambda content: content["categories"][1].update(id=90)), tmp_path)
 
 
