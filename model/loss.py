@@ -87,7 +87,7 @@ def sum_losses(predictions: Predictions, targets: Sequence[AnyTargets], config: 
 
 
 class _ModuleRows(NamedTuple):
-    """What a module predicted.
+    """Predictions of one module.
 
     logits  [N, C]
     deltas  [N, 4]
