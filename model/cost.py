@@ -66,13 +66,13 @@ class ModelCost:
         return gflops
 
 
-def count_cost(config: RefineDetConfig, input_size: int | None = None) -> ModelCost:
-    """Count a config's cost at its input size, or at another.
+def count_cost(config: RefineDetConfig) -> ModelCost:
+    """Count a config's cost at its input size.
 
     FLOPs are those of convolutions and matrix products. AlignConv's sampling, some 5 % of its product at 256 channels,
     is not among them; neither is what the negative filter saves: the predictor works on the anchors that survive.
     """
-    size = input_size or config.input_size
+    size = config.input_size
     with torch.device("meta"):
         model = RefineDet(config)
     model.adm.portable = True  # of products alone, which the counter counts

@@ -44,14 +44,12 @@ class DetectionGraph(nn.Module):
         return decode_boxes(p.adm_box.view(batch, -1, 4), p.refined), scores
 
 
-def export_program(
-    model: RefineDet, height: int, width: int, *, dynamic_batch: bool = True
-) -> torch.export.ExportedProgram:
+def export_program(model: RefineDet, height: int, width: int) -> torch.export.ExportedProgram:
     """The detector as an `ExportedProgram`, in evaluation mode, for images of one size and any number of them."""
     graph = DetectionGraph(model).eval()
     example = torch.zeros(2, 3, height, width, dtype=torch.uint8, device=model.mean.device)
     model.anchors(example)  # tiled beforehand, so that they enter the graph as a constant
-    shapes = {"images": {0: torch.export.Dim("batch")}} if dynamic_batch else None
+    shapes = {"images": {0: torch.export.Dim("batch")}}
     before, model.adm.portable = model.adm.portable, True
     try:
         with torch.no_grad():

@@ -14,6 +14,7 @@ from refinedet.pipeline.cli.arguments import Address, Detector
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.progress import ProgressDisplay
+from refinedet.pipeline.runs.stop import stop_signals
 
 app = typer.Typer()
 
@@ -47,13 +48,12 @@ def serve(
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         on_gpu = pool.submit(_is_on_gpu, weights, device, precision).result()
     from refinedet.pipeline.cluster.detection_service import Settings
-    from refinedet.pipeline.cluster.launch import stop_signals
     from refinedet.pipeline.cluster.serving import Server, serve_detector
 
     settings = Settings(device=device, precision=precision, batch_size=batch_size, wait_s=wait / 1000)
     server = Server(host, port, replicas, float(on_gpu), address)
     path = storage.absolute(weights) if os.path.exists(weights) else weights  # replicas run in other directories
-    with ProgressDisplay() as display, stop_signals(display, "  stopping") as stop:
+    with ProgressDisplay() as display, stop_signals(display.note, "  stopping") as stop:
         serve_detector(path, settings, server, stop=stop, report=display.note)
 
 

@@ -1,6 +1,7 @@
 """The first module that a submitted job runs, on whatever Python the cluster has: it checks that, and whose code runs.
 
-It imports nothing of this project before the check, so that an older Python prints the reason instead of a traceback.
+Arguments: the Python that the job was submitted from, as in 3.11, and those of `refinedet`. Nothing of this project is
+imported before the check, so that an older Python prints the reason instead of a traceback.
 """
 
 import importlib.util
@@ -8,13 +9,10 @@ import os
 import runpy
 import sys
 
-PYTHON_VARIABLE = "REFINEDET_PYTHON"
-"""environment: the Python that the job was submitted from, as in 3.11"""
-
 
 def main() -> None:
     here = "%d.%d" % sys.version_info[:2]  # noqa: UP031 - runs on any Python
-    wanted = os.environ.get(PYTHON_VARIABLE, here)
+    wanted = sys.argv.pop(1)
     if here != wanted:
         sys.stderr.write(
             "refinedet: the cluster runs Python %s, the job was submitted from %s; submit from an environment with "  # noqa: UP031

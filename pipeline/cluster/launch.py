@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import os
-import signal
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from collections.abc import Sequence
+from contextlib import ExitStack
 
 from refinedet.pipeline.cluster.addresses import LOCAL, check_reachable, cluster_address
 from refinedet.pipeline.config.checks import check_spec
@@ -18,10 +16,10 @@ from refinedet.pipeline.runs import settings
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
 from refinedet.pipeline.runs.progress import ProgressDisplay
+from refinedet.pipeline.runs.stop import stop_signals
 from refinedet.pipeline.runs.timeline import Timeline
 from refinedet.pipeline.tracking.stores import check_store
 
-_STOPPING = "  stopping: saving first (Ctrl-C again ends at once, and loses the steps since the last save)"
 STAGE_NAMES = ("prepare", "train", "evaluate", "multiscale", "report")
 
 
@@ -50,7 +48,7 @@ def launch(
 
         check_data(spec)
     with ExitStack() as stack:
-        stop = stack.enter_context(stop_signals(display))
+        stop = stack.enter_context(stop_signals(display.note))
         stack.enter_context(run.open(on_lost=lambda said: stop.set()))
         check_store(spec.tracking, run.runs)
         stack.enter_context(Timeline(run.path).launched(settings.read("REFINEDET_SUBMITTED_AT")))
@@ -78,22 +76,3 @@ def _run_stages(run: Run, stages: Sequence[str], display: ProgressDisplay, stop:
             job.fail(error)
             raise
         job.finish()
-
-
-@contextmanager
-def stop_signals(display: ProgressDisplay, said: str = _STOPPING) -> Iterator[threading.Event]:
-    """SIGINT and SIGTERM set the event; a second SIGINT ends at once."""
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: Any) -> None:
-        if stop.is_set() and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        stop.set()
-        display.note(said)
-
-    before = {number: signal.signal(number, on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 
-from refinedet.pipeline.cluster.launch import stop_signals
 from refinedet.pipeline.cluster.mailbox import Mailbox
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.cluster.training_stage import run_preflight
@@ -16,6 +15,7 @@ from refinedet.pipeline.config.start import check_start
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
 from refinedet.pipeline.runs.progress import ProgressDisplay
+from refinedet.pipeline.runs.stop import stop_signals
 from refinedet.pipeline.training.records import Event, StepRecord
 from refinedet.pipeline.training.worker_checks import PreflightReport
 from rich.markup import escape
@@ -36,7 +36,7 @@ def preflight(spec: JobSpec, *, address: str | None, display: ProgressDisplay) -
         if isinstance(message, Event) and message.kind in ("waiting", "restarted"):
             display.warn(message.message)
 
-    with stop_signals(display) as stop, ray_session(spec.cluster, address), Mailbox() as mailbox:
+    with stop_signals(display.note) as stop, ray_session(spec.cluster, address), Mailbox() as mailbox:
         restore_loggers()
         display.stage("preflight")
         report = run_preflight(run, mailbox, on_message, stop)

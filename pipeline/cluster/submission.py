@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from refinedet.pipeline.cluster.entrypoint import PYTHON_VARIABLE
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.config.spec_files import dump_spec, parse_spec
 from refinedet.pipeline.runs.errors import UserError
 
 SPEC_FILE = "job.yaml"
+_PYTHON = ".".join(platform.python_version_tuple()[:2])
 # exec: the stop signal reaches Python, not a shell.
-ENTRYPOINT = f"exec python -m refinedet.pipeline.cluster.entrypoint launch {SPEC_FILE}"
+ENTRYPOINT = f"exec python -m refinedet.pipeline.cluster.entrypoint {_PYTHON} launch {SPEC_FILE}"
 STOP_MARGIN_S = 30
 RUN_KEY, HOME_KEY, _SPEC_KEY = "refinedet.run", "refinedet.home", "refinedet.spec"
 
@@ -61,8 +61,8 @@ def stage_code(folder: Path, spec: JobSpec) -> None:
 
 
 def runtime_environment(spec: JobSpec, folder: Path) -> dict[str, Any]:
-    ours = {PYTHON_VARIABLE: _python(), "REFINEDET_SUBMITTED_AT": f"{time.time():.3f}"}
-    return {"working_dir": str(folder), "env_vars": stop_environment(spec) | ours}
+    submitted = {"REFINEDET_SUBMITTED_AT": f"{time.time():.3f}"}
+    return {"working_dir": str(folder), "env_vars": stop_environment(spec) | submitted}
 
 
 def stop_environment(spec: JobSpec) -> dict[str, str]:
@@ -72,7 +72,3 @@ def stop_environment(spec: JobSpec) -> dict[str, str]:
         "RAY_JOB_STOP_WAIT_TIME_S": str(int(spec.cluster.stop_grace_s) + STOP_MARGIN_S),
         "PYTHONUNBUFFERED": "1",
     }
-
-
-def _python() -> str:
-    return ".".join(platform.python_version_tuple()[:2])

@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from refinedet.pipeline.cluster.launch import stop_signals
 from refinedet.pipeline.cluster.local_node import local_node
 from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
@@ -29,6 +28,7 @@ from refinedet.pipeline.runs.durations import describe_duration
 from refinedet.pipeline.runs.errors import JobError, StoppedError
 from refinedet.pipeline.runs.logs import log_folder
 from refinedet.pipeline.runs.progress import ProgressDisplay
+from refinedet.pipeline.runs.stop import stop_signals
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def run_sweep(sweep: Sweep, *, address: str | None, display: ProgressDisplay) ->
     if not left:
         return
     failed: list[str] = []
-    with stop_signals(display) as stop, _cluster(address) as where, ThreadPoolExecutor(sweep.spec.at_once) as pool:
+    with stop_signals(display.note) as stop, _cluster(address) as where, ThreadPoolExecutor(sweep.spec.at_once) as pool:
 
         def do(run: SweepRun) -> None:
             if not stop.is_set() and not _launch(run, where, stop, display) and not stop.is_set():

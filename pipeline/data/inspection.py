@@ -17,6 +17,8 @@ from refinedet.pipeline.data.samples import BadSample
 from refinedet.pipeline.data.shards import OURS
 from refinedet.pipeline.runs import storage
 
+_THREADS = 2
+
 
 @dataclass(frozen=True)
 class CheckReport:
@@ -28,24 +30,15 @@ class CheckReport:
     faults: tuple[BadSample, ...]
 
 
-def check_shards(
-    url: str,
-    *,
-    decode: bool = True,
-    threads: int = 2,
-    on_progress: Callable[[int, int], None] | None = None,
-) -> CheckReport:
-    """Read every byte of the shards: digests, sizes, tar members, keys, objects, boxes and, with `decode`, images.
-
-    on_progress  called with (shards done, shards in all)
-    """
+def check_shards(url: str, *, decode: bool = True) -> CheckReport:
+    """Read every byte of the shards: digests, sizes, tar members, keys, objects, boxes and, with `decode`, images."""
     shards = open_shards(url)
     faults: list[BadSample] = []
     listed = {*OURS, *shards.names, *(contents_name(name) for name in shards.names)}
     faults += [BadSample(name, "-", "not in the index") for name in storage.list_folder(url) if name not in listed]
     seen: dict[int, str] = {}
     num_objects = 0
-    with ThreadPoolExecutor(max_workers=threads) as pool:
+    with ThreadPoolExecutor(max_workers=_THREADS) as pool:
         for shard, found in enumerate(pool.map(lambda at: _check_shard(shards, at, decode), range(len(shards)))):
             faults += found.faults
             num_objects += found.num_objects
@@ -55,8 +48,6 @@ def check_shards(
                         BadSample(shards.names[shard], key, f"image id {image_id} is taken by {seen[image_id]}")
                     )
                 seen[image_id] = key
-            if on_progress:
-                on_progress(shard + 1, len(shards))
     return CheckReport(len(shards), shards.num_samples, num_objects, tuple(faults))
 
 

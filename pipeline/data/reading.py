@@ -22,6 +22,8 @@ from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
 _BLOCK = 512  # bytes, a tar's
+_DECODING_THREADS = 2
+_READING_THREADS = 4
 
 
 class DamagedError(ValueError):
@@ -170,30 +172,23 @@ class EvaluationSamples:
         shards: ShardSet,
         positions: Sequence[int] | None = None,
         *,
-        threads: int = 2,
         max_bad_samples: int = 10,
     ) -> None:
         self.shards = shards
         self.positions = range(shards.num_samples) if positions is None else positions
-        self.threads = threads
         self._faults = FaultLog(max_bad_samples, f"shards {shards.url}")
-
-    @property
-    def bad_samples(self) -> tuple[BadSample, ...]:
-        return self._faults.faults
 
     def __len__(self) -> int:
         return len(self.positions)
 
     def __iter__(self) -> Iterator[Sample]:
         reader = SampleReader(self.shards)
-        pool = ThreadPoolExecutor(max_workers=max(1, self.threads))
+        pool = ThreadPoolExecutor(max_workers=_DECODING_THREADS)
         pending: list[Future[Sample]] = []
-        ahead = 2 * max(1, self.threads)
         try:
             for position in self.positions:
                 pending.append(pool.submit(reader.read, position))
-                if len(pending) > ahead:
+                if len(pending) > 2 * _DECODING_THREADS:
                     yield self._checked(pending.pop(0).result())
             while pending:
                 yield self._checked(pending.pop(0).result())
@@ -208,9 +203,7 @@ class EvaluationSamples:
         return sample
 
 
-def read_facts(
-    shards: ShardSet, positions: Sequence[int] | None = None, *, threads: int = 4
-) -> Iterator[dict[str, Any]]:
+def read_facts(shards: ShardSet, positions: Sequence[int] | None = None) -> Iterator[dict[str, Any]]:
     """Yield the metadata of each image, in order: image_id, file_name, width, height, objects.
 
     positions  of the images; None: all of them
@@ -228,7 +221,7 @@ def read_facts(
                 "write the shards again"
             ) from error
 
-    with ThreadPoolExecutor(max_workers=threads) as pool:
+    with ThreadPoolExecutor(max_workers=_READING_THREADS) as pool:
         for start in range(0, len(wanted), 1024):
             yield from pool.map(facts, wanted[start : start + 1024])
 

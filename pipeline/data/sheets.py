@@ -20,6 +20,8 @@ from refinedet.pipeline.runs import storage
 _CAPTION = 18  # pixels
 _OBJECT = 144
 """side of a tile of a contact sheet, pixels"""
+_OBJECTS_SHOWN = 48
+"""on a contact sheet"""
 _MARGIN = 0.25
 """of the box's sides, around an object of a contact sheet"""
 _WHITE = 255
@@ -73,21 +75,21 @@ def _first_turns(draws: EpochDraws, global_batch: int, count: int, per_batch: in
         count -= stop - start
 
 
-def show_classes(shards: ShardSet, directory: str, *, seed: int = 0, count: int = 48, columns: int = 8) -> list[str]:
+def show_classes(shards: ShardSet, directory: str, *, seed: int = 0) -> list[str]:
     """Write a contact sheet (PNG) for each class that has objects: some of them, drawn at random; returns the paths."""
     reader = SampleReader(shards)
     positions, labels, numbers = _learnt_objects(shards)
     paths = []
     for label in np.unique(labels).tolist():
         own = np.flatnonzero(labels == label)
-        chosen = own[keyed_permutation(len(own), "contact sheet", seed, label)[:count]]
+        chosen = own[keyed_permutation(len(own), "contact sheet", seed, label)[:_OBJECTS_SHOWN]]
         tiles = [
             _cut_object(reader.read(position), number)
             for position, number in zip(positions[chosen].tolist(), numbers[chosen].tolist(), strict=True)
         ]
         name = re.sub(r"[^\w.-]+", "_", shards.categories[label - 1].name)
         paths.append(storage.join(directory, f"{label:03d}-{name}.png"))
-        _write_sheet(paths[-1], tiles, columns)
+        _write_sheet(paths[-1], tiles, columns=8)
     return paths
 
 

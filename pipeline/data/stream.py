@@ -15,7 +15,7 @@ from refinedet.pipeline.config.spec import Data
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.cache import node_cache
 from refinedet.pipeline.data.index import ShardSet
-from refinedet.pipeline.data.samples import BadSample, Batch, Cursor
+from refinedet.pipeline.data.samples import Batch, Cursor
 from refinedet.pipeline.data.sampling import expected_repeats
 from refinedet.pipeline.data.stream_steps import (
     Augmenter,
@@ -104,10 +104,6 @@ class TrainingStream:
     def accumulation(self) -> int:
         """Micro-batches of this rank in a global batch."""
         return self._plan.batch.accumulation
-
-    @property
-    def bad_samples(self) -> tuple[BadSample, ...]:
-        return self._faults.faults
 
     def __iter__(self) -> Iterator[Batch]:
         self.close()

@@ -267,10 +267,12 @@ class Bench:
             not different,
         )
 
-    def check_losing_at_most_one_interval(self, name: str, broken_at: int, interval: int = STEPS_AN_EPOCH) -> None:
+    def check_losing_at_most_one_interval(self, name: str, broken_at: int) -> None:
         resumed = [event["step"] for event in self.events(name, "resumed")]
         lost = broken_at - resumed[-1] if resumed else broken_at
-        self.check("steps lost", f"at most {interval}, one interval", lost, bool(resumed) and lost <= interval)
+        self.check(
+            "steps lost", f"at most {STEPS_AN_EPOCH}, one interval", lost, bool(resumed) and lost <= STEPS_AN_EPOCH
+        )
 
     def _lines(self, name: str, file: str) -> list[dict[str, Any]]:
         path = self.run(name) / file

@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from refinedet.pipeline.evaluation.box_matching import MatchedDetections, check_images_once
-from refinedet.pipeline.evaluation.protocols import Protocol
+from refinedet.pipeline.evaluation.protocols import RECALLS, Protocol
 from refinedet.pipeline.evaluation.truth import GroundTruth
 
 _DETECTIONS_A_THREAD = 50_000
@@ -93,7 +93,7 @@ def _curves(
 
     by_curve = num_areas, num_thresholds, num_categories, 1
     start, found = start.reshape(by_curve), found.reshape(by_curve)
-    needed = _hits_before_recalls(positives, protocol.recalls)  # [A, 1, K, R]
+    needed = _hits_before_recalls(positives, RECALLS)  # [A, 1, K, R]
     at_recall = np.append(precision, 0.0)[np.where(needed < found, start + needed, -1)]  # [A, T, K, R]
     countable = (positives.T > 0)[:, None]  # [A, 1, K]
     limits = protocol.max_detections or (protocol.limit,)

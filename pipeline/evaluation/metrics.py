@@ -40,12 +40,11 @@ def make_protocol(
     ious: Sequence[float] | None = None,
     max_detections: Sequence[int] | None = None,
     areas: Mapping[str, tuple[float, float]] | None = None,
-    recalls: Sequence[float] | None = None,
 ) -> Protocol:
     """The published protocol of a metric, with what is given in place of its own.
 
-    ious, max_detections, recalls  ascending
-    areas                          name -> (low, high), square pixels; "all" is put first where it is not given
+    ious, max_detections  ascending
+    areas                 name -> (low, high), square pixels; "all" is put first where it is not given
     UserError where there is no such metric, or where the metric has no such setting.
     """
     known = _metric(metric)
@@ -55,7 +54,6 @@ def make_protocol(
         "ious": None if ious is None else tuple(map(float, ious)),
         "max_detections": None if max_detections is None else tuple(max_detections),
         "areas": None if areas is None else tuple((name, *map(float, ends)) for name, ends in areas.items()),
-        "recalls": None if recalls is None else tuple(map(float, recalls)),
     }
     changes = {name: value for name, value in changes.items() if value is not None}
     if unfit := sorted(known.fixed & changes.keys()):

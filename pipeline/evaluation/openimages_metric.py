@@ -34,5 +34,5 @@ METRIC = Metric(
     _match,
     lambda protocol, truth, matches: accumulate_best_objects(protocol, truth, matches, area_under_curve),
     supports=frozenset({"group_of", "federated", "difficult"}),
-    fixed=frozenset({"areas", "recalls"}),
+    fixed=frozenset({"areas"}),
 )

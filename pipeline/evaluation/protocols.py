@@ -13,32 +13,30 @@ from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.runs.errors import UserError
 
 COCO_IOUS: tuple[float, ...] = tuple(np.linspace(0.5, 0.95, 10).tolist())
-COCO_RECALLS: tuple[float, ...] = tuple(np.linspace(0.0, 1.0, 101).tolist())
+RECALLS: tuple[float, ...] = tuple(np.linspace(0.0, 1.0, 101).tolist())
+"""levels at which precision is read from a curve, of every metric"""
 COCO_AREAS = (("all", 0.0, 1e10), ("small", 0.0, 32.0**2), ("medium", 32.0**2, 96.0**2), ("large", 96.0**2, 1e10))
 _BITS = 64  # a detection's outcomes, one bit for each area range and IoU
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """Protocol of a measurement. A, T, M, R: number of area ranges, IoUs, limits of detections, recall levels.
+    """Protocol of a measurement. A, T, M, R: number of area ranges, IoUs, limits of detections, RECALLS.
 
     metric          key of METRICS
     ious            overlaps from which a detection finds an object, ascending
     areas           (name, low, high) of objects that count, square pixels, both ends included
     max_detections  of one category in one image, ascending; for lvis, of one image; empty: no limit
-    recalls         levels at which precision is read from a curve, ascending
     """
 
     metric: str
     ious: tuple[float, ...] = COCO_IOUS
     areas: tuple[tuple[str, float, float], ...] = COCO_AREAS
     max_detections: tuple[int, ...] = (1, 10, 100)
-    recalls: tuple[float, ...] = COCO_RECALLS
 
     def __post_init__(self) -> None:
         checked = (
             ("ious", self.ious, 0.0, 1.0),
-            ("recalls", self.recalls, 0.0, 1.0),
             ("max_detections", self.max_detections or (1,), 1, np.inf),
         )
         for name, values, low, high in checked:
@@ -70,7 +68,7 @@ class Protocol:
             "ious": [round(iou, 6) for iou in self.ious],
             "areas": [list(area) for area in self.areas],
             "max_detections": list(self.max_detections),
-            "num_recalls": len(self.recalls),
+            "num_recalls": len(RECALLS),
         }
 
 
@@ -94,7 +92,7 @@ class Metrics:
             self.protocol.metric: self.values,
             "per_class": self.per_class,
             "curves": {
-                "recall": [round(level, 2) for level in self.protocol.recalls],
+                "recall": [round(level, 2) for level in RECALLS],
                 **{
                     f"precision{100 * iou:.0f}": {name: curve.tolist() for name, curve in by_class.items()}
                     for iou, by_class in self.curves.items()

@@ -48,9 +48,8 @@ def write_submission(
     detections: DetectionTable | Sequence[Mapping[str, Any]],
     *,
     image_ids: Sequence[int],
-    split: str = "test-dev2017",
 ) -> str:
-    """Write `detections_<split>_<name>_results.zip` with the JSON of the same name, and return its path.
+    """Write `detections_test-dev2017_<name>_results.zip` with the JSON of the same name, and return its path.
 
     Boxes are rounded to 0.1 pixel, and no side is below it; the best 100 of each category in an image are kept.
     `image_ids` are those of the test set: rows of other images, ids outside COCO's 1..90, scores outside 0..1 and
@@ -68,7 +67,7 @@ def write_submission(
     boxes = table.bbox.round(1)
     boxes[:, 2:] = np.maximum(boxes[:, 2:], 0.1)  # rounding leaves no box without area
     rounded = DetectionTable(table.image_id, table.category_id, boxes, table.score.round(5))
-    stem = f"detections_{split}_{name}_results"
+    stem = f"detections_test-dev2017_{name}_results"
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
         info = zipfile.ZipInfo(f"{stem}.json", (1980, 1, 1, 0, 0, 0))  # the same detections give the same bytes
@@ -101,7 +100,6 @@ def write_voc_files(
     detections: DetectionTable | Sequence[Mapping[str, Any]],
     *,
     image_set: str = "test",
-    competition: str = "comp4",
 ) -> tuple[str, ...]:
     """Write the devkit's result files, one per class: lines of image name, score, xmin, ymin, xmax, ymax (from 1).
 
@@ -119,6 +117,6 @@ def write_voc_files(
             f"{stems[image]} {score:.6f} {box[0]:.1f} {box[1]:.1f} {box[2]:.1f} {box[3]:.1f}\n"
             for image, score, box in zip(own.image_id.tolist(), own.score.tolist(), corners.tolist(), strict=True)
         ]
-        names.append(f"{competition}_det_{image_set}_{name}.txt")
+        names.append(f"comp4_det_{image_set}_{name}.txt")
         storage.write_bytes(storage.join(folder, names[-1]), "".join(lines).encode())
     return tuple(names)

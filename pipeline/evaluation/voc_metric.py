@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from refinedet.pipeline.evaluation.box_matching import check_images_once, check_known
-from refinedet.pipeline.evaluation.protocols import COCO_AREAS, Metric, Metrics, Protocol, name_iou
+from refinedet.pipeline.evaluation.protocols import COCO_AREAS, RECALLS, Metric, Metrics, Protocol, name_iou
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.inference.detections import DetectionTable
 
@@ -104,14 +104,14 @@ def accumulate_best_objects(
         rows = np.flatnonzero(category == k)
         rows = rows[np.argsort(-score[rows], kind="stable")]
         for t, iou in enumerate(protocol.ious):
-            curves[iou][name] = np.full(len(protocol.recalls), -1.0)
+            curves[iou][name] = np.full(len(RECALLS), -1.0)
             if not positives[k]:
                 continue
             hits, misses = np.cumsum(true[t, rows]), np.cumsum(false[t, rows])
             recall, precision = hits / positives[k], hits / np.maximum(hits + misses, 1)
             table[t, k] = average(recall, precision)
             envelope = np.append(np.maximum.accumulate(precision[::-1])[::-1], 0.0)
-            curves[iou][name] = envelope[np.searchsorted(recall, protocol.recalls, side="left")]
+            curves[iou][name] = envelope[np.searchsorted(recall, RECALLS, side="left")]
     several = protocol.ious if len(protocol.ious) > 1 else ()
     values = {"mAP": _mean(table)}
     values |= {name_iou("mAP", iou): _mean(table[t]) for t, iou in enumerate(several)}
@@ -220,7 +220,7 @@ def _voc(name: str, average: Callable[[np.ndarray, np.ndarray], float]) -> Metri
         match_best_objects,
         lambda protocol, truth, matches: accumulate_best_objects(protocol, truth, matches, average),
         supports=frozenset({"difficult"}),
-        fixed=frozenset({"areas", "recalls"}),
+        fixed=frozenset({"areas"}),
     )
 
 

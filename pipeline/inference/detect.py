@@ -1,6 +1,6 @@
 """Detect on images of a data set: boxes in original pixels, categories by their original ids.
 
-Pure functions of (model, shards, positions): whoever calls them decides where and how often.
+Pure functions of (model, samples): whoever calls them decides where and how often.
 B images, N detections of one image, H W pixels.
 """
 
@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from refinedet.model import RefineDet, RefineDetConfig, detect_images
 from refinedet.pipeline.config.spec import Evaluation
-from refinedet.pipeline.data.index import ShardSet
-from refinedet.pipeline.data.reading import EvaluationSamples
 from refinedet.pipeline.data.samples import Category, Sample
 from refinedet.pipeline.data.tensors import image_tensor
 from refinedet.pipeline.inference.detections import DetectionTable
@@ -43,25 +41,6 @@ class Found:
         return Found(self.boxes[index], self.scores[index], self.labels[index], self.image[index])
 
 
-def detect_positions(
-    model: RefineDet,
-    shards: ShardSet,
-    positions: Sequence[int],
-    *,
-    evaluation: Evaluation,
-    autocast: torch.dtype | None = None,
-    max_bad_samples: int = 10,
-) -> DetectionTable:
-    """Detections of the samples at `positions`, at the model's input size.
-
-    Boxes are scaled back to the original image and clipped to it. `evaluation.merge` replaces the model's own
-    suppression. The model's device is used; it is put into evaluation mode, and back. More than `max_bad_samples`
-    images that cannot be decoded are a UserError.
-    """
-    samples = EvaluationSamples(shards, positions, max_bad_samples=max_bad_samples)
-    return detect_samples(model, samples, shards.categories, evaluation, autocast)[0]
-
-
 def detect_samples(
     model: RefineDet,
     samples: Iterable[Sample],
@@ -69,7 +48,11 @@ def detect_samples(
     evaluation: Evaluation,
     autocast: torch.dtype | None = None,
 ) -> tuple[DetectionTable, list[int]]:
-    """Like `detect_positions`, for any samples; also return the ids of the images, in order."""
+    """Detections of samples at the model's input size, and the ids of the images, in order.
+
+    Boxes are scaled back to the original image and clipped to it. `evaluation.merge` replaces the model's own
+    suppression. The model's device is used; it is put into evaluation mode, and back.
+    """
     size = (model.config.input_size, model.config.input_size)
     rule = evaluation.merge
     config = model.config if rule is None else unsuppressed(model.config)

@@ -11,10 +11,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import numpy as np
 import torch
 from refinedet.model import RefineDet
-from refinedet.pipeline.config.recipes import MERGE_RULES, resolve_passes, resolve_selection, sides_of
+from refinedet.pipeline.config.recipes import resolve_passes, resolve_selection, sides_of
 from refinedet.pipeline.config.spec import MergeRule, Multiscale, Pass
-from refinedet.pipeline.data.index import ShardSet
-from refinedet.pipeline.data.reading import EvaluationSamples
 from refinedet.pipeline.data.samples import Category, Sample
 from refinedet.pipeline.inference.detect import Found, as_table, batched, detect_view, evaluating
 from refinedet.pipeline.inference.detections import DetectionTable
@@ -23,33 +21,15 @@ from refinedet.pipeline.inference.merging import merge_boxes
 _BATCHES_DECODED = 4  # images held at once, in batches: enough to fill batches of landscape and of portrait ones
 
 
-def detect_by_rules(
-    model: RefineDet,
-    shards: ShardSet,
-    positions: Sequence[int],
-    *,
-    multiscale: Multiscale,
-    rules: Mapping[str, MergeRule] = MERGE_RULES,
-    autocast: torch.dtype | None = None,
-    max_bad_samples: int = 10,
-) -> dict[str, DetectionTable]:
-    """Detections of the samples at `positions` by each rule; the views of an image are computed once for all rules.
-
-    Otherwise as `detect_positions`.
-    """
-    samples = EvaluationSamples(shards, positions, max_bad_samples=max_bad_samples)
-    return detect_samples_by_rules(model, samples, shards.categories, multiscale, rules, autocast)
-
-
 def detect_samples_by_rules(
     model: RefineDet,
     samples: Iterable[Sample],
     categories: Sequence[Category],
     multiscale: Multiscale,
-    rules: Mapping[str, MergeRule] = MERGE_RULES,
+    rules: Mapping[str, MergeRule],
     autocast: torch.dtype | None = None,
 ) -> dict[str, DetectionTable]:
-    """Like `detect_by_rules`, for any samples."""
+    """Detections of samples by each rule; the views of an image are computed once for all rules."""
     num_views = sum(1 + one.flip for one in resolve_passes(multiscale, model.config))
     tables: dict[str, list[DetectionTable]] = {name: [] for name in rules}
     for batch, found in detect_batches_in_views(model, samples, multiscale, autocast):

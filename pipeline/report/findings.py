@@ -91,12 +91,12 @@ def finding_groups(
     return groups
 
 
-def jpeg_uri(picture: Image.Image, longest: int, quality: int = 82) -> str:
+def jpeg_uri(picture: Image.Image, longest: int) -> str:
     """A JPEG of at most `longest` pixels a side, as a data URI."""
     if max(picture.size) > longest:
         picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=quality, optimize=True)
+    picture.save(buffer, "JPEG", quality=82, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

@@ -24,7 +24,6 @@ from refinedet.pipeline.runs.timeline import Span, read_timeline
 
 logger = logging.getLogger(__name__)
 
-METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 MODES = ("single", "multiscale")
 MAX_RUNS = 6
 """in a comparison: as many columns as a page holds"""

@@ -6,10 +6,11 @@ environment holds it under such a name. Where a form is ambiguous, as a slash in
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from refinedet.pipeline.runs import settings
 
 MASK = "***"
 
@@ -82,7 +83,7 @@ def _environment_secrets() -> list[str]:
     """Values of variables with a secret's name, longest first; paths are none."""
     values = {
         value
-        for name, value in os.environ.items()
+        for name, value in settings.inherited().items()
         if len(value) >= _SHORTEST_SECRET and not value.startswith(("/", "~")) and _SECRET_NAME.search(name)
     }
     return sorted(values, key=lambda value: (-len(value), value))

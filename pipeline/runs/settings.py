@@ -24,7 +24,6 @@ class Variable:
 
 
 _ALL = (
-    Variable("REFINEDET_PYTHON", "ours", "text", None, "Python that a job was submitted from; `submit` sets it"),
     Variable(
         "REFINEDET_SUBMITTED_AT", "ours", "number", None, "when a job was submitted, s since 1970; `submit` sets it"
     ),
@@ -37,6 +36,11 @@ _ALL = (
     Variable("RAY_AUTH_TOKEN", "cluster", "text", None, "token of a cluster; a local node's is drawn at the launch"),
     Variable("REQUESTS_CA_BUNDLE", "cluster", "path", None, "authorities that may sign for an https:// dashboard"),
     Variable("RAY_JOB_HEADERS", "cluster", "json", None, "further HTTP headers, for a proxy that requires a login"),
+    Variable("RAY_JOB_STOP_SIGNAL", "cluster", "text", None, "signal on which a submitted job saves; `submit` sets it"),
+    Variable(
+        "RAY_JOB_STOP_WAIT_TIME_S", "cluster", "number", None, "time for that; `submit` sets it, Ray's own is 3 s"
+    ),
+    Variable("PYTHONUNBUFFERED", "cluster", "flag", None, "lines of a submitted job come at once; `submit` sets it"),
     Variable("RANK", "training", "number", None, "number of this worker; torchrun and Ray Train set it"),
     Variable("WORLD_SIZE", "training", "number", None, "number of workers; torchrun and Ray Train set it"),
     Variable("LOCAL_RANK", "training", "number", "0", "number of this worker on its node, which chooses its GPU"),

@@ -113,15 +113,14 @@ class RunTracker(RunWriter):
             logger.warning("What MLflow has of the starts before is not known: %s", stores.first_line(error))
             return set()
 
-    def log_result(self, mode: str, step: int, content: Mapping[str, Any], artifacts: Sequence[str] = ()) -> None:
-        """Log an evaluation to the run, for the table of runs, and with its files to a child run of its own.
+    def log_result(self, mode: str, step: int, content: Mapping[str, Any]) -> None:
+        """Log an evaluation to the run, for the table of runs, and to a child run of its own.
 
-        mode       "single" or "multiscale"
-        step       of the weights
-        content    of the mode in `metrics.json`
-        artifacts  local files, such as detections
+        mode     "single" or "multiscale"
+        step     of the weights
+        content  of the mode in `metrics.json`
         """
-        self._result_times[mode] = _log_result(self, self.child(_CHILDREN[mode]), mode, step, content, artifacts)
+        self._result_times[mode] = _log_result(self, self.child(_CHILDREN[mode]), mode, step, content)
 
     def log_model(
         self,
@@ -244,20 +243,11 @@ def log_later_result(
     return run.close() and child.close()
 
 
-def _log_result(
-    run: RunWriter,
-    child: RunWriter,
-    mode: str,
-    step: int,
-    content: Mapping[str, Any],
-    artifacts: Sequence[str] = (),
-) -> float:
+def _log_result(run: RunWriter, child: RunWriter, mode: str, step: int, content: Mapping[str, Any]) -> float:
     """Log to both; returns the time of the points, seconds since 1970."""
     time_s = time.time()
     run.log_evaluation(step, mode, content, time_s=time_s)
     child.log_evaluation(step, mode, content, time_s=time_s)
-    for path in artifacts:
-        child.log_artifact(path)
     child.end("FINISHED")
     return time_s
 

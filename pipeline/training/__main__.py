@@ -27,10 +27,10 @@ from refinedet.pipeline.evaluation.validation import prepare_validation
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.lines import LinesLog
+from refinedet.pipeline.runs.stop import stop_signals
 from refinedet.pipeline.training.finite import NonFiniteError
 from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
 from refinedet.pipeline.training.saving import SaveError
-from refinedet.pipeline.training.stop import StopSignals
 from refinedet.pipeline.training.training_job import Attempt, train_job
 from refinedet.pipeline.training.world import World, open_world
 
@@ -38,15 +38,13 @@ logger = logging.getLogger("refinedet")
 
 
 class FileLink:
-    """Rank 0's records as lines of metrics.jsonl and events.jsonl; a stop from this process's signals.
+    """Rank 0's records as lines of metrics.jsonl and events.jsonl; a stop from an event.
 
     A context manager: it opens the files, which are complete once it ends. Behind a URI only rank 0 writes.
     """
 
-    def __init__(self, run: Run, stop: StopSignals, is_main: bool) -> None:
+    def __init__(self, run: Run, stop: threading.Event, is_main: bool) -> None:
         self._run, self._stop = run, stop
-        self.lost = threading.Event()
-        """another process has taken the run over"""
         self._every = run.spec.tracking.log_every_steps
         self._writes = is_main or storage.is_local(run.path)
         self._files: dict[str, LinesLog] = {}
@@ -62,7 +60,7 @@ class FileLink:
 
     @property
     def stop_requested(self) -> bool:
-        return self._stop() or self.lost.is_set()
+        return self._stop.is_set()
 
     def push(self, message: StepRecord | Event, *, wait: bool = False) -> None:
         if isinstance(message, Event):
@@ -88,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     began_at = time.time()
-    with StopSignals() as stop, open_world() as world:
+    with stop_signals(logger.warning) as stop, open_world() as world:
         try:
             spec = load_spec(options.job, options.overrides)
             check_spec(spec)
@@ -103,17 +101,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _train(spec: JobSpec, world: World, stop: StopSignals, began_at: float) -> TrainResult:
+def _train(spec: JobSpec, world: World, stop: threading.Event, began_at: float) -> TrainResult:
     run = Run(spec)
-    link = FileLink(run, stop, world.is_main)
     with ExitStack() as stack:
 
         def open_run() -> None:
-            stack.enter_context(run.open(on_lost=lambda _: link.lost.set()))
+            stack.enter_context(run.open(on_lost=lambda _: stop.set()))  # another process has taken the run over
             _prepare(run)
 
         world.from_main(open_run)
-        stack.enter_context(link)
+        link = stack.enter_context(FileLink(run, stop, world.is_main))
         validate = None
         if spec.training.validate_every_epochs:
             validate = prepare_validation(

@@ -1,20 +1,19 @@
 """The DeepSpeed engine around detector and loss, and the one function that derives DeepSpeed's config from the spec.
 
-DeepSpeed does backward, reduction during backward, accumulation, loss scaling, clipping, the check of the gradient's
-norm on all ranks, and the update of a sharded optimizer (ZeRO 1 or 2). What is added here:
+DeepSpeed does backward, reduction during backward, accumulation, loss scaling, clipping, and the update of a sharded
+optimizer (ZeRO 1 or 2). What is added here:
 
 - the loss is divided by the positives of the global batch, summed over ranks (equation 1);
-- a loss that is not finite makes the gradient not finite, which DeepSpeed then refuses on all ranks alike;
+- a loss that is not finite makes the gradient not finite;
+- a gradient that is not finite on one rank is applied on none: DeepSpeed before 0.19.8 applies it;
 - the order in which gradients become ready is checked to be the same on all ranks: DeepSpeed fills its buckets in that
   order, and would add up gradients of different parameters silently.
 """
 
 from __future__ import annotations
 
-import functools
 import logging
-import zlib
-from array import array
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from types import SimpleNamespace
@@ -30,6 +29,7 @@ from refinedet.pipeline.config.batches import BatchPlan
 from refinedet.pipeline.config.spec import Training
 from refinedet.pipeline.inference.precision import computes_bf16
 from refinedet.pipeline.training.buffers import Buffers
+from refinedet.pipeline.training.gradients import GradientMonitor
 from refinedet.pipeline.training.optimizers import group_parameters, make_optimizer
 from refinedet.pipeline.training.world import World
 from torch import Tensor, nn
@@ -172,7 +172,7 @@ class Engine:
         self.objective = Objective(self.detector, loss, world, self.precision == "fp16", plan.global_batch)
         self.parameters = {name: p for name, p in self.detector.named_parameters() if p.requires_grad}
         self.base_optimizer = make_optimizer(group_parameters(self.objective, spec), spec, world.device)
-        self.order = GradientOrder(self.parameters)
+        self.gradients = GradientMonitor(self.parameters)
         elements = sum(parameter.numel() for parameter in self.parameters.values())
         if world.device.type == "cpu":
             set_accelerator(_PlainCpu())
@@ -184,7 +184,9 @@ class Engine:
             config=deepspeed_config(spec, plan, self.precision, elements),
         )
         self.deepspeed.train()
+        self._applied = True
         self._create_momentum()
+        self.base_optimizer.register_step_pre_hook(self._drop_refused)
 
     @torch.no_grad()
     def count_positives(self, batches: Sequence[tuple[Tensor, Sequence[Any]]]) -> None:
@@ -208,7 +210,7 @@ class Engine:
 
     def backward(self, total: Tensor) -> None:
         """Add a micro-batch's gradient. DeepSpeed takes means over ranks and micro-batches; equation 1 is a sum."""
-        self.order.clear()
+        self.gradients.start_backward()
         self.deepspeed.backward(total * self.world.size)
 
     def step(self, learning_rate: float) -> bool:
@@ -216,14 +218,16 @@ class Engine:
 
         Then weights and momentum are as before; the same on all ranks.
         """
-        last = self.deepspeed.is_gradient_accumulation_boundary()
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()
+            return False
         for group in self.base_optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_multiplier"]
+        self._applied = self.gradients.finite(self.world)
         self.deepspeed.step()
-        applied = self.deepspeed.was_step_applied()
-        if last:
-            self.scale.update(overflow=not applied)
-        return applied
+        self._applied &= self.deepspeed.was_step_applied()
+        self.scale.update(overflow=not self._applied)
+        return self._applied
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -240,7 +244,7 @@ class Engine:
         """Norm of the last step's gradient before clipping, without the loss scale; inf where it was not finite."""
         norm = self.deepspeed.get_global_grad_norm()
         assert norm is not None
-        return float(norm)
+        return float(norm) if self._applied else math.inf
 
     def non_finite_gradients(self, batches: Sequence[tuple[Tensor, Sequence[Any]]]) -> list[str]:
         """Names of parameters whose gradient on this rank's micro-batches is not finite, computed again. Collective."""
@@ -267,8 +271,17 @@ class Engine:
             safe_set_full_optimizer_state(parameter, values[name].to(parameter.device), _MOMENTUM)
 
     def close(self) -> None:
-        self.order.close()
+        self.gradients.close()
         self.deepspeed.destroy()
+
+    def _drop_refused(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        """Hide a refused gradient from the step of a group; weights and momentum without a gradient stay as they are.
+
+        DeepSpeed calls the step once for each group, with this rank's partition of it.
+        """
+        for group in () if self._applied else optimizer.param_groups:
+            for partition in group["params"]:
+                partition.grad = None
 
     def _create_momentum(self) -> None:
         """Create zero momentum, and take one step of no gradient, rate and decay: it links parameters with their state.
@@ -287,32 +300,6 @@ class Engine:
             self.deepspeed.step()
         for group, decay in zip(self.base_optimizer.param_groups, decays, strict=True):
             group["weight_decay"] = decay
-
-
-class GradientOrder:
-    """The order in which the last backward made gradients."""
-
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
-        self._seen = array("I")
-        self._hooks = [
-            parameter.register_post_accumulate_grad_hook(functools.partial(self._note, number))
-            for number, parameter in enumerate(parameters.values())
-        ]
-
-    @property
-    def checksum(self) -> int:
-        """16 bits that are alike where the order is."""
-        return zlib.crc32(self._seen.tobytes()) & 0xFFFF
-
-    def clear(self) -> None:
-        del self._seen[:]
-
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
-
-    def _note(self, number: int, parameter: Tensor) -> None:
-        self._seen.append(number)
 
 
 class _PlainCpu(CPU_Accelerator):

@@ -34,15 +34,6 @@ class Goodput:
     """for data, and for checkpoints and validation"""
     attempts: int
 
-    @property
-    def total_s(self) -> float:
-        return self.useful_s + self.lost_s + self.restart_s + self.waiting_s
-
-    @property
-    def fraction(self) -> float:
-        """Useful part of the whole, 0..1."""
-        return self.useful_s / self.total_s if self.total_s else 0.0
-
 
 class Ledger:
     """One attempt's page. Rank 0 keeps it; on other ranks it does nothing."""

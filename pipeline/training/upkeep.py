@@ -71,7 +71,7 @@ class Upkeep:
                 saving=self._writer.state,
                 given_up=self._writer.given_up,
                 committed_step=self._writer.committed_step,
-                order=self.state.engine.order.checksum,
+                order=self.state.engine.gradients.order,
             )
 
     def check(self, outcome: StepOutcome, agreed: Agreed) -> None:

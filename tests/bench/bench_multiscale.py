@@ -35,8 +35,9 @@ from refinedet.model.ops import library  # noqa: E402
 from refinedet.pipeline.config.recipes import describe_cost, resolve_merge  # noqa: E402
 from refinedet.pipeline.config.spec import Data, Multiscale, Pass, Split  # noqa: E402
 from refinedet.pipeline.data.index import open_shards  # noqa: E402
+from refinedet.pipeline.data.reading import EvaluationSamples  # noqa: E402
 from refinedet.pipeline.data.shards import prepare_shards  # noqa: E402
-from refinedet.pipeline.inference.multiscale import detect_by_rules  # noqa: E402
+from refinedet.pipeline.inference.multiscale import detect_samples_by_rules  # noqa: E402
 
 
 def main() -> None:
@@ -83,7 +84,8 @@ def main() -> None:
         for _ in range(args.repeats + 1):
             forward_s.clear()
             start = time.process_time()
-            tables = detect_by_rules(model, shards, range(args.images), multiscale=multiscale, rules=rules)
+            samples = EvaluationSamples(shards, range(args.images))
+            tables = detect_samples_by_rules(model, samples, shards.categories, multiscale, rules)
             boxes = len(tables["own"])
             shares.append(((time.process_time() - start), sum(forward_s)))
     finally:

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import ipaddress
 import json
-import os
 import ssl
 import subprocess
 import sys
@@ -19,7 +18,6 @@ import pytest
 import ray
 from refinedet.pipeline.cluster import session
 from refinedet.pipeline.cluster.dashboard import CERTIFICATES, HEADERS, cluster_nodes
-from refinedet.pipeline.cluster.entrypoint import PYTHON_VARIABLE
 from refinedet.pipeline.cluster.jobs import JobsClient
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.spec import Cluster
@@ -187,10 +185,11 @@ def test_proxies_and_their_headers_are_used(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_another_python_on_the_cluster_is_said_before_anything_runs(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "refinedet.pipeline.cluster.entrypoint", "launch", str(tmp_path / "none.yaml")]
-    done = subprocess.run(command, env=os.environ | {PYTHON_VARIABLE: "3.99"}, capture_output=True, text=True)
+    command = [sys.executable, "-m", "refinedet.pipeline.cluster.entrypoint"]
+    arguments = ["launch", str(tmp_path / "none.yaml")]
+    done = subprocess.run([*command, "3.99", *arguments], capture_output=True, text=True)
     assert done.returncode == 2
     here = f"{sys.version_info.major}.{sys.version_info.minor}"
     assert done.stderr.startswith(f"refinedet: the cluster runs Python {here}, the job was submitted from 3.99;")
-    same = subprocess.run(command, env=os.environ | {PYTHON_VARIABLE: here}, capture_output=True, text=True)
+    same = subprocess.run([*command, here, *arguments], capture_output=True, text=True)
     assert "There is no job spec" in same.stderr

@@ -70,7 +70,8 @@ def test_code_that_travelled_comes_before_an_installation(tmp_path: Path) -> Non
 
 def test_an_installation_for_development_is_named(tmp_path: Path) -> None:
     stage_code(tmp_path, make_spec())
-    command = [sys.executable, "-m", "refinedet.pipeline.cluster.entrypoint", "launch", "nowhere.yaml"]
+    python = f"{sys.version_info.major}.{sys.version_info.minor}"
+    command = [sys.executable, "-m", "refinedet.pipeline.cluster.entrypoint", python, "launch", "nowhere.yaml"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     if "There is no job spec" in done.stderr and "installation for development" not in done.stderr:
         pytest.skip("the project is not installed for development here")

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 from jsonschema import validate
 from refinedet.pipeline.cli.main import app
-from refinedet.pipeline.evaluation.file_evaluation import evaluate_files
-from refinedet.pipeline.evaluation.metrics import evaluate
+from refinedet.pipeline.evaluation.file_evaluation import read_files
+from refinedet.pipeline.evaluation.metrics import evaluate, make_protocol
 from refinedet.pipeline.evaluation.server_files import ROW_SCHEMA, write_submission
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.runs.errors import UserError
@@ -29,6 +29,11 @@ def files(tmp_path) -> tuple[str, str]:
     (tmp_path / "truth.json").write_text(json.dumps(truth))
     (tmp_path / "detections.json").write_text(json.dumps(rows))
     return str(tmp_path / "detections.json"), str(tmp_path / "truth.json")
+
+
+def evaluate_files(detections, annotations, metric="coco"):
+    protocol = make_protocol(metric)
+    return evaluate(protocol, *read_files(detections, annotations))
 
 
 def test_files_give_pycocotools_numbers(files):

@@ -30,9 +30,9 @@ from refinedet.pipeline.evaluation.metrics import (
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.evaluation.unreadable import sum_unreadable
 from refinedet.pipeline.evaluation.validation import validate
-from refinedet.pipeline.inference.detect import detect_positions
+from refinedet.pipeline.inference.detect import detect_samples
 from refinedet.pipeline.inference.detections import DetectionTable
-from refinedet.pipeline.inference.multiscale import detect_by_rules
+from refinedet.pipeline.inference.multiscale import detect_samples_by_rules
 from refinedet.pipeline.runs.errors import UserError
 
 COCO = make_protocol("coco")
@@ -94,11 +94,15 @@ def run_ranks(size: int, run) -> list[Any]:
     return results
 
 
+def detect(model, shards, positions):
+    return detect_samples(model, EvaluationSamples(shards, positions), shards.categories, EVALUATION)[0]
+
+
 @pytest.mark.parametrize("rule", ["coco", "voc2007", "voc2012"])
 def test_validation_is_the_same_on_any_number_of_ranks(model, shards, truth, rule):
     truth = truth.select(~truth.crowd)  # VOC has no rule for crowds
     model.eval()  # threads share the model
-    whole = evaluate(rule, truth, detect_positions(model, shards, range(shards.num_samples), evaluation=EVALUATION))
+    whole = evaluate(rule, truth, detect(model, shards, range(shards.num_samples)))
 
     def run(rank: int, all_gather):
         return validate(
@@ -227,7 +231,7 @@ def test_a_validation_that_takes_too_long_is_ended_on_all_ranks(model, shards, t
 def test_chunks_matched_apart_equal_the_whole(model, shards, truth):
     chunks = split_into_chunks(shards.num_samples, 3)
     ids = [[sample.image_id for sample in EvaluationSamples(shards, chunk.positions)] for chunk in chunks]
-    tables = [detect_positions(model, shards, chunk.positions, evaluation=EVALUATION) for chunk in chunks]
+    tables = [detect(model, shards, chunk.positions) for chunk in chunks]
     apart = accumulate_matches(
         COCO, truth, [match_detections(COCO, truth, table, part) for table, part in zip(tables, ids, strict=True)]
     )
@@ -239,7 +243,7 @@ def test_chunks_matched_apart_equal_the_whole(model, shards, truth):
 def test_multiscale_of_a_real_model(model, shards, truth):
     multiscale = Multiscale(passes=(Pass(size=64), Pass(size=(64, 128)), Pass(size=128, min_side_below=40)))
     rules = {"own": resolve_merge(multiscale)}
-    table = detect_by_rules(model, shards, range(shards.num_samples), multiscale=multiscale, rules=rules)["own"]
+    table = detect_samples_by_rules(model, EvaluationSamples(shards), shards.categories, multiscale, rules)["own"]
     assert 0 <= evaluate("coco", truth, table).values["AP"] <= 1
     boxes = table.bbox.copy()
     boxes[:, 2:] += boxes[:, :2]
@@ -249,11 +253,11 @@ def test_multiscale_of_a_real_model(model, shards, truth):
 
 def test_every_merge_rule_from_one_look(model, shards, truth):
     multiscale = Multiscale(passes=(Pass(size=64), Pass(size=128)))
-    positions = range(shards.num_samples)
-    tables = detect_by_rules(model, shards, positions, multiscale=multiscale)
+    samples = EvaluationSamples(shards)
+    tables = detect_samples_by_rules(model, samples, shards.categories, multiscale, MERGE_RULES)
     assert tables.keys() == MERGE_RULES.keys()
     rules = {"alone": MERGE_RULES["box voting"]}
-    alone = detect_by_rules(model, shards, positions, multiscale=multiscale, rules=rules)
+    alone = detect_samples_by_rules(model, samples, shards.categories, multiscale, rules)
     assert tables["box voting"].rows() == alone["alone"].rows()
     metrics = best_first({name: evaluate("coco", truth, table) for name, table in tables.items()})
     ap = [one.values["AP"] for one in metrics.values()]

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
 from refinedet.pipeline.runs import settings
 
 REPOSITORY = Path(__file__).resolve().parents[2]
-# The entry point runs before anything else is imported; redaction compares with every value. The others hand the
-# environment to processes that they start, or set what their library reads before it loads.
-ALLOWED = {"runs/settings.py", "runs/redaction.py", "cluster/entrypoint.py"}
+SETTINGS = "pipeline/runs/settings.py"
+NAME_OF_A_VARIABLE = re.compile(r"(RAY|REFINEDET|MLFLOW|MALLOC|PYTHON|DS|CUBLAS|CUDA|OMP|GIT|AWS)_?[A-Z][A-Za-z_]+")
 
 
 def test_nothing_else_reads_the_environment() -> None:
-    for path in (REPOSITORY / "pipeline").rglob("*.py"):
-        name = path.relative_to(REPOSITORY / "pipeline").as_posix()
-        if name in ALLOWED:
+    for path in (path for top in ("model", "pipeline") for path in (REPOSITORY / top).rglob("*.py")):
+        name = path.relative_to(REPOSITORY).as_posix()
+        if name == SETTINGS:
             continue
         for node in ast.walk(ast.parse(path.read_text())):
             reads = isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv")
-            assert not reads, f"{name}:{node.lineno}: read it in pipeline/runs/settings.py"  # type: ignore[attr-defined]
+            assert not reads, f"{name}:{node.lineno}: read it in {SETTINGS}"  # type: ignore[attr-defined]
+            if isinstance(node, ast.Constant) and NAME_OF_A_VARIABLE.fullmatch(str(node.value)):
+                assert node.value in settings.VARIABLES, f"{name}:{node.lineno}: list {node.value} in {SETTINGS}"
 
 
 def test_the_documentation_is_the_table() -> None:

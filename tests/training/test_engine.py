@@ -115,6 +115,57 @@ def test_a_step_that_is_not_finite_leaves_no_trace(world: World, stage: int, bad
     engine.close()
 
 
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_refused_gradient_leaves_no_trace_whatever_deepspeed_makes_of_it(
+    world: World, stage: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = SPEC.model_copy(update={"zero_stage": stage, "bias_lr_multiplier": 2.0})
+    plan = divide_batch(spec.global_batch, spec.micro_batch, 1)
+    engine = Engine(TinyDetector(), tiny_loss, spec, plan, world)
+    run_steps(engine, plan, 1)
+    before = [tensor.clone() for tensor in (*engine.parameters.values(), *dict(engine.momentum()).values())]
+    with monkeypatch.context() as refusing:
+        refusing.setattr(engine.gradients, "finite", lambda world: False)
+        run_steps(engine, plan, 1)
+    after = [*engine.parameters.values(), *dict(engine.momentum()).values()]
+    assert all(map(torch.equal, before, after))
+    assert engine.gradient_norm == torch.inf
+    run_steps(engine, plan, 1)
+    assert not any(map(torch.equal, before, engine.parameters.values()))
+    engine.close()
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_gradient_that_is_not_finite_in_one_group_of_one_rank_is_applied_on_none(tmp_path: Path, stage: int) -> None:
+    for rank in (0, 1):
+        assert run_together(_steps_with_a_bad_gradient, tmp_path, stage, rank) == [[False, True, True]] * 2
+
+
+def _steps_with_a_bad_gradient(world: World, stage: int, bad_rank: int) -> list[bool]:
+    """-> whether the bad step was applied, whether it left no trace, whether the next one is finite and applied"""
+    spec = SPEC.model_copy(update={"zero_stage": stage, "bias_lr_multiplier": 2.0})
+    plan = divide_batch(spec.global_batch, spec.micro_batch, world.size)
+    engine = Engine(TinyDetector(), tiny_loss, spec, plan, world)
+    run_steps(engine, plan, 1, rank=world.rank)
+    before = [tensor.clone() for tensor in (*engine.parameters.values(), *dict(engine.momentum()).values())]
+    last_bias = engine.parameters["rare.bias"]  # of the second group, while the first one's gradient is finite
+    hook = last_bias.register_hook(lambda gradient: gradient * (torch.inf if world.rank == bad_rank else 1.0))
+    images = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
+    total, losses = engine.forward(images, TinyStream.targets_of([1.0, 1.0]))
+    assert losses.isfinite().all()
+    engine.backward(total)
+    applied = engine.step(0.05)
+    assert engine.gradient_norm == torch.inf
+    hook.remove()
+    after = [*engine.parameters.values(), *dict(engine.momentum()).values()]
+    untouched = all(map(torch.equal, before, after))
+    total, _ = engine.forward(images, TinyStream.targets_of([1.0, 1.0]))
+    engine.backward(total)
+    good = engine.step(0.05) and all(bool(parameter.isfinite().all()) for parameter in engine.parameters.values())
+    return [applied, untouched, good]
+
+
 def test_the_config_of_deepspeed_is_that_of_the_spec() -> None:
     spec = Training(global_batch=32, micro_batch=4, zero_stage=2, gradient_clip=3.0)
     config = deepspeed_config(spec, divide_batch(32, 4, 2), "bf16", 1001)

@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,9 +27,9 @@ import torch
 import torch.distributed as dist
 from refinedet.model import RefineDet, sum_losses
 from refinedet.pipeline.config.spec import Training
+from refinedet.pipeline.runs.stop import stop_signals
 from refinedet.pipeline.training.loop import train
 from refinedet.pipeline.training.records import Event, StepRecord, TrainResult
-from refinedet.pipeline.training.stop import StopSignals
 from refinedet.pipeline.training.task import Callbacks, Task
 from refinedet.pipeline.training.world import World, open_world
 
@@ -160,7 +161,7 @@ def _work(rank: int, folder: str, told: str, size: int, spec: Training, fault: F
             tell("step", {"step": record.step, "losses": record.losses, "norm": record.gradient_norm})
 
         try:
-            with open_world("cpu") as world, StopSignals() as stop:
+            with open_world("cpu") as world, stop_signals(lambda _: None) as stop:
                 result = _train(
                     spec, world, folder, hurt, refinedet, observe, lambda event: tell("event", vars(event)), stop
                 )
@@ -179,7 +180,7 @@ def _train(
     refinedet: bool,
     observe: Any,
     on_event: Any,
-    stop: StopSignals,
+    stop: threading.Event,
 ) -> TrainResult:
     torch.manual_seed(0)
     task = Task(
@@ -191,7 +192,7 @@ def _train(
         run_dir=folder,
         seed=3,
     )
-    return train(spec, world, task, Callbacks(on_step=observe, on_event=on_event, stop_requested=stop))
+    return train(spec, world, task, Callbacks(on_step=observe, on_event=on_event, stop_requested=stop.is_set))
 
 
 class HurtStream(TinyStream):
