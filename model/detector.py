@@ -40,6 +40,15 @@ class RefineDet(nn.Module):
 
     images   [B, 3, H, W]  RGB, 0..255, uint8 or float; H and W are multiples of `config.coarsest_stride`
     targets  `Targets` of each image, or torchvision's dicts: boxes [G, 4] xyxy pixels, labels [G] from 1 on
+
+    All return `Predictions`, from which `detection_loss` and `select_batch` start:
+
+    model(images, targets)       rows that the loss can use: positives, and negatives that survive the filter
+    model(images)                the anchors that survive the filter
+    model(images, dense=True)    every anchor, so that all shapes are known beforehand, as torch.compile and exports
+                                 need; loss and detections are the same
+    model(images, capacity=n)    the n anchors that the ARM trusts most, or empty rows: all shapes are known beforehand
+                                 and the host never waits, as CUDA graphs need
     """
 
     mean: Tensor
@@ -97,19 +106,8 @@ class RefineDet(nn.Module):
         dense: bool = False,
         capacity: int | None = None,
     ) -> Predictions:
-        """Predict for a batch: `Predictions`, from which `detection_loss` and `select_batch` start.
+        """Predict for a batch; the arguments choose its rows, the anchors that the ADM computes (see the class).
 
-        The arguments choose the rows, the anchors that the ADM computes:
-
-            forward(images, targets)       what the loss can use: positives, and negatives that survive the filter
-            forward(images)                the anchors that survive the filter
-            forward(images, dense=True)    every anchor, so that all shapes are known beforehand, as torch.compile and
-                                           exports need; loss and detections are the same
-            forward(images, capacity=n)    the n anchors that the ARM trusts most, or empty rows: all shapes are known
-                                           beforehand and the host never waits, as CUDA graphs need
-
-        images   [B, 3, H, W]  RGB, 0..255, uint8 or float; normalised here
-        targets  of each image, `Targets` or torchvision's dicts
         Raises ValueError for sides that are no multiples of `config.coarsest_stride`, for targets that are no boxes and
         labels, and for a capacity beside targets or dense, or without an ARM.
         """

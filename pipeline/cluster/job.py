@@ -109,18 +109,22 @@ class Job:
             raise StoppedError(f"before the stage {stage.name}; run the same command again to resume")
         if self._begun and self._begun.done():
             self._begun.result()
-        inputs = stage.inputs(self)
+        with storage.patience():
+            inputs = stage.inputs(self)
         if inputs is None:
             return
         logger.info("stage %s begins", stage.name)
         self.display.stage(stage.name, unit=stage.unit)
-        if inputs and self.run.stage_is_done(stage.name, inputs):
+        with storage.patience():
+            done_before = inputs and self.run.stage_is_done(stage.name, inputs)
+        if done_before:
             self.display.done("done before")
             return
         with self._timeline.stage(stage.name):
             outcome = stage.run(self)
-            if inputs:
-                self.run.commit_stage(stage.name, inputs, list(outcome.outputs))
+            with storage.patience():
+                if inputs:
+                    self.run.commit_stage(stage.name, inputs, list(outcome.outputs))
         self.display.done(outcome.text)
 
     def fail(self, error: BaseException) -> None:
@@ -142,6 +146,10 @@ class Job:
 
     def finish(self) -> None:
         """Log what is left to MLflow, end its run, and print where everything is."""
+        with storage.patience():
+            self._finish()
+
+    def _finish(self) -> None:
         self.pictures.close()
         profile = [f"profile/{name}" for name in storage.list_folder(self.run.file("profile"))]
         for name in (*_ARTIFACTS, *profile) if self._begun else ():

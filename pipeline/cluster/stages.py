@@ -106,6 +106,7 @@ def _detection_pool(job: Job) -> DetectionPool:
 # --- report
 
 
+@storage.patience()
 def _report(job: Job) -> Outcome:
     if storage.exists(job.run.weights):
         log_model(job.tracker, job.run, job.model_folder)

@@ -15,7 +15,9 @@ import posixpath
 import tempfile
 import threading
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import asdict, dataclass
 from typing import Any, TypeVar
 
@@ -34,6 +36,8 @@ _FINAL = (UserError, FileNotFoundError, FileExistsError, PermissionError, IsADir
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 _waiting: dict[int, str] = {}
 """by thread: the call that `retry` repeats, and the error of its last attempt"""
+
+_patient: ContextVar[bool] = ContextVar("patient", default=False)
 
 _CHUNK = 4 * 2**20
 
@@ -66,9 +70,23 @@ def join(path: str, *parts: str) -> str:
     return posixpath.join(path, *parts)
 
 
+@contextmanager
+def patience() -> Iterator[None]:
+    """Read, write and list files of remote stores with `retry`, in this thread."""
+    before = _patient.set(True)
+    try:
+        yield
+    finally:
+        _patient.reset(before)
+
+
+def _reach(call: Callable[[], T], path: str) -> T:
+    return retry(call, path) if _patient.get() and not is_local(path) else call()
+
+
 def exists(path: str) -> bool:
     fs, name = filesystem(path)
-    return fs.exists(name)
+    return _reach(lambda: fs.exists(name), path)
 
 
 def make_folder(path: str) -> None:
@@ -79,9 +97,8 @@ def make_folder(path: str) -> None:
 def list_folder(path: str) -> list[str]:
     """Names in a directory, sorted; empty where it does not exist."""
     fs, name = filesystem(path)
-    if not fs.isdir(name):
-        return []
-    return sorted(posixpath.basename(entry.rstrip("/")) for entry in fs.ls(name, detail=False))
+    entries = _reach(lambda: fs.ls(name, detail=False) if fs.isdir(name) else [], path)
+    return sorted(posixpath.basename(entry.rstrip("/")) for entry in entries)
 
 
 def remove(path: str) -> None:
@@ -123,9 +140,11 @@ def retry(call: Callable[[], T], what: str, *, deadline_s: float = RETRY_DEADLIN
         before_sleep=log,
         retry_error_callback=end,
     )
+    before = _patient.set(False)  # one retry at a time
     try:
         return retrying(call)
     finally:
+        _patient.reset(before)
         _waiting.pop(threading.get_ident(), None)
 
 
@@ -142,7 +161,8 @@ def _may_pass(error: BaseException) -> bool:
 def read_bytes(path: str, start: int | None = None, stop: int | None = None) -> bytes:
     """A file, or its bytes [start, stop)."""
     fs, name = filesystem(path)
-    return bytes(fs.cat_file(name, start, stop))  # type: ignore[arg-type] - fsspec types it as text or bytes
+    content: Any = _reach(lambda: fs.cat_file(name, start, stop), path)  # fsspec types it as text or bytes
+    return bytes(content)
 
 
 def write_bytes(path: str, content: bytes) -> None:
@@ -150,9 +170,13 @@ def write_bytes(path: str, content: bytes) -> None:
     fs, name = filesystem(path)
     if isinstance(fs, LocalFileSystem):
         _write_local(name, [content])
-    else:  # an object store shows an object only once its upload is complete
-        with fs.open(name, "wb") as file:
+        return
+
+    def write() -> None:
+        with fs.open(name, "wb") as file:  # an object store shows an object only once its upload is complete
             file.write(content)  # type: ignore[arg-type]
+
+    _reach(write, path)
 
 
 def write_parts(path: str, parts: Iterable[bytes]) -> None:
@@ -164,7 +188,7 @@ def write_parts(path: str, parts: Iterable[bytes]) -> None:
     with tempfile.NamedTemporaryFile() as file:
         file.writelines(parts)
         file.flush()
-        fs.put_file(file.name, name)
+        _reach(lambda: fs.put_file(file.name, name), path)
 
 
 def _write_local(name: str, parts: Iterable[bytes]) -> None:
@@ -216,13 +240,17 @@ def digest_json(value: Any) -> str:
 
 def digest_file(path: str, name: str | None = None) -> FileDigest:
     fs, inner = filesystem(path)
-    sha = hashlib.sha256()
-    size = 0
-    with fs.open(inner, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            sha.update(chunk)  # type: ignore[arg-type]
-            size += len(chunk)
-    return FileDigest(name or posixpath.basename(inner), size, sha.hexdigest())
+
+    def digest() -> FileDigest:
+        sha = hashlib.sha256()
+        size = 0
+        with fs.open(inner, "rb") as file:
+            while chunk := file.read(_CHUNK):
+                sha.update(chunk)  # type: ignore[arg-type]
+                size += len(chunk)
+        return FileDigest(name or posixpath.basename(inner), size, sha.hexdigest())
+
+    return _reach(digest, path)
 
 
 def write_manifest(path: str, files: Iterable[FileDigest], **facts: Any) -> None:
