@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from refinedet.pipeline.cluster.addresses import LOCAL, check_reachable, cluster_address
-from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_checks import check_spec
 from refinedet.pipeline.config.start import check_start
 from refinedet.pipeline.runs import settings
 from refinedet.pipeline.runs.errors import UserError
