@@ -122,7 +122,7 @@ def train_job(
     callbacks = Callbacks(
         on_step=report,
         on_event=report,
-        validate=validate if spec.training.validate_every_epochs else None,
+        validate=validate,
         validation_timeout_s=spec.evaluation.validation_timeout_s,
         stop_requested=lambda: link.stop_requested,
         on_stall=functools.partial(_report_stall, link),
