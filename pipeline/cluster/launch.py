@@ -66,6 +66,7 @@ def _run_stages(run: Run, stages: Sequence[str], display: ProgressDisplay, stop:
     from refinedet.pipeline.cluster.node_checks import check_nodes
     from refinedet.pipeline.cluster.stages import STAGES
 
+    assert tuple(stage.name for stage in STAGES) == STAGE_NAMES, "STAGE_NAMES must name the stages of stages.py"
     with Job(run, display, stop) as job:
         try:
             check_nodes(run)

@@ -153,10 +153,8 @@ def _open_stream(run: Run, shards: ShardSet, world: World, start: Cursor, plan: 
         run.spec.data,
         input_size=training_sizes(run.spec),
         seed=run.spec.seed,
-        global_batch=plan.global_batch,
-        micro_batch=plan.micro_batch,
+        batch=plan,
         rank=world.rank,
-        world_size=world.size,
         start=start,
     )
 
