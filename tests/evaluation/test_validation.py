@@ -16,7 +16,6 @@ from refinedet.pipeline.config.spec import Data, Evaluation, Multiscale, Pass, S
 from refinedet.pipeline.data import shard_file
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.reading import EvaluationSamples, write_coco_annotations
-from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.evaluation.chunk_work import detect_chunk
 from refinedet.pipeline.evaluation.chunks import split_into_chunks
@@ -36,6 +35,8 @@ from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.inference.multiscale import detect_samples_by_rules
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.training.world import World
+
+from tests.data.shape_files import write_shapes
 
 COCO = make_protocol("coco")
 EVALUATION = Evaluation(
