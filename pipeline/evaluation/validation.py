@@ -117,7 +117,7 @@ def _until(samples: Iterable[Sample], timeout_s: float, count: int) -> Iterator[
 def prepare_validation(run: Run, ranks: Ranks) -> Callable[[torch.nn.Module, int], dict[str, float]] | None:
     """The validation of a run's training: (detector in eval mode, epochs done) -> metrics, the same on every rank.
 
-    None where the spec asks for none. Collective; storage is read once for all ranks.
+    None where the spec has no validation. Collective; storage is read once for all ranks.
     """
     if not run.spec.training.validate_every_epochs:
         return None
