@@ -77,6 +77,12 @@ def faults_of(source: str) -> Iterator[str]:
             mine = isinstance(node.value, ast.Name) and node.value.id in ("self", "cls")
             if not mine and node.attr not in own and node.attr not in DOCUMENTED:
                 yield f"{where}: {ast.unparse(node)}"
+        elif isinstance(node, ast.keyword) and node.arg and is_private(node.arg) and node.arg not in own | DOCUMENTED:
+            yield f"line {node.value.lineno}: {node.arg}="
+        elif isinstance(node, ast.Call) and ast.unparse(node.func) in BY_NAME and len(node.args) > 1:
+            name, mine = node.args[1], ast.unparse(node.args[0]) in ("self", "cls")
+            if not mine and isinstance(name, ast.Constant) and is_private(str(name.value)):
+                yield f"{where}: {ast.unparse(node)}"
         elif isinstance(node, ast.Constant) and isinstance(node.value, str):
             text = node.value
             if text.isidentifier() or " " in text or "/" in text:
@@ -114,6 +120,7 @@ def changes_of(node: ast.AST, foreign: set[str]) -> Iterator[str]:
             yield f"{ast.unparse(node)}"
 
 
+BY_NAME = {"getattr", "hasattr", "setattr", "delattr"}
 # Documented switches of torch, which are set by assignment.
 SWITCHES = ("torch.backends.", "os.environ")
 
@@ -140,6 +147,8 @@ def test_a_file_stands_on_public_ground(path: Path) -> None:
         "import sys\ndel sys.modules['mlflow']",
         "import sys\nsys.meta_path[:] = []",
         "import logging\nlogging.getLogger('ray._private.runtime_env')",
+        "import ray\nray.init(_system_config={})",
+        "import torch\ngetattr(torch, '_C')",
     ],
 )
 def test_the_law_is_not_blind(source: str) -> None:

@@ -165,7 +165,7 @@ def _register() -> bool:
     torch.library.register_autograd("refinedet::align_conv", _backward, setup_context=_setup_context)
     torch.library.register_autograd("refinedet::align_conv_backward", _refuse_second_derivative)
     torch.library.impl("refinedet::align_conv", "CPU", align_conv_products.align_conv_forward)
-    for device in ("CPU", "CUDA") if library.describe().cuda else ("CPU",):
+    for device in ("CPU", "CUDA") if library.describe_library().cuda else ("CPU",):
         torch.library.impl("refinedet::align_conv_backward", device, align_conv_products.align_conv_backward)
     return True
 

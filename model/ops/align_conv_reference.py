@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 # Bounds the samples alive at once: rows * K * K * F * 4 bytes, 19 MB for 2048 rows of 9 taps and 256 channels.
-ROWS_PER_CHUNK = 2048
+REFERENCE_ROWS = 2048
 
 
 def align_conv_reference(
@@ -45,7 +45,7 @@ def align_conv_reference(
             offset = bias[position][shape].to(accumulate)
             chosen = torch.nonzero((level == position) & (aspect == shape)).squeeze(1)
             # At least one chunk, so that a group without rows still gives its filters a gradient (of zero).
-            for chunk in torch.split(chosen, ROWS_PER_CHUNK) if chosen.numel() else (chosen,):
+            for chunk in torch.split(chosen, REFERENCE_ROWS) if chosen.numel() else (chosen,):
                 y, x = sample_points(boxes[chunk], kernel, stride)
                 samples = _bilinear(cells, image[chunk], y, x)
                 places.append(chunk)

@@ -51,7 +51,7 @@ _loaded_here: list[Path] = []
 
 
 @functools.cache
-def describe() -> LibraryStatus:
+def describe_library() -> LibraryStatus:
     """Load the library where it is built, and describe it; never raises.
 
     A process can register the operators once. A second copy of this package, such as a packaged model of other code,
@@ -117,7 +117,7 @@ def _places() -> list[Path]:
 @functools.cache
 def is_loaded() -> bool:
     """Return whether the compiled operators can be used; warn once where they cannot."""
-    status = describe()
+    status = describe_library()
     if not status.loaded:
         logger.warning("%s The slower PyTorch reference runs instead.", status.reason)
     return status.loaded
@@ -136,7 +136,7 @@ def describe_fault_on_gpu(index: int) -> str:
     """One sentence: why the CUDA kernels do not run on this GPU, and the remedy; empty where they do."""
     import torch
 
-    status = describe()
+    status = describe_library()
     if not status.cuda:
         return (
             f"GPU {index} has no kernels: {status.reason} Build them where nvcc is found with `{BUILD_COMMAND}`, or "

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-Merged = tuple[np.ndarray, np.ndarray]
+MergedArrays = tuple[np.ndarray, np.ndarray]
 
 
 def iou_with_first(boxes: np.ndarray, first: np.ndarray, plus_one: bool) -> np.ndarray:
@@ -71,7 +71,7 @@ def soft_nms(
 
 def vote(
     boxes: np.ndarray, scores: np.ndarray, iou: float, score_threshold: float, soft: bool, plus_one: bool
-) -> Merged:
+) -> MergedArrays:
     """Box voting: (boxes [M, 4], scores [M]), best first.
 
     The best box left and all that overlap it by `iou` or more become one: the mean of their corners, weighted by
@@ -103,7 +103,7 @@ def vote(
 
 def weighted_box_fusion(
     boxes: np.ndarray, scores: np.ndarray, iou: float, score_threshold: float, num_views: int, plus_one: bool
-) -> Merged:
+) -> MergedArrays:
     """Weighted box fusion (Solovyev et al. 2021): (boxes [M, 4], scores [M]), best first.
 
     Best first, every box joins the cluster whose mean it overlaps most, above `iou`, or opens a new one. A cluster's

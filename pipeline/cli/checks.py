@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 
 import typer
 from refinedet.pipeline.cli.arguments import Job, Overrides
-from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_checks import check_spec
 from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.planning.calibration import DEFAULT_FILE, save_calibration
-from refinedet.pipeline.planning.devices import find_device
-from refinedet.pipeline.planning.doctor import examine
+from refinedet.pipeline.planning.device_speeds import find_device
+from refinedet.pipeline.planning.doctor import check_installation
 
 app = typer.Typer()
 
@@ -67,7 +67,7 @@ def plan(
 @app.command()
 def doctor() -> None:
     """Check the installation: what is missing, and the remedy."""
-    findings = examine()
+    findings = check_installation()
     for finding in findings:
         typer.echo(f"{finding.mark} {finding.name:<12} {finding.text}")
     if any(finding.needed for finding in findings):

@@ -15,7 +15,7 @@ from refinedet.pipeline.runs.durations import describe_duration
 from refinedet.pipeline.runs.errors import JobError, UserError
 
 if TYPE_CHECKING:
-    from refinedet.pipeline.cluster.jobs import JobsClient
+    from refinedet.pipeline.cluster.jobs_client import JobsClient
 
 # Ray is loaded inside the commands that need it: it takes a second, and the others run where it is not installed.
 
@@ -82,7 +82,7 @@ def submit(
 
     A run that stopped is resumed. Example: refinedet submit JOB.yaml --address http://HEAD:8265 --follow
     """
-    from refinedet.pipeline.cluster.jobs import JobsClient
+    from refinedet.pipeline.cluster.jobs_client import JobsClient
 
     spec = load_spec(job, overrides or ())
     client = JobsClient(address)
@@ -95,7 +95,7 @@ def submit(
 @app.command()
 def resume(name: RunOrJob, address: Dashboard = None) -> None:
     """Submit a run's last job again, to resume it."""
-    from refinedet.pipeline.cluster.jobs import JobsClient
+    from refinedet.pipeline.cluster.jobs_client import JobsClient
 
     typer.echo(JobsClient(address).resume(name))
 
@@ -103,7 +103,7 @@ def resume(name: RunOrJob, address: Dashboard = None) -> None:
 @app.command()
 def status(name: RunOrJob, address: Dashboard = None) -> None:
     """Show the status of a submitted job."""
-    from refinedet.pipeline.cluster.jobs import JobsClient
+    from refinedet.pipeline.cluster.jobs_client import JobsClient
 
     client = JobsClient(address)
     found = client.find(name)
@@ -116,7 +116,7 @@ def status(name: RunOrJob, address: Dashboard = None) -> None:
 @app.command(name="list")
 def list_jobs(address: Dashboard = None) -> None:
     """List the jobs that were submitted to a cluster."""
-    from refinedet.pipeline.cluster.jobs import JobsClient
+    from refinedet.pipeline.cluster.jobs_client import JobsClient
 
     for found in JobsClient(address).list():
         took = describe_duration((found.ended or time.time()) - found.started) if found.started else "not started"
@@ -130,7 +130,7 @@ def logs(
     follow: Annotated[bool, typer.Option("--follow", help="until it ends")] = False,
 ) -> None:
     """Print the output of a submitted job."""
-    from refinedet.pipeline.cluster.jobs import JobsClient
+    from refinedet.pipeline.cluster.jobs_client import JobsClient
 
     client = JobsClient(address)
     if follow:
@@ -142,7 +142,7 @@ def logs(
 @app.command()
 def stop(name: RunOrJob, address: Dashboard = None) -> None:
     """Make a submitted job save and end; wait until it has."""
-    from refinedet.pipeline.cluster.jobs import JobsClient
+    from refinedet.pipeline.cluster.jobs_client import JobsClient
 
     found = JobsClient(address).stop(name)
     typer.echo(f"{found.id}  {found.status.lower()}; `refinedet resume {found.run}` resumes it")

@@ -47,8 +47,8 @@ def serve(
     # Bad weights are met before Ray starts, in a process whose half gigabyte of torch is given back.
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         on_gpu = pool.submit(_is_on_gpu, weights, device, precision).result()
+    from refinedet.pipeline.cluster.detection_server import Server, serve_detector
     from refinedet.pipeline.cluster.detection_service import Settings
-    from refinedet.pipeline.cluster.serving import Server, serve_detector
 
     settings = Settings(device=device, precision=precision, batch_size=batch_size, wait_s=wait / 1000)
     server = Server(host, port, replicas, float(on_gpu), address)

@@ -120,7 +120,7 @@ class DetectionService:
         decoded: list[Any] = []
         for name, content in images:
             try:
-                decoded.append(image_requests.decode_image(content, name))
+                decoded.append(image_requests.decode_sent_image(content, name))
             except RequestError as error:
                 decoded.append(error)
         found = self._predictor.predict([image for image in decoded if not isinstance(image, RequestError)])
@@ -133,7 +133,7 @@ def _groups(images: Sequence[_Encoded]) -> Iterator[list[_Encoded]]:
     pixels = 0
     for image in images:
         more = image_requests.check_header(image[1], image[0])  # passed once already
-        if group and pixels + more > image_requests.MAX_PIXELS:
+        if group and pixels + more > image_requests.MAX_SENT_PIXELS:
             yield group
             group, pixels = [], 0
         group.append(image)

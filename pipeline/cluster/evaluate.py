@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from refinedet.pipeline.cluster.detection_stage import DetectionPool, run_detection
 from refinedet.pipeline.cluster.job_tracking import log_result_later
 from refinedet.pipeline.cluster.session import ray_session
-from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.recipes import describe_cost, describe_source, resolve_passes
 from refinedet.pipeline.config.run import Run
+from refinedet.pipeline.config.spec_checks import check_spec
 from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.evaluation.detection_job import DetectionJob, Mode, make_detection_job
 from refinedet.pipeline.evaluation.detection_results import Detected

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from refinedet.pipeline.cluster.job_tracking import begin_tracking, describe
+from refinedet.pipeline.cluster.job_tracking import begin_tracking, update_description
 from refinedet.pipeline.cluster.mailbox import Mailbox
 from refinedet.pipeline.cluster.recorder import METRICS_LOG
 from refinedet.pipeline.cluster.result_pictures import ResultPictures
@@ -137,7 +137,7 @@ class Job:
                 if isinstance(error, UserError) and not trained and not self.tracker.resumed:
                     self.tracker.discard(reason)
                 else:
-                    describe(self.tracker, self.run, status)
+                    update_description(self.tracker, self.run, status)
                     self.tracker.finish(status, reason)
             if trained and not stopped:
                 build_report(self.run.path)

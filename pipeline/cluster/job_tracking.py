@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from refinedet.pipeline.cluster.capacity import gpus_of
@@ -13,6 +13,7 @@ from refinedet.pipeline.data.images import resize_image
 from refinedet.pipeline.data.index import ShardSet, open_shards
 from refinedet.pipeline.data.reading import EvaluationSamples
 from refinedet.pipeline.data.statistics import read_statistics
+from refinedet.pipeline.evaluation.detection_job import Mode
 from refinedet.pipeline.inference.weight_files import weights_step
 from refinedet.pipeline.report.summary import describe_run
 from refinedet.pipeline.runs import storage
@@ -22,7 +23,6 @@ from refinedet.pipeline.tracking.packaging import package_model
 from refinedet.pipeline.tracking.runs import RunTracker, log_later_result
 from refinedet.pipeline.tracking.writer import evaluation_metrics
 
-Mode = Literal["single", "multiscale"]
 _EXAMPLE_SIDE = 320
 """longest side of the model's input example, pixels"""
 
@@ -38,7 +38,7 @@ def begin_tracking(run: Run) -> RunTracker:
         {"commit": environment["commit"]}
         | {f"version.{name}": version for name, version in environment["versions"].items()}
     )
-    describe(tracker, run, "RUNNING")
+    update_description(tracker, run, "RUNNING")
     for part, context in (("train", "training"), ("val", "validation")):
         if shards := _shards(run, part):
             tracker.log_dataset(
@@ -52,7 +52,7 @@ def begin_tracking(run: Run) -> RunTracker:
     return tracker
 
 
-def describe(tracker: RunTracker, run: Run, status: str) -> None:
+def update_description(tracker: RunTracker, run: Run, status: str) -> None:
     """Set the run's description: what is trained on what, and what came of it so far."""
     parts = {"train": _shards(run, "train"), "val": _shards(run, "val")}
     words = {"train": "training", "val": "validation"}

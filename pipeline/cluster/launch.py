@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 
 from refinedet.pipeline.cluster.addresses import LOCAL, check_reachable, cluster_address
-from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_checks import check_spec
 from refinedet.pipeline.config.start import check_start
 from refinedet.pipeline.runs import settings
 from refinedet.pipeline.runs.errors import UserError
@@ -66,6 +66,7 @@ def _run_stages(run: Run, stages: Sequence[str], display: ProgressDisplay, stop:
     from refinedet.pipeline.cluster.node_checks import check_nodes
     from refinedet.pipeline.cluster.stages import STAGES
 
+    assert tuple(stage.name for stage in STAGES) == STAGE_NAMES, "STAGE_NAMES must name the stages of stages.py"
     with Job(run, display, stop) as job:
         try:
             check_nodes(run)

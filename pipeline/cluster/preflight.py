@@ -8,9 +8,9 @@ from refinedet.pipeline.cluster.mailbox import Mailbox
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.cluster.training_stage import run_preflight
 from refinedet.pipeline.cluster.worker_task import NodeSample
-from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_checks import check_spec
 from refinedet.pipeline.config.start import check_start
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Future
-from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +16,7 @@ from refinedet.pipeline.cluster.result_pictures import ResultPictures
 from refinedet.pipeline.cluster.worker_task import NodeSample
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.runs import storage
-from refinedet.pipeline.runs.lines import LinesLog
+from refinedet.pipeline.runs.lines import LinesLog, read_lines
 from refinedet.pipeline.runs.progress import ProgressDisplay
 from refinedet.pipeline.training.goodput import read_goodput
 from refinedet.pipeline.training.records import Event, StepRecord
@@ -60,7 +58,7 @@ class TrainingRecorder:
         self._metrics = LinesLog(run.file(METRICS_LOG))
         self._events = LinesLog(run.file(EVENTS_LOG))
         self._every = run.spec.tracking.log_every_steps
-        self._counts = Counter(event["kind"] for event in self._events_so_far())
+        self._counts = Counter(event["kind"] for event in read_lines(self._run.file(EVENTS_LOG)))
         self._last_step = 0
         self._logged: set[int] | None = None
         self._validated_on = {"val": "validation", "train": "training"}[run.spec.training.validate_on]
@@ -93,20 +91,8 @@ class TrainingRecorder:
         ledger = asdict(read_goodput(self._run.path))
         if not ledger["attempts"]:
             return
-        storage.write_json(self._run.file("ledger.json"), {**ledger, "events": self._events_so_far()})
+        storage.write_json(self._run.file("ledger.json"), {**ledger, "events": read_lines(self._run.file(EVENTS_LOG))})
         self._tracker.log_metrics(self._last_step, {f"goodput/{name}": float(value) for name, value in ledger.items()})
-
-    def _events_so_far(self) -> list[dict[str, Any]]:
-        return self._read_lines(EVENTS_LOG)
-
-    def _read_lines(self, log: str) -> list[dict[str, Any]]:
-        """Read the lines of all starts of this run; a line that a crash cut short is excluded."""
-        path = self._run.file(log)
-        lines = []
-        for line in storage.read_bytes(path).splitlines() if storage.exists(path) else ():
-            with suppress(ValueError):
-                lines.append(json.loads(line))
-        return lines
 
     def _step(self, record: StepRecord) -> None:
         self._last_step = record.step
@@ -133,7 +119,7 @@ class TrainingRecorder:
         if not self._tracker.resumed:
             return set()
         self._logged = self._tracker.logged_steps("loss/total")
-        for line in self._read_lines(METRICS_LOG):
+        for line in read_lines(self._run.file(METRICS_LOG)):
             if "losses" in line:
                 self._log(line)
         return self._logged

@@ -13,8 +13,8 @@ import jinja2
 import ray
 from refinedet.pipeline.cluster.capacity import AUTOSCALING
 from refinedet.pipeline.cluster.submission import HOME_KEY, RUN_KEY, STOP_MARGIN_S, home_of, stop_environment
-from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_checks import check_spec
 from refinedet.pipeline.config.spec_files import dump_spec
 from refinedet.pipeline.runs.errors import UserError
 

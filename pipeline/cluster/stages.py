@@ -4,25 +4,23 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
 from refinedet.pipeline.cluster.detection_stage import DetectionPool
 from refinedet.pipeline.cluster.evaluate import detect_and_measure
 from refinedet.pipeline.cluster.job import Job, Outcome, Stage
-from refinedet.pipeline.cluster.job_tracking import describe, log_model, log_result
+from refinedet.pipeline.cluster.job_tracking import log_model, log_result, update_description
 from refinedet.pipeline.cluster.preparation_stage import run_preparation
 from refinedet.pipeline.cluster.recorder import TrainingRecorder
 from refinedet.pipeline.cluster.training_stage import run_training
 from refinedet.pipeline.config.identity import lasting_part
 from refinedet.pipeline.data.index import check_same_categories, find_parts, open_shards
 from refinedet.pipeline.data.job_statistics import job_statistics
-from refinedet.pipeline.evaluation.detection_job import DetectionJob, make_detection_job
+from refinedet.pipeline.evaluation.detection_job import DetectionJob, Mode, make_detection_job
 from refinedet.pipeline.report.report import build_report
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.directory import JOB_STATISTICS
 from refinedet.pipeline.training.training_job import check_classes
-
-Mode = Literal["single", "multiscale"]
 
 
 def _always(job: Job) -> Mapping[str, Any]:
@@ -110,7 +108,7 @@ def _detection_pool(job: Job) -> DetectionPool:
 def _report(job: Job) -> Outcome:
     if storage.exists(job.run.weights):
         log_model(job.tracker, job.run, job.model_folder)
-    describe(job.tracker, job.run, "FINISHED")
+    update_description(job.tracker, job.run, "FINISHED")
     path = build_report(job.run.path, status="FINISHED")  # only the end of the MLflow run follows
     job.tracker.log_artifact(job.local_copy(path))
     return Outcome(path)

@@ -17,8 +17,8 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from refinedet.pipeline.cluster.local_node import local_node
-from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
+from refinedet.pipeline.config.spec_checks import check_spec
 from refinedet.pipeline.config.spec_files import dump_spec
 from refinedet.pipeline.config.start import check_start
 from refinedet.pipeline.config.sweep_spec import Sweep, SweepRun

@@ -18,7 +18,7 @@ from refinedet.pipeline.config.batches import plan_batches
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec_files import parse_spec
 from refinedet.pipeline.evaluation.validation import prepare_validation
-from refinedet.pipeline.planning.devices import DEVICES
+from refinedet.pipeline.planning.device_speeds import DEVICES
 from refinedet.pipeline.planning.estimates import estimate_memory, largest_training_model
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file, restore_loggers
@@ -62,11 +62,7 @@ def _work(run: Run, world: World, link: MailboxLink, task: WorkerTask) -> TrainR
     attempt = Attempt(0 if task.first else 1, task.began_at, memory_bytes)
     if task.preflight_only:
         return check_job(run, world, link, attempt)
-    validate = None
-    if run.spec.training.validate_every_epochs:
-        validate = prepare_validation(
-            run, world.rank, world.size, all_gather=world.all_gather_object, from_main=world.from_main
-        )
+    validate = prepare_validation(run, world)
     loss = _faulty_loss(task.fault, run, world.rank)
     return train_job(run, world, link, attempt=attempt, loss=loss, validate=validate)
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import yaml
-from refinedet.pipeline.config.checks import weights_file
 from refinedet.pipeline.config.identity import lasting_part, spec_difference
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_checks import weights_file
 from refinedet.pipeline.config.spec_files import dump_spec, parse_spec
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.directory import RunDirectory

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import yaml
-from refinedet.pipeline.config.checks import weights_file
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_checks import weights_file
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 

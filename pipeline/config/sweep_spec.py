@@ -23,7 +23,7 @@ from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
 
-class Comparison(Section):
+class Claim(Section):
     """A claim: `better` is above `worse`."""
 
     better: str
@@ -47,7 +47,7 @@ class SweepSpec(Section):
     """runs at the same time; the cluster must hold the workers of all"""
     variants: dict[str, dict[str, Any]]
     """keys of the job spec that each variant changes"""
-    compare: tuple[Comparison, ...] = ()
+    compare: tuple[Claim, ...] = ()
     """claims, each judged on the differences of runs with the same seed"""
 
     @model_validator(mode="after")

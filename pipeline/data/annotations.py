@@ -86,7 +86,7 @@ class Record:
 
 
 @dataclass(frozen=True)
-class Source:
+class SplitSource:
     """One split of a data set as its reader gives it, or a whole part (train or val), ready to be written."""
 
     categories: tuple[Category, ...]
@@ -103,7 +103,7 @@ def number_classes(
     objects: Sequence[Sequence[tuple[str, tuple[float, ...], int]]],
     faults: FaultLog,
     names: Sequence[str] = (),
-) -> Source:
+) -> SplitSource:
     """A source of a format whose objects carry class names: names become categories, by name.
 
     objects  of each record: (class name, COCO box, difficult)
@@ -129,7 +129,7 @@ def number_classes(
                 category = categories[label].id
                 annotations.append(Annotation(number, category, box, box[2] * box[3], 0, difficult))
         finished.append(replace(record, annotations=Annotations(annotations)))
-    return Source(tuple(categories.values()), tuple(finished), name)
+    return SplitSource(tuple(categories.values()), tuple(finished), name)
 
 
 def whole_number(value: Any) -> int | None:

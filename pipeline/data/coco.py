@@ -21,7 +21,7 @@ from refinedet.pipeline.data.annotations import (
     Annotation,
     Annotations,
     Record,
-    Source,
+    SplitSource,
     as_number,
     fault_of_box,
     whole_number,
@@ -75,7 +75,7 @@ class _Entries:
             yield self._odd.get(place) or (number, image, category, [x, y, w, h], area, crowd)
 
 
-def read_coco(root: str, split: Split, faults: FaultLog) -> Source:
+def read_coco(root: str, split: Split, faults: FaultLog) -> SplitSource:
     """Records of a split in the order of its image ids."""
     file = split.annotations or split.image_info
     assert file
@@ -93,7 +93,7 @@ def read_coco(root: str, split: Split, faults: FaultLog) -> Source:
         load = partial(read_file, storage.join(folder, name))
         annotations = objects.pop(image_id, None) or Annotations()
         records.append(Record(image_id, name, load, sizes[name], annotations, image.get("width"), image.get("height")))
-    return Source(tuple(sorted(content.categories.values())), tuple(records), file, fixed_ids=True)
+    return SplitSource(tuple(sorted(content.categories.values())), tuple(records), file, fixed_ids=True)
 
 
 def coco_lists(root: str, split: Split) -> Iterator[tuple[str, str]]:

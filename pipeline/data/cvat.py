@@ -11,7 +11,7 @@ from functools import partial
 from xml.etree import ElementTree
 
 from refinedet.pipeline.config.spec import Split
-from refinedet.pipeline.data.annotations import Annotations, Record, Source, number_classes
+from refinedet.pipeline.data.annotations import Annotations, Record, SplitSource, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.image_files import list_images
 from refinedet.pipeline.data.remote import read_file
@@ -20,7 +20,7 @@ from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
 
-def read_cvat(root: str, split: Split, faults: FaultLog) -> Source:
+def read_cvat(root: str, split: Split, faults: FaultLog) -> SplitSource:
     """Records of the images that the XML file lists, in its order."""
     file = split.annotations or ""
     path = storage.join(root, file)

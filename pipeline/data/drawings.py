@@ -7,7 +7,7 @@ from functools import partial
 from typing import NamedTuple
 
 from refinedet.pipeline.config.spec import Data, Split
-from refinedet.pipeline.data.annotations import Annotation, Annotations, Record, Source
+from refinedet.pipeline.data.annotations import Annotation, Annotations, Record, SplitSource
 from refinedet.pipeline.data.clutter import CLUTTER, draw_clutter
 from refinedet.pipeline.data.samples import Category
 from refinedet.pipeline.data.shapes import SHAPES, Drawing, Shape, draw_shapes, encode_jpeg
@@ -22,7 +22,7 @@ _KINDS = {"simple": _Kind(draw_shapes, SHAPES), "clutter": _Kind(draw_clutter, C
 """by `data.drawing`"""
 
 
-def read_drawings(data: Data, part: str, first: int, split: Split) -> Source:
+def read_drawings(data: Data, part: str, first: int, split: Split) -> SplitSource:
     """Draw the images of a split, about 10 kB each at 160 pixels, of which `first` precede it in its part."""
     kind = _KINDS[data.drawing]
     records = []
@@ -37,4 +37,4 @@ def read_drawings(data: Data, part: str, first: int, split: Split) -> Source:
         name = f"{part}-{index:06d}.jpg"
         records.append(Record(index + 1, name, partial(bytes, content), len(content), annotations, width, height))
     categories = tuple(Category(category_id, shape.name) for category_id, shape in kind.classes.items())
-    return Source(categories, tuple(records), "shapes", fixed_ids=True)
+    return SplitSource(categories, tuple(records), "shapes", fixed_ids=True)

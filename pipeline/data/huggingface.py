@@ -14,9 +14,9 @@ from functools import lru_cache, partial
 from typing import Any
 
 from refinedet.pipeline.config.spec import Split
-from refinedet.pipeline.data.annotations import Annotations, Record, Source, number_classes
+from refinedet.pipeline.data.annotations import Annotations, Record, SplitSource, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
-from refinedet.pipeline.data.hub import find_hub_files, is_hub, local_copy
+from refinedet.pipeline.data.hub_data import find_hub_files, is_hub, local_copy
 from refinedet.pipeline.data.remote import read_file
 from refinedet.pipeline.runs.errors import UserError
 
@@ -24,7 +24,7 @@ _CLASS_KEYS = ("category", "label", "category_id", "labels", "categories", "clas
 _BATCH = 64  # rows in memory at a time
 
 
-def read_huggingface(root: str, split: Split, faults: FaultLog) -> Source:
+def read_huggingface(root: str, split: Split, faults: FaultLog) -> SplitSource:
     """Records of a split, in the order of its files and rows; images are read again when they are written."""
     records, objects = [], []
     names: list[str] = []

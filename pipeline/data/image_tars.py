@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from refinedet.pipeline.config.spec import Split
-from refinedet.pipeline.data.annotations import Record, Source, number_classes
+from refinedet.pipeline.data.annotations import Record, SplitSource, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.images import SUFFIXES
 from refinedet.pipeline.data.samples import BadSample
@@ -23,7 +23,7 @@ from refinedet.pipeline.runs.errors import UserError
 _CLASS_KEYS = ("label", "category", "class", "name")
 
 
-def read_image_tars(root: str, split: Split, faults: FaultLog) -> Source:
+def read_image_tars(root: str, split: Split, faults: FaultLog) -> SplitSource:
     """Records in the order of the tars and of their samples."""
     records, objects = [], []
     for _, path in image_tar_lists(root, split):

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any
 
 from refinedet.pipeline.config.spec import Split
-from refinedet.pipeline.data.annotations import Annotations, Record, Source, number_classes
+from refinedet.pipeline.data.annotations import Annotations, Record, SplitSource, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.image_files import list_sizes
 from refinedet.pipeline.data.images import SUFFIXES
@@ -25,7 +25,7 @@ from refinedet.pipeline.runs.errors import UserError
 _WITH_AREA = ("rectangle", "polygon", "circle", "mask", "")
 
 
-def read_labelme(root: str, split: Split, faults: FaultLog) -> Source:
+def read_labelme(root: str, split: Split, faults: FaultLog) -> SplitSource:
     """Records of a directory, in the order of its images' paths. An image without a JSON file has no objects."""
     directory = storage.join(root, split.images)
     files = list_sizes(directory)

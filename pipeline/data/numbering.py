@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-from refinedet.pipeline.data.annotations import Source
+from refinedet.pipeline.data.annotations import SplitSource
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.samples import BadSample
 from refinedet.pipeline.runs.errors import UserError
@@ -21,7 +21,7 @@ class Numbering:
     def __init__(self, faults: FaultLog, part: str) -> None:
         self.faults = faults
         self.part = part
-        self.source = Source((), ())
+        self.source = SplitSource((), ())
         self.names: dict[int, str] = {}
         self.number = 0
         self.images: dict[int, str] = {}
@@ -32,7 +32,7 @@ class Numbering:
         self.offset = self.last = self.last_annotation = 0
         self.simple = False
 
-    def next_source(self, source: Source) -> None:
+    def next_source(self, source: SplitSource) -> None:
         self.source = source
         self.names = {category.id: category.name for category in source.categories}
         self.number += 1
@@ -43,7 +43,7 @@ class Numbering:
                 self.annotations |= dict.fromkeys(ids.tolist(), split)
             self.plain.clear()
 
-    def _take_all(self, source: Source) -> bool:
+    def _take_all(self, source: SplitSource) -> bool:
         """Note the ids of a split at once; False where one of them needs attention."""
         ids = np.concatenate([np.zeros(0, np.int64), *(record.annotations.ids() for record in source.records)])
         every = np.sort(np.concatenate([*self.plain.values(), ids]))
@@ -63,7 +63,7 @@ class Numbering:
         self.last = max(self.last, image_id)
         return image_id
 
-    def take_annotation(self, received: Any, source: Source) -> int:
+    def take_annotation(self, received: Any, source: SplitSource) -> int:
         if self.simple:
             return received
         if not source.fixed_ids:

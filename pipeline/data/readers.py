@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from typing import get_args
 
 from refinedet.pipeline.config.spec import Data, DataFormat, Split
-from refinedet.pipeline.data.annotations import Annotations, Record, Source, fault_of_box
+from refinedet.pipeline.data.annotations import Annotations, Record, SplitSource, fault_of_box
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.coco import coco_lists, read_coco
 from refinedet.pipeline.data.cvat import cvat_lists, read_cvat
-from refinedet.pipeline.data.hub import PREFIX, is_hub
+from refinedet.pipeline.data.hub_data import PREFIX, is_hub
 from refinedet.pipeline.data.huggingface import huggingface_lists, read_huggingface
 from refinedet.pipeline.data.image_tars import image_tar_lists, read_image_tars
 from refinedet.pipeline.data.labelme import labelme_lists, read_labelme
@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 class Reader:
     """Reader of one data format.
 
-    read(root, split, faults) -> Source
+    read(root, split, faults) -> SplitSource
         The images and objects of a split. Faults of single images and objects are added to `faults`, and what they
         concern is excluded; a data set that cannot be read at all raises `UserError`. Image bytes are not read here:
         a record's `load` reads them, in another thread or process. Category, image and annotation ids are the data
@@ -46,7 +46,7 @@ class Reader:
         Their contents decide whether shards that exist are those of the data set as it is now.
     """
 
-    read: Callable[[str, Split, FaultLog], Source]
+    read: Callable[[str, Split, FaultLog], SplitSource]
     lists: Callable[[str, Split], Iterable[tuple[str, str]]]
 
 
@@ -122,7 +122,7 @@ def read_part(data: Data, part: str, faults: FaultLog) -> Part:
     return Part(categories, tuple(records), tuple(len(source.records) for source in sources), dict(dropped))
 
 
-def _read_split(data: Data, part: str, split: Split, faults: FaultLog) -> Source:
+def _read_split(data: Data, part: str, split: Split, faults: FaultLog) -> SplitSource:
     if format_of(data, split) == "shapes":  # drawn from the data section's own seed and size
         from refinedet.pipeline.data.drawings import read_drawings  # only here: it is not for data sets of users
 
@@ -132,7 +132,7 @@ def _read_split(data: Data, part: str, split: Split, faults: FaultLog) -> Source
     return _keep_share(READERS[format_of(data, split)].read(root_of(data, split), split, faults), split.share)
 
 
-def _keep_share(source: Source, share: tuple[float, float]) -> Source:
+def _keep_share(source: SplitSource, share: tuple[float, float]) -> SplitSource:
     """The records in a share of an order drawn by file names; they stay in the order of the source.
 
     Images with and without objects are divided alike. A phase drawn by the source's name makes the shares of many small
@@ -150,7 +150,7 @@ def _keep_share(source: Source, share: tuple[float, float]) -> Source:
     return replace(source, records=tuple(source.records[at] for at in sorted(kept)))
 
 
-def _choose_categories(data: Data, part: str, sources: list[Source]) -> tuple[Category, ...]:
+def _choose_categories(data: Data, part: str, sources: list[SplitSource]) -> tuple[Category, ...]:
     """Categories in the order of their labels, with ascending ids.
 
     The data set's own ids stay where it has any and `data.classes` does not change their order.
@@ -182,7 +182,7 @@ def _choose_categories(data: Data, part: str, sources: list[Source]) -> tuple[Ca
     return tuple(Category(number, name) for number, name in zip(ids, names, strict=True))
 
 
-def _derive_names(data: Data, part: str, sources: list[Source]) -> list[str]:
+def _derive_names(data: Data, part: str, sources: list[SplitSource]) -> list[str]:
     """Sorted names of the classes of both parts: training and validation must number them alike."""
     others = {"train": data.val, "val": data.train}[part]
     this = {"train": data.train, "val": data.val}[part]
@@ -230,7 +230,7 @@ def _match_names(names: list[str], ids: Mapping[str, int]) -> dict[str, str | No
     return matches
 
 
-def _tell_aliases(source: Source, aliases: Mapping[str, str | None]) -> None:
+def _tell_aliases(source: SplitSource, aliases: Mapping[str, str | None]) -> None:
     for name, match in aliases.items():
         if match is not None and match != name:
             logger.warning("%s: class %r is taken as %r", source.name, name, match)
@@ -238,7 +238,7 @@ def _tell_aliases(source: Source, aliases: Mapping[str, str | None]) -> None:
 
 def _finish_record(
     record: Record,
-    source: Source,
+    source: SplitSource,
     aliases: Mapping[str, str | None],
     ids: Mapping[str, int],
     numbers: Numbering,

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from refinedet.pipeline.config.spec import DataFormat, Split
-from refinedet.pipeline.data.hub import is_hub
+from refinedet.pipeline.data.hub_data import is_hub
 from refinedet.pipeline.data.huggingface import find_splits
 from refinedet.pipeline.data.images import SUFFIXES
 from refinedet.pipeline.data.yolo import NAMES_FILE, read_data_file

@@ -10,7 +10,7 @@ from functools import partial
 from multiprocessing.context import BaseContext
 
 import torch
-from refinedet.pipeline.config.batches import divide_batch
+from refinedet.pipeline.config.batches import BatchPlan
 from refinedet.pipeline.config.spec import Data
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.cache import node_cache
@@ -65,23 +65,20 @@ class TrainingStream:
         *,
         input_size: int | tuple[int, ...],
         seed: int,
-        global_batch: int,
-        micro_batch: int | None = None,
+        batch: BatchPlan,
         rank: int = 0,
-        world_size: int = 1,
         start: Cursor = Cursor(0, 0),  # noqa: B008 (a tuple)
         epochs: int | None = None,
     ) -> None:
-        batch = divide_batch(global_batch, micro_batch, world_size)
         repeats = expected_repeats(shards, data.train, data.sampling)
         mosaic = data.augmentation.mosaic
         self._plan = Plan(
             shards, seed, batch, rank, epochs, data.shuffle_window, data.canonical_streams, repeats, mosaic
         )
-        if self._plan.draws_per_epoch < global_batch:
+        if self._plan.draws_per_epoch < batch.global_batch:
             raise UserError(
                 f"an epoch of {shards.url} has {self._plan.draws_per_epoch} images, fewer than one global batch of "
-                f"{global_batch}: lower training.global_batch"
+                f"{batch.global_batch}: lower training.global_batch"
             )
         sizes = (input_size,) if isinstance(input_size, int) else input_size
         self._augment = Augmenter(sizes, seed, data.augmentation, data.include_difficult)

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 from refinedet.pipeline.config.spec import Split
-from refinedet.pipeline.data.annotations import Annotations, Record, Source, number_classes
+from refinedet.pipeline.data.annotations import Annotations, Record, SplitSource, number_classes
 from refinedet.pipeline.data.bad_samples import FaultLog
 from refinedet.pipeline.data.image_files import list_sizes
 from refinedet.pipeline.data.images import SUFFIXES, read_header
@@ -28,7 +28,7 @@ DATA_FILES = ("data.yaml", "data.yml", "dataset.yaml")
 NAMES_FILE = "classes.txt"
 
 
-def read_yolo(root: str, split: Split, faults: FaultLog) -> Source:
+def read_yolo(root: str, split: Split, faults: FaultLog) -> SplitSource:
     """Records of a split, in the order of their paths."""
     names = _class_names(root)
     name = split.set or split.images

@@ -7,7 +7,6 @@ compares what comes out with an undisturbed run of the same spec.
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -25,6 +24,7 @@ import yaml
 from refinedet.pipeline.drills import faults, witness
 from refinedet.pipeline.runs import settings, storage
 from refinedet.pipeline.runs.errors import JobError
+from refinedet.pipeline.runs.lines import read_lines
 
 _POLL_S = 0.2
 _TIMEOUT_S = 600.0
@@ -164,17 +164,17 @@ class Bench:
 
     def steps(self, name: str) -> list[int]:
         """Steps that a run has logged, in the order in which it took them."""
-        return [line["step"] for line in self._lines(name, "metrics.jsonl")]
+        return [line["step"] for line in read_lines(str(self.run(name) / "metrics.jsonl"))]
 
     def events(self, name: str, kind: str) -> list[dict[str, Any]]:
-        return [line for line in self._lines(name, "events.jsonl") if line["kind"] == kind]
+        return [line for line in read_lines(str(self.run(name) / "events.jsonl")) if line["kind"] == kind]
 
     def steps_again(self, name: str) -> list[int]:
         """Steps done again after each return to a checkpoint, in order."""
         steps = self.steps(name)
         return [before + 1 - now for before, now in itertools.pairwise(steps) if now <= before]
 
-    def history(self, name: str, reference: str) -> dict[int, witness.Pass]:
+    def history(self, name: str, reference: str) -> dict[int, witness.Fingerprints]:
         """The samples of every step of a witnessed run; of a step done again, those of the last time.
 
         reference  an undisturbed witnessed run of the same spec, whose passes are its steps
@@ -274,25 +274,13 @@ class Bench:
             "steps lost", f"at most {STEPS_AN_EPOCH}, one interval", lost, bool(resumed) and lost <= STEPS_AN_EPOCH
         )
 
-    def _lines(self, name: str, file: str) -> list[dict[str, Any]]:
-        path = self.run(name) / file
-        if not path.exists():
-            return []
-        lines = []
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                lines.append(json.loads(line))
-            except ValueError:
-                continue  # being written
-        return lines
-
 
 def _start_cluster() -> Any:
     from ray.cluster_utils import Cluster
 
-    quick = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000}  # a dead node is seen in 5 s
-    head = {"num_cpus": 2, "include_dashboard": False, "_system_config": quick}
-    return Cluster(initialize_head=True, head_node_args=head)
+    settings.suggest("RAY_health_check_initial_delay_ms", "0")
+    settings.suggest("RAY_health_check_period_ms", "1000")
+    return Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "include_dashboard": False})
 
 
 def run_drills(

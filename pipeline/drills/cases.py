@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -260,8 +261,6 @@ DRILLS: dict[str, Callable[[Bench], None]] = {
 
 
 def _mlflow_run(bench: Bench, name: str) -> str:
-    import json
-
     path = bench.run(name) / "tracking.json"
     return json.loads(path.read_text())["run_id"] if path.exists() else "none"
 

@@ -19,7 +19,7 @@ from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.drills.faults import faulty_loss, parse_faults
 
 _FOLDER = "witness"
-Pass = list[str]
+Fingerprints = list[str]
 """fingerprints of the samples of one forward pass of all ranks, sorted"""
 
 
@@ -47,7 +47,7 @@ def witnessed_loss(faults: str, run: Run, rank: int) -> Callable[..., Any]:
     return witnessed
 
 
-def read_attempts(run_dir: str) -> list[list[Pass]]:
+def read_attempts(run_dir: str) -> list[list[Fingerprints]]:
     """The passes of every start of the workers, oldest first; the last pass of a killed start may be incomplete."""
     notes = []
     for path in Path(run_dir, _FOLDER).glob("*.jsonl"):
@@ -56,7 +56,7 @@ def read_attempts(run_dir: str) -> list[list[Pass]]:
             json.loads(line) for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line[-1:] == "\n"
         ]
         notes += [(at, number, rank, (size, pid), samples) for number, (at, samples) in enumerate(lines)]
-    attempts: list[list[Pass]] = []
+    attempts: list[list[Fingerprints]] = []
     workers: dict[str, tuple[str, str]] = {}
     size_now = ""
     for _, number, rank, worker, samples in sorted(notes):

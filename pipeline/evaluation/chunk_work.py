@@ -11,7 +11,7 @@ from refinedet.pipeline.config.spec import Evaluation, MergeRule, Multiscale
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.reading import EvaluationSamples
 from refinedet.pipeline.evaluation.chunks import ChunkResult
-from refinedet.pipeline.evaluation.diagnosis import STAGES
+from refinedet.pipeline.evaluation.diagnosis import FATES
 from refinedet.pipeline.evaluation.diagnosis_stages import trace_samples
 from refinedet.pipeline.evaluation.unreadable import ReadableSamples
 from refinedet.pipeline.inference.detect import batched, detect_samples
@@ -52,7 +52,7 @@ def trace_chunk(
     autocast: torch.dtype | None = None,
 ) -> np.ndarray:
     """[L, S] objects of the samples at `positions` by where the detector loses them, as `trace_samples` counts."""
-    counts = np.zeros((model.config.levels, len(STAGES)), np.int64)
+    counts = np.zeros((model.config.levels, len(FATES)), np.int64)
     samples = ReadableSamples(EvaluationSamples(shards, positions, max_bad_samples=len(positions)))
     for batch in batched(samples, batch_size):
         counts += trace_samples(model, batch, autocast)

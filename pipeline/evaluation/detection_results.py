@@ -18,7 +18,7 @@ from refinedet.pipeline.evaluation.detection_worker import ChunkAnswer
 from refinedet.pipeline.evaluation.diagnose import diagnose
 from refinedet.pipeline.evaluation.diagnosis import Diagnosis
 from refinedet.pipeline.evaluation.diagnosis_stages import summarize_levels
-from refinedet.pipeline.evaluation.merge_comparison import best_first
+from refinedet.pipeline.evaluation.merge_comparison import sort_by_metric
 from refinedet.pipeline.evaluation.metrics import accumulate_matches
 from refinedet.pipeline.evaluation.protocols import Metrics
 from refinedet.pipeline.evaluation.server_files import write_submission, write_voc_files
@@ -75,7 +75,7 @@ def conclude(
 
     metrics = measure(OWN_METHOD)
     compared = {name: measure(name) for name in job.merge_rules}
-    by_rule = best_first({name: one for name, one in compared.items() if one is not None})
+    by_rule = sort_by_metric({name: one for name, one in compared.items() if one is not None})
     diagnosis = _diagnose(config, truth, ordered)
     count = _write_rows(job, chunks)
     _write_metrics(job, metrics, by_rule, unreadable, diagnosis)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import numpy as np
 from refinedet.pipeline.evaluation.diagnosis import ERROR_KINDS, Diagnosis, Finding, LevelStages, WorstImage
-from refinedet.pipeline.evaluation.diagnosis_charts import calibrate, count_confusion, draw_classes, slice_objects
+from refinedet.pipeline.evaluation.diagnosis_charts import bin_scores, count_confusion, draw_classes, slice_objects
 from refinedet.pipeline.evaluation.diagnosis_errors import (
     as_scored,
     cost_detections,
@@ -46,7 +46,7 @@ def diagnose(
     all_fixed = mean_precision(fix(truth, examined, positives, tuple(range(len(ERROR_KINDS)))))
     step = 100 if len(truth.names) <= _MANY_CLASSES else 20
     thresholds = tuple(number / step for number in range(step))
-    bins, calibration_error = calibrate(examined)
+    bins, calibration_error = bin_scores(examined)
     cost = cost_detections(examined, positives)
     confusion = count_confusion(truth, examined, positives)
     return Diagnosis(

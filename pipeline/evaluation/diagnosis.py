@@ -17,7 +17,15 @@ from typing import Any
 ERROR_KINDS = ("classification", "localization", "both", "duplicate", "background", "missed")
 """TIDE's six, in its order: Cls, Loc, Both, Dupe, Bkg, Miss"""
 
-STAGES = ("found", "uncovered", "first_regression", "filter", "second_regression", "classification", "suppression")
+FATES = (
+    "found",
+    "uncovered",
+    "first_regression",
+    "filter",
+    "second_regression",
+    "classification",
+    "suppression",
+)
 """End of an object: detected, or the first step of the detector after which nothing of it is left.
 
 uncovered          no anchor overlaps it, before or after the ARM's regression
@@ -82,7 +90,7 @@ class Slice:
 
 @dataclass(frozen=True)
 class LevelStages:
-    """Objects whose best tiled anchor lies on one level, by the stage of STAGES at which they end.
+    """Objects whose best tiled anchor lies on one level, by the stage of FATES at which they end.
 
     stride  of the level, pixels of the network input
     counts  stage -> number of objects

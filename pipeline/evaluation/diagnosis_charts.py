@@ -147,7 +147,7 @@ def _slice(
     return Slice(name, total, ap, found / total if total else None)
 
 
-def calibrate(examined: Examination) -> tuple[tuple[CalibrationBin, ...], float | None]:
+def bin_scores(examined: Examination) -> tuple[tuple[CalibrationBin, ...], float | None]:
     """Bins of equal width, and the expected calibration error."""
     counts = ~examined.ignored
     score, correct = examined.score[counts], examined.kind[counts] == CORRECT

@@ -1,6 +1,6 @@
 """Objects followed through the detector: which of its steps loses them.
 
-A anchors, G objects of one image, L anchor levels, S stages (diagnosis.STAGES), N rows that the ADM computed
+A anchors, G objects of one image, L anchor levels, S stages (diagnosis.FATES), N rows that the ADM computed
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from refinedet.model.filtering import select_survivors
 from refinedet.model.structures import Detections, Predictions
 from refinedet.pipeline.data.samples import Sample
 from refinedet.pipeline.data.tensors import image_tensor
-from refinedet.pipeline.evaluation.diagnosis import STAGES, LevelStages
+from refinedet.pipeline.evaluation.diagnosis import FATES, LevelStages
 from refinedet.pipeline.evaluation.diagnosis_examination import IOU
 from refinedet.pipeline.inference.detect import evaluating
 from torch import Tensor
@@ -26,7 +26,7 @@ from torchvision.ops import box_iou
 def trace_samples(model: RefineDet, samples: Sequence[Sample], autocast: torch.dtype | None = None) -> np.ndarray:
     """[L, S] objects of the samples by the level of their best anchor and the stage at which they end."""
     config = model.config
-    counts = np.zeros((config.levels, len(STAGES)), np.int64)
+    counts = np.zeros((config.levels, len(FATES)), np.int64)
     if not samples:
         return counts
     side = config.input_size
@@ -54,7 +54,7 @@ def trace_objects(
     boxes   [G, 4] xyxy, pixels of the network input
     labels  [G] from 1
     """
-    counts = np.zeros((config.levels, len(STAGES)), np.int64)
+    counts = np.zeros((config.levels, len(FATES)), np.int64)
     if not len(boxes):
         return counts
     num_images, num_anchors = predictions.refined.shape[:2]
@@ -72,14 +72,14 @@ def trace_objects(
     scored = final & (config.score_threshold < scores[:, labels].T)
     detected = (box_iou(boxes, found.boxes) >= IOU) & (labels[:, None] == found.labels[None])
 
-    lost = torch.full((len(boxes),), STAGES.index("suppression"), device=boxes.device)
-    lost[~scored.any(1)] = STAGES.index("classification")
+    lost = torch.full((len(boxes),), FATES.index("suppression"), device=boxes.device)
+    lost[~scored.any(1)] = FATES.index("classification")
     reached = final.any(1)
-    lost[~reached] = STAGES.index("second_regression")
-    lost[~reached & ~(refined & survives).any(1)] = STAGES.index("filter")
-    lost[~reached & ~refined.any(1)] = STAGES.index("first_regression")
-    lost[~reached & ~refined.any(1) & ~(tiled >= IOU).any(1)] = STAGES.index("uncovered")
-    lost[detected.any(1)] = STAGES.index("found")
+    lost[~reached] = FATES.index("second_regression")
+    lost[~reached & ~(refined & survives).any(1)] = FATES.index("filter")
+    lost[~reached & ~refined.any(1)] = FATES.index("first_regression")
+    lost[~reached & ~refined.any(1) & ~(tiled >= IOU).any(1)] = FATES.index("uncovered")
+    lost[detected.any(1)] = FATES.index("found")
     ends = torch.tensor(count_anchors(config.input_size, config.input_size, config.strides)).cumsum(0)
     level = torch.searchsorted(ends, tiled.argmax(1).cpu(), right=True)
     np.add.at(counts, (level.numpy(), lost.cpu().numpy()), 1)
@@ -89,6 +89,6 @@ def trace_objects(
 def summarize_levels(config: RefineDetConfig, counts: np.ndarray) -> tuple[LevelStages, ...]:
     """counts [L, S], summed over the images that were traced."""
     return tuple(
-        LevelStages(stride, dict(zip(STAGES, row, strict=True)))
+        LevelStages(stride, dict(zip(FATES, row, strict=True)))
         for stride, row in zip(config.strides, counts.tolist(), strict=True)
     )

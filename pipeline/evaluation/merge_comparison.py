@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from refinedet.pipeline.evaluation.protocols import Metrics
 
 
-def best_first(metrics: Mapping[str, Metrics]) -> dict[str, Metrics]:
+def sort_by_metric(metrics: Mapping[str, Metrics]) -> dict[str, Metrics]:
     """The same, by descending AP (mAP)."""
     return dict(sorted(metrics.items(), key=lambda entry: -next(iter(entry[1].values.values()))))
 

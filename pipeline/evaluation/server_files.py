@@ -39,7 +39,7 @@ ROW_SCHEMA: dict[str, Any] = {
 }
 """JSON schema of the results file"""
 
-MAX_DETECTIONS = 100  # of a category in an image; pycocotools, which the server runs, counts no more
+SERVER_DETECTIONS = 100  # of a category in an image; pycocotools, which the server runs, counts no more
 
 
 def write_submission(
@@ -62,7 +62,7 @@ def write_submission(
     table = table.select(np.lexsort((-table.score, table.category_id, table.image_id)))
     at = np.arange(len(table))
     begins = np.diff(table.image_id, prepend=-1).astype(bool) | np.diff(table.category_id, prepend=-1).astype(bool)
-    table = table.select(at - np.maximum.accumulate(np.where(begins, at, 0)) < MAX_DETECTIONS)
+    table = table.select(at - np.maximum.accumulate(np.where(begins, at, 0)) < SERVER_DETECTIONS)
     table = table.select(np.lexsort((-table.score, table.image_id)))
     boxes = table.bbox.round(1)
     boxes[:, 2:] = np.maximum(boxes[:, 2:], 0.1)  # rounding leaves no box without area

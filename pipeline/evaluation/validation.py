@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import time
+import typing
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from refinedet.model import RefineDet
@@ -26,6 +27,26 @@ from refinedet.pipeline.inference.precision import autocast_type
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
+T = TypeVar("T")
+
+
+class Ranks(typing.Protocol):
+    """The ranks that validate together, as this one sees them; `World` of the training is one."""
+
+    @property
+    def rank(self) -> int: ...
+
+    @property
+    def size(self) -> int: ...
+
+    def all_gather_object(self, value: T) -> list[T]:
+        """Return the objects of all ranks on every rank."""
+        ...
+
+    def from_main(self, call: Callable[[], T]) -> T:
+        """Return the result of a call on rank 0 on every rank."""
+        ...
+
 
 @dataclass(frozen=True)
 class _Outcome:
@@ -42,34 +63,27 @@ def validate(
     model: RefineDet,
     shards: ShardSet,
     truth: GroundTruth,
+    ranks: Ranks,
     *,
-    rank: int,
-    world_size: int,
-    all_gather: Callable[[Any], list[Any]],
     evaluation: Evaluation,
     protocol: Protocol,
     max_bad_samples: int,
-    timeout_s: float | None = None,
-    autocast: torch.dtype | None = None,
     on_detections: Callable[[DetectionTable], None] | None = None,
 ) -> Metrics:
-    """Metrics over all samples, each detected by exactly one rank; every rank returns the same.
+    """Metrics over all samples, each detected by exactly one rank; every rank returns the same. Collective.
 
-    all_gather       returns the objects of all ranks on every rank (torch.distributed.all_gather_object, or [x] alone)
     max_bad_samples  unreadable images of all ranks together; they have no detections
-    timeout_s        limit of one rank's detection
-    autocast         bf16 or fp16; None: fp32
     on_detections    takes this rank's detections, before the ranks meet
-    `all_gather` is called once, also by a rank that failed: then every rank raises, naming the failed one. What raises
-    is a UserError where a rank failed with one, as trying again would not help.
+    The ranks meet once, also one that failed: then every rank raises, naming the failed one. What raises is a
+    UserError where a rank failed with one, as trying again would not help.
     """
     failure: Exception | None = None
     try:
-        own = range(shards.num_samples * rank // world_size, shards.num_samples * (rank + 1) // world_size)
+        own = range(shards.num_samples * ranks.rank // ranks.size, shards.num_samples * (ranks.rank + 1) // ranks.size)
         samples = ReadableSamples(EvaluationSamples(shards, own, max_bad_samples=len(own)))
-        table, images = detect_samples(
-            model, _until(samples, timeout_s, len(own)), shards.categories, evaluation, autocast
-        )
+        timely = _until(samples, evaluation.validation_timeout_s, len(own))
+        autocast = autocast_type(model.mean.device, evaluation.precision)
+        table, images = detect_samples(model, timely, shards.categories, evaluation, autocast)
         images += [image.image_id for image in samples.unreadable]
         if on_detections is not None:
             on_detections(table)
@@ -78,21 +92,21 @@ def validate(
     except Exception as error:  # sent to the other ranks, which would wait for ever otherwise
         failure = error
         outcome = _Outcome(failure=f"{type(error).__name__}: {error}", of_user=isinstance(error, UserError))
-    outcomes: list[_Outcome] = all_gather(outcome)
+    outcomes = ranks.all_gather_object(outcome)
     failed = {place: one for place, one in enumerate(outcomes) if one.failure}
     if failed:
         named = "; ".join(f"rank {place}: {one.failure}" for place, one in failed.items())
         kind = UserError if any(one.of_user for one in failed.values()) else RuntimeError
-        raise kind(f"validation failed on {len(failed)} of {world_size} ranks: {named}") from failure
+        raise kind(f"validation failed on {len(failed)} of {ranks.size} ranks: {named}") from failure
     sum_unreadable((one.unreadable for one in outcomes), max_bad_samples)
     return accumulate_matches(protocol, truth, [one.matches for one in outcomes])
 
 
-def _until(samples: Iterable[Sample], timeout_s: float | None, count: int) -> Iterator[Sample]:
+def _until(samples: Iterable[Sample], timeout_s: float, count: int) -> Iterator[Sample]:
     """The samples; TimeoutError where the one that comes next is later than `timeout_s` after the first was wanted."""
     began = time.monotonic()
     for number, sample in enumerate(samples):
-        if timeout_s is not None and time.monotonic() - began > timeout_s:
+        if time.monotonic() - began > timeout_s:
             raise TimeoutError(
                 f"{number} of {count} images were detected on in evaluation.validation_timeout_s {timeout_s:g} s; "
                 "raise it, or validate on fewer images"
@@ -100,24 +114,18 @@ def _until(samples: Iterable[Sample], timeout_s: float | None, count: int) -> It
         yield sample
 
 
-def prepare_validation(
-    run: Run,
-    rank: int,
-    world_size: int,
-    *,
-    all_gather: Callable[[Any], list[Any]],
-    from_main: Callable[[Callable[[], Any]], Any],
-) -> Callable[[torch.nn.Module, int], dict[str, float]]:
+def prepare_validation(run: Run, ranks: Ranks) -> Callable[[torch.nn.Module, int], dict[str, float]] | None:
     """The validation of a run's training: (detector in eval mode, epochs done) -> metrics, the same on every rank.
 
-    all_gather  as in `validate`
-    from_main   the result of a call on rank 0, on every rank: storage is read once for all ranks
+    None where the spec has no validation. Collective; storage is read once for all ranks.
     """
+    if not run.spec.training.validate_every_epochs:
+        return None
     part = run.spec.training.validate_on
-    shards: ShardSet = from_main(lambda: open_shards(storage.join(run.shards, part)))
+    shards = ranks.from_main(lambda: open_shards(storage.join(run.shards, part)))
     splits = run.spec.data.train if part == "train" else run.spec.data.val
     protocol = protocol_of(run.spec.evaluation, shards.format, shards.sets[0] if shards.sets else splits[0].set)
-    truth: GroundTruth = from_main(lambda: GroundTruth.of(run.ground_truth(part)))
+    truth = ranks.from_main(lambda: GroundTruth.of(run.ground_truth(part)))
     shown = shown_ids(truth.image_id.tolist(), run.spec)
 
     def measure(detector: torch.nn.Module, epochs_done: int) -> dict[str, float]:
@@ -126,15 +134,11 @@ def prepare_validation(
             detector,
             shards,
             truth,
-            rank=rank,
-            world_size=world_size,
-            all_gather=all_gather,
+            ranks,
             evaluation=run.spec.evaluation,
             protocol=protocol,
             max_bad_samples=run.spec.data.max_bad_samples,
-            timeout_s=run.spec.evaluation.validation_timeout_s,
-            autocast=autocast_type(detector.mean.device, run.spec.evaluation.precision),
-            on_detections=functools.partial(keep_shown, run, epochs_done, rank, shown),
+            on_detections=functools.partial(keep_shown, run, epochs_done, ranks.rank, shown),
         ).values
 
     return measure

@@ -21,7 +21,7 @@ from PIL import Image
 MAX_BODY_BYTES = 32 * 2**20
 MAX_IMAGES = 64
 MAX_ENCODED_BYTES = 20 * 2**20
-MAX_PIXELS = 25_000_000
+MAX_SENT_PIXELS = 25_000_000
 MAX_BATCH = 64
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/bmp", "application/octet-stream")
 DEFAULT_THRESHOLD = 0.05
@@ -74,7 +74,7 @@ def parse_request(body: bytes, content_type: str, threshold: str | None) -> tupl
             raise RequestError(f"{_ROWS[:-1]}{f'; received the key {_shown(unknown[0])}' if unknown else ''}.")
         if strange := sorted(set(params) - {"score_threshold"}):
             raise RequestError(f"params may have score_threshold, received {_shown(strange[0])}.")
-        images, number = list_images(content["inputs"]), params.get("score_threshold", threshold)
+        images, number = list_sent_images(content["inputs"]), params.get("score_threshold", threshold)
     elif kind in IMAGE_TYPES:
         images, number = [body], threshold
     else:
@@ -86,7 +86,7 @@ def parse_request(body: bytes, content_type: str, threshold: str | None) -> tupl
     return encoded, DEFAULT_THRESHOLD if number is None else check_threshold(_as_number(number))
 
 
-def list_images(rows: Any) -> list[Any]:
+def list_sent_images(rows: Any) -> list[Any]:
     """The images of a table with a column `image`, or of rows [{"image": ...}]; at most MAX_IMAGES."""
     try:
         if hasattr(rows, "columns") or isinstance(rows, dict):
@@ -123,7 +123,7 @@ def check_header(content: bytes, name: str) -> int:
         return image.size[0] * image.size[1]
 
 
-def decode_image(image: Any, name: str) -> np.ndarray:
+def decode_sent_image(image: Any, name: str) -> np.ndarray:
     """uint8 [H, W, 3] RGB of a file's bytes, of base64 or of an array; EXIF orientation is ignored, as COCO's boxes do.
 
     Raises RequestError for what is no image, or is beyond the limits, before it is decoded.
@@ -173,7 +173,7 @@ def _open(content: bytes, name: str) -> Image.Image:
     try:
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
     except Image.DecompressionBombError:
-        raise RequestError(f"{name} has more than {MAX_PIXELS} pixels; send a smaller one.") from None
+        raise RequestError(f"{name} has more than {MAX_SENT_PIXELS} pixels; send a smaller one.") from None
     except Exception:
         raise _unreadable(content, name) from None
     _check_size(*image.size, name)
@@ -185,8 +185,8 @@ def _unreadable(content: bytes, name: str) -> RequestError:
 
 
 def _check_size(width: int, height: int, name: str) -> None:
-    if not 0 < width * height <= MAX_PIXELS:
-        raise RequestError(f"{name} has {width} x {height} pixels; between 1 and {MAX_PIXELS} are accepted.")
+    if not 0 < width * height <= MAX_SENT_PIXELS:
+        raise RequestError(f"{name} has {width} x {height} pixels; between 1 and {MAX_SENT_PIXELS} are accepted.")
 
 
 def _parse_json(body: bytes) -> dict[str, Any]:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from refinedet.pipeline.config.spec import JobSpec
-from refinedet.pipeline.planning.devices import Speed
+from refinedet.pipeline.planning.device_speeds import Speed
 from refinedet.pipeline.runs.errors import UserError
 
 DEFAULT_FILE = "~/.cache/refinedet/calibration.json"

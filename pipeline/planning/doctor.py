@@ -30,7 +30,7 @@ class Condition:
         return self.state == "missing"
 
 
-def examine() -> list[Condition]:
+def check_installation() -> list[Condition]:
     """Examine this machine without starting anything."""
     versions = package_versions()
     cores = len(os.sched_getaffinity(0))
@@ -78,9 +78,9 @@ def _cpu_precision() -> Condition:
 
 def _operators() -> Condition:
     import torch
-    from refinedet.model.ops.library import describe, describe_fault_on_gpu
+    from refinedet.model.ops.library import describe_fault_on_gpu, describe_library
 
-    found = describe()
+    found = describe_library()
     for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
         if fault := describe_fault_on_gpu(index):
             return Condition("operators", "missing", fault)

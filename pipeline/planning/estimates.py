@@ -9,7 +9,7 @@ from refinedet.model.config import RefineDetConfig
 from refinedet.model.cost import ModelCost
 from refinedet.pipeline.config.batches import BatchPlan, training_sizes
 from refinedet.pipeline.config.spec import JobSpec, Training
-from refinedet.pipeline.planning.devices import Device
+from refinedet.pipeline.planning.device_speeds import Device
 
 _GIB = 2**30
 _BACKWARD_SHARE = 2 / 3  # of a step's compute, behind which gradients are reduced

@@ -7,7 +7,6 @@ DeepSpeed, reduction between the workers, and detection with NMS in the validati
 from __future__ import annotations
 
 import datetime
-import json
 import math
 import os
 import subprocess
@@ -22,16 +21,17 @@ from typing import Any
 import torch
 from refinedet.model.cost import count_cost
 from refinedet.pipeline.config.batches import divide_batch
-from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_checks import check_spec
 from refinedet.pipeline.config.spec_files import dump_spec, parse_spec
 from refinedet.pipeline.inference.devices import accelerator_key
 from refinedet.pipeline.planning.calibration import Calibration, fingerprint
-from refinedet.pipeline.planning.devices import DEVICES
+from refinedet.pipeline.planning.device_speeds import DEVICES
 from refinedet.pipeline.planning.estimates import largest_training_model, training_gflops
 from refinedet.pipeline.runs import settings
 from refinedet.pipeline.runs.environment import processor
 from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.lines import read_lines
 
 _WARM_UP = 5
 _BLOCKS = 4
@@ -146,7 +146,7 @@ def _run(spec: JobSpec, workers: int, folder: str) -> list[dict[str, Any]]:
     metrics = Path(folder, spec.name, "metrics.jsonl")
     if done.returncode or not metrics.exists():
         raise UserError(f"the calibration's training failed: {_fault(done.stderr) or f'status {done.returncode}'}")
-    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    return read_lines(str(metrics))
 
 
 def _fault(log: str) -> str:

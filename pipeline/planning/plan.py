@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 from refinedet.model.cost import ModelCost, count_cost
 from refinedet.pipeline.config.batches import BatchPlan, plan_batches
-from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.recipes import describe_source, estimate_cost, resolve_passes
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.schedule import make_schedule
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_checks import check_spec
 from refinedet.pipeline.data.index import find_parts
 from refinedet.pipeline.data.job_statistics import job_statistics
 from refinedet.pipeline.data.readers import format_of
 from refinedet.pipeline.planning.calibration import load_calibrations, measured_speed
-from refinedet.pipeline.planning.devices import Device, Speed, assumed_speed, find_device
+from refinedet.pipeline.planning.device_speeds import Device, Speed, assumed_speed, find_device
 from refinedet.pipeline.planning.estimates import (
     RESTART_S,
     Duration,

@@ -12,7 +12,7 @@ _MAX_POINTS = 400
 
 
 @dataclass(frozen=True)
-class Frame:
+class PlotArea:
     """Size and margins of a drawing, in its own units."""
 
     name: str
@@ -32,7 +32,7 @@ class Frame:
         return self.height - self.bottom
 
 
-FRAMES = (Frame("wide", 560, 270, 46, 104), Frame("narrow", 328, 246, 40, 112, top=60))
+FRAMES = (PlotArea("wide", 560, 270, 46, 104), PlotArea("narrow", 328, 246, 40, 112, top=60))
 """Every chart is drawn in both; the style sheet shows the one whose text is readable on the screen."""
 
 _Place = Callable[[float, float], tuple[float, float]]
@@ -83,7 +83,7 @@ def line_chart(
 
 
 def _drawing(
-    frame: Frame,
+    frame: PlotArea,
     heading: tuple[str, str],
     lines: Sequence[Series],
     axes: tuple[float, float, Sequence[float], str],
@@ -182,13 +182,13 @@ def _thinned(line: Series) -> Series:
     return Series(line.name, [*x, line.x[-1]], [*y, line.y[-1]], line.colour, line.faint, line.dots)
 
 
-def _heading(title: str, note: str, frame: Frame) -> str:
+def _heading(title: str, note: str, frame: PlotArea) -> str:
     beside = f'<tspan class="note" dx="8">{escape(note)}</tspan>' if note and frame.name == "wide" else ""
     below = f'<text class="note" x="0" y="32">{escape(note)}</text>' if note and frame.name == "narrow" else ""
     return f'<text class="title" x="0" y="16">{escape(title)}{beside}</text>{below}'
 
 
-def _y_axis(ticks: Sequence[float], left: float, place: _Place, x_low: float, frame: Frame) -> str:
+def _y_axis(ticks: Sequence[float], left: float, place: _Place, x_low: float, frame: PlotArea) -> str:
     decimals = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9))
     if (ticks[1] - ticks[0]) * 10**decimals % 1 > 1e-6:
         decimals += 1
@@ -202,7 +202,7 @@ def _y_axis(ticks: Sequence[float], left: float, place: _Place, x_low: float, fr
     return "".join(parts)
 
 
-def _x_axis(low: float, high: float, name: str, place: _Place, frame: Frame) -> str:
+def _x_axis(low: float, high: float, name: str, place: _Place, frame: PlotArea) -> str:
     span = nice_ticks(0.0, high - low, 5 if frame.name == "wide" else 3)
     pitch = span[1] if high - low < 5 and name != "epoch" else max(1.0, round(span[1]))
     if high - low <= 1:
@@ -229,7 +229,7 @@ def _path(line: Series, place: _Place) -> str:
     return svg + "".join(f'<circle style="fill:{colour}" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in dotted)
 
 
-def _end_labels(lines: Sequence[Series], place: _Place, y_format: str, frame: Frame) -> str:
+def _end_labels(lines: Sequence[Series], place: _Place, y_format: str, frame: PlotArea) -> str:
     """Name and last value at the end of each line, pushed apart where they would overlap."""
     order = sorted(lines, key=lambda line: place(line.x[-1], line.y[-1])[1])
     positions = _spread([place(line.x[-1], line.y[-1])[1] for line in order], frame.top - 8, frame.y_end - 2)

@@ -12,7 +12,7 @@ from refinedet.pipeline.data.job_statistics import reach_and_copies
 _SMALL, _LARGE = 32**2, 96**2
 
 
-def statistics_rows(parts: Mapping[str, Mapping[str, Any]], shards: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+def statistics_tables(parts: Mapping[str, Mapping[str, Any]], shards: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     """Rows (name, a value for each part) of parts such as {"train": truth, "val": truth}; empty without truth.
 
     shards  the run's `job_statistics`; empty: its rows are excluded

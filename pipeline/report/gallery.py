@@ -77,11 +77,11 @@ def find_from(
         keep = np.argsort(-boxes.scores, kind="stable")[: int((boxes.scores >= score).sum())][:_MAX_DRAWN]
         kept = Boxes(boxes.boxes[keep], boxes.labels[keep], boxes.scores[keep])
         if image_id in truths:
-            shown[image_id] = replace(kept, matched=match_boxes(truths[image_id], kept)[1])
+            shown[image_id] = replace(kept, matched=pair_boxes(truths[image_id], kept)[1])
     return shown
 
 
-def match_boxes(truth: Boxes, found: Boxes) -> tuple[np.ndarray, np.ndarray]:
+def pair_boxes(truth: Boxes, found: Boxes) -> tuple[np.ndarray, np.ndarray]:
     """Pair detections, most confident first, with the object of their class that they cover best, from IoU 0.5.
 
     Returns which objects were found [G] and which detections found one [N]. A detection of a crowd counts as right.
@@ -105,7 +105,7 @@ def choose_threshold(pairs: Sequence[tuple[Boxes, Boxes]]) -> float:
     for truth, found in pairs:
         num_objects += len(truth.boxes) - (0 if truth.crowd is None else int(truth.crowd.sum()))
         scores.append(found.scores if found.scores is not None else np.ones(len(found.boxes)))
-        rights.append(match_boxes(truth, found)[1])
+        rights.append(pair_boxes(truth, found)[1])
     score = np.concatenate(scores) if scores else np.zeros(0)
     if not len(score) or not num_objects:
         return 0.5
@@ -129,7 +129,7 @@ def _row(
         scores = boxes.scores if boxes.scores is not None else np.ones(len(boxes.boxes))
         keep = scores >= thresholds[mode]
         kept = Boxes(boxes.boxes[keep], boxes.labels[keep], scores[keep])
-        hit, right = match_boxes(truth, kept)
+        hit, right = pair_boxes(truth, kept)
         num_found = int(hit.sum()) - (len(truth.boxes) - num_objects)
         first = np.argsort(-scores[keep], kind="stable")[:_MAX_DRAWN]
         drawn = Boxes(kept.boxes[first], kept.labels[first], scores[keep][first], matched=right[first])

@@ -16,7 +16,7 @@ import jinja2
 import yaml
 from markupsafe import Markup
 from refinedet.pipeline.inference.pictures import Boxes
-from refinedet.pipeline.report.data_statistics import statistics_rows
+from refinedet.pipeline.report.data_statistics import statistics_tables
 from refinedet.pipeline.report.diagnosis_section import diagnosis_view
 from refinedet.pipeline.report.findings import FindingGroup, LoadImages, finding_groups
 from refinedet.pipeline.report.gallery import Gallery, build_gallery, find_from
@@ -108,7 +108,7 @@ def _content(run: RunFolder, load_images: LoadImages | None) -> dict[str, Any]:
         "unreadable": max((one.unreadable for one in run.evaluations.values()), key=len, default=[]),
         "curves": [Markup(chart) for chart in curves(run) if chart],
         "data_parts": [_PART_TITLES[part] for part, found in _truths(run, truth).items() if found],
-        "data_rows": statistics_rows(_truths(run, truth), run.data),
+        "data_rows": statistics_tables(_truths(run, truth), run.data),
         "data_findings": run.data.get("findings", []),
         "step_bar": Markup(step_bar(run)),
         "training_bar": training_bar(run),

@@ -18,6 +18,7 @@ import yaml
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.directory import JOB_STATISTICS, check_run_directory
 from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.runs.lines import read_lines
 from refinedet.pipeline.runs.metrics_file import metric_values
 from refinedet.pipeline.runs.redaction import redact
 from refinedet.pipeline.runs.timeline import Span, read_timeline
@@ -155,18 +156,18 @@ def _read(path: str, name: str, missing: list[str], kind: type) -> Any:
 def _read_records(path: str, missing: list[str]) -> tuple[list[dict[str, float]], list[dict[str, float]]]:
     file = storage.join(path, "metrics.jsonl")
     try:
-        lines = storage.read_bytes(file).decode(errors="replace").splitlines()
+        lines = read_lines(file)
     except OSError:
+        lines = []
+    if not lines:
         missing.append("metrics.jsonl")
-        return [], []
     steps: dict[float, dict[str, float]] = {}
     validations: dict[float, dict[str, float]] = {}
-    for line in lines:
+    for record in lines:
         try:
-            record = json.loads(line)
             step = float(record["step"])
         except (ValueError, KeyError, TypeError):
-            continue  # a line that a crash cut short
+            continue
         if isinstance(record.get("validation"), Mapping):
             values = record["validation"]
             validations[step] = _numbers({"step": step, "epoch": record.get("epoch"), **values})

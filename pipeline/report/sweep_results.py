@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from refinedet.pipeline.config.sweep_spec import Comparison, Sweep
+from refinedet.pipeline.config.sweep_spec import Claim, Sweep
 from refinedet.pipeline.report.result_tables import MODE_TITLES
 from refinedet.pipeline.report.run_data import RunFolder, read_run
 from refinedet.pipeline.report.training_charts import ledger_total
@@ -117,7 +117,7 @@ def _summary(values: Sequence[float]) -> Summary:
     return Summary(statistics.fmean(values), spread, tuple(values))
 
 
-def _judge(claim: Comparison, scores: Mapping[str, Mapping[str, Mapping[int, float]]]) -> list[ClaimResult]:
+def _judge(claim: Claim, scores: Mapping[str, Mapping[str, Mapping[int, float]]]) -> list[ClaimResult]:
     """In the metrics of the first scale that both variants have."""
     better, worse = scores[claim.better], scores[claim.worse]
     metrics = [name for name in better if name in worse] or ["AP, single scale"]
@@ -129,9 +129,7 @@ def _judge(claim: Comparison, scores: Mapping[str, Mapping[str, Mapping[int, flo
     ]
 
 
-def _judge_metric(
-    claim: Comparison, metric: str, above: Mapping[int, float], below: Mapping[int, float]
-) -> ClaimResult:
+def _judge_metric(claim: Claim, metric: str, above: Mapping[int, float], below: Mapping[int, float]) -> ClaimResult:
     differences = [100 * (above[seed] - below[seed]) for seed in above if seed in below]
     text = f"{claim.better} > {claim.worse}"
     if not differences:

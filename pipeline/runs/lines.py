@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -15,6 +16,17 @@ from refinedet.pipeline.runs import storage
 logger = logging.getLogger(__name__)
 
 _UPLOAD_INTERVAL_S = 60.0
+
+
+def read_lines(path: str) -> list[dict[str, Any]]:
+    """Objects of a file of lines, without those that a crash cut short; empty where the file does not exist."""
+    lines = []
+    for text in storage.read_bytes(path).splitlines() if storage.exists(path) else ():
+        with contextlib.suppress(ValueError):
+            line = json.loads(text)
+            if isinstance(line, dict):
+                lines.append(line)
+    return lines
 
 
 class LinesLog:

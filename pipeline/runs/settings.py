@@ -57,6 +57,8 @@ _ALL = (
         "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "ray", "number", "30", "then the number of workers is decided anew"
     ),
     Variable("RAY_raylet_start_wait_time_s", "ray", "number", "120", "time for a node to start; Ray's own is 30 s"),
+    Variable("RAY_health_check_initial_delay_ms", "cluster", "number", None, "drills: check nodes from their start"),
+    Variable("RAY_health_check_period_ms", "cluster", "number", None, "drills: a dead node is seen in 5 s"),
     # A step on a CPU allocates the same gigabytes again and again; given back to the system, they cost a fifth of it.
     Variable("MALLOC_MMAP_MAX_", "ray", "number", "0", "glibc keeps large blocks; saves 180,000 page faults a step"),
     Variable("MALLOC_TRIM_THRESHOLD_", "ray", "number", str(2**34), "bytes free before glibc gives memory back"),
@@ -109,7 +111,7 @@ def provide_ray_token() -> None:
         os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(16)}
 
 
-def describe() -> str:
+def describe_variables() -> str:
     """The table in Markdown."""
     rows = ["| variable | kind | default | purpose |", "|---|---|---|---|"]
     rows += [

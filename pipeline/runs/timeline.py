@@ -16,6 +16,7 @@ from typing import Any
 
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import StoppedError
+from refinedet.pipeline.runs.lines import read_lines
 
 logger = logging.getLogger(__name__)
 
@@ -83,18 +84,13 @@ class Timeline:
 def read_timeline(run_dir: str) -> tuple[list[Span], list[tuple[str, float]]]:
     """Stages in the order of their beginnings, and marks as (name, time); empty where there is no timeline."""
     path = storage.join(run_dir, TIMELINE_FILE)
-    try:
-        lines = storage.read_bytes(path).decode(errors="replace").splitlines()
-    except OSError:
-        return [], []
     spans: list[Span] = []
     marks: list[tuple[str, float]] = []
-    for text in lines:
+    for line in read_lines(path):
         try:
-            line = json.loads(text)
             at, edge, name = float(line["time"]), line["edge"], str(line["name"])
         except (ValueError, KeyError, TypeError):
-            continue  # a line that a crash cut short
+            continue
         if edge == "mark":
             marks.append((name, at))
         elif edge == "begin":

@@ -53,7 +53,7 @@ class ServedDetector(PythonModel):
         requests = self._requests
         threshold = requests.check_threshold(params.get("score_threshold", requests.DEFAULT_THRESHOLD))
         batch_size = requests.check_batch_size(params.get("batch_size", 8))
-        images = requests.list_images(model_input)
+        images = requests.list_sent_images(model_input)
         views = (self._view(image, f"image {index}") for index, image in enumerate(images))
         # One whole image is in memory at a time: the detector warps each as it comes.
         batches = (islice(views, batch_size) for _ in range(0, len(images), batch_size))
@@ -61,7 +61,7 @@ class ServedDetector(PythonModel):
 
     def _view(self, image: Any, name: str) -> torch.Tensor:
         """uint8 [3, H, W] RGB."""
-        pixels = np.require(self._requests.decode_image(image, name), requirements=["C", "W"])
+        pixels = np.require(self._requests.decode_sent_image(image, name), requirements=["C", "W"])
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def _answer(self, found: Any, threshold: float) -> dict[str, Any]:

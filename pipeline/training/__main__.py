@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 
-from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.run import Run
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_checks import check_spec
 from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.config.start import check_start
 from refinedet.pipeline.data.reading import write_coco_annotations
@@ -111,12 +111,7 @@ def _train(spec: JobSpec, world: World, stop: threading.Event, began_at: float) 
 
         world.from_main(open_run)
         link = stack.enter_context(FileLink(run, stop, world.is_main))
-        validate = None
-        if spec.training.validate_every_epochs:
-            validate = prepare_validation(
-                run, world.rank, world.size, all_gather=world.all_gather_object, from_main=world.from_main
-            )
-        return train_job(run, world, link, attempt=Attempt(0, began_at), validate=validate)
+        return train_job(run, world, link, attempt=Attempt(0, began_at), validate=prepare_validation(run, world))
 
 
 def _prepare(run: Run) -> None:

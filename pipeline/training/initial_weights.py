@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from refinedet.model import LoadReport, RefineDet, load_weights
 from refinedet.model.pretrained import download_pretrained
-from refinedet.pipeline.config.checks import TIMM_WEIGHTS
+from refinedet.pipeline.config.spec_checks import TIMM_WEIGHTS
 from refinedet.pipeline.inference.weight_files import read_categories, read_weights
 from refinedet.pipeline.runs.errors import UserError
 from torch import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import ExitStack, closing
 
 import torch
-from refinedet.pipeline.config.batches import divide_batch
+from refinedet.pipeline.config.batches import plan_batches
 from refinedet.pipeline.config.schedule import make_schedule
 from refinedet.pipeline.config.spec import Training
 from refinedet.pipeline.data.samples import Cursor
@@ -67,7 +67,7 @@ def start(
         world.from_main(task.load_initial)  # read once for the job
         broadcast_state(detector, world)
 
-    plan = divide_batch(spec.global_batch, spec.micro_batch, world.size)
+    plan = plan_batches(spec, world.size)
     engine = Engine(detector, task.loss, spec, plan, world)
     stack.callback(engine.close)
     average = AveragedWeights(detector, spec.ema_decay, world)

@@ -122,7 +122,7 @@ def train_job(
     callbacks = Callbacks(
         on_step=report,
         on_event=report,
-        validate=validate if spec.training.validate_every_epochs else None,
+        validate=validate,
         validation_timeout_s=spec.evaluation.validation_timeout_s,
         stop_requested=lambda: link.stop_requested,
         on_stall=functools.partial(_report_stall, link),
@@ -153,10 +153,8 @@ def _open_stream(run: Run, shards: ShardSet, world: World, start: Cursor, plan: 
         run.spec.data,
         input_size=training_sizes(run.spec),
         seed=run.spec.seed,
-        global_batch=plan.global_batch,
-        micro_batch=plan.micro_batch,
+        batch=plan,
         rank=world.rank,
-        world_size=world.size,
         start=start,
     )
 

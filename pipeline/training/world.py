@@ -20,6 +20,7 @@ from refinedet.pipeline.runs.errors import UserError
 from torch import Tensor
 
 T = TypeVar("T")
+_COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @dataclass(frozen=True)
@@ -101,11 +102,10 @@ class World:
 
 
 @contextmanager
-def open_world(device: torch.device | str | None = None, timeout_s: float = 1800) -> Iterator[World]:
+def open_world(device: torch.device | str | None = None) -> Iterator[World]:
     """The world of this process; a process group made here is also ended here.
 
-    device     default: the CUDA device of the local rank where there is one, else the CPU
-    timeout_s  of collectives, where the group is made here
+    device  default: the CUDA device of the local rank where there is one, else the CPU
     """
     local_rank = settings.read_count("LOCAL_RANK", 0)
     if device is None:
@@ -115,7 +115,7 @@ def open_world(device: torch.device | str | None = None, timeout_s: float = 1800
         torch.cuda.set_device(device)
     made_here = not dist.is_initialized()
     if made_here:
-        _make_group(device, timedelta(seconds=timeout_s))
+        _make_group(device)
     else:
         _share_cores(settings.read_count("LOCAL_WORLD_SIZE", 1))
     settings.suggest("LOCAL_RANK", str(local_rank))  # DeepSpeed insists on it
@@ -128,14 +128,14 @@ def open_world(device: torch.device | str | None = None, timeout_s: float = 1800
             dist.destroy_process_group()
 
 
-def _make_group(device: torch.device, timeout: timedelta) -> None:
+def _make_group(device: torch.device) -> None:
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     if settings.read("RANK") and settings.read("WORLD_SIZE"):
-        dist.init_process_group(backend, timeout=timeout)
+        dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
         _share_cores(settings.read_count("LOCAL_WORLD_SIZE", dist.get_world_size()))
     else:
         store = dist.HashStore()  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=_COLLECTIVE_TIMEOUT)
 
 
 def _share_cores(local_size: int) -> None:

@@ -293,7 +293,9 @@ def main() -> None:
     floors = {f"AlignConv, {p} %": 1e3 * work.flops * p / 100 / flops for p in (100, 20, 10, 5)}
 
     where = describe_where(["torchvision"], device.type)
-    where["versions"]["operators"] = " and ".join(library.describe().compilers) or library.describe().reason
+    where["versions"]["operators"] = (
+        " and ".join(library.describe_library().compilers) or library.describe_library().reason
+    )
     workload = (
         f"{arguments.size} pixels, {work.boxes.shape[0]:,} anchors, {arguments.channels} channels, "
         f"{arguments.kernel}x{arguments.kernel}, {arguments.classes + 5} outputs, {arguments.dtype}, "
@@ -322,7 +324,7 @@ def main() -> None:
             "milliseconds": milliseconds,
             "memory_mb": memory,
             "roofline": {"flops_per_s": flops, "bytes_per_s": bandwidth, "floor_ms": floors},
-            "library": {key: str(value) for key, value in asdict(library.describe()).items() if key != "path"},
+            "library": {key: str(value) for key, value in asdict(library.describe_library()).items() if key != "path"},
         }
         columns = ["case", "median ms", "min - max", "of the vanilla convolution", "times faster than `deform_conv2d`"]
         spread = f"least and most of {arguments.repeats} repetitions"

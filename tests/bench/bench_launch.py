@@ -143,10 +143,8 @@ def run_bare(spec_file: str, shards_folder: str, output: str) -> None:
                 spec.data,
                 input_size=spec.model.input_size,
                 seed=spec.seed,
-                global_batch=plan.global_batch,
-                micro_batch=plan.micro_batch,
+                batch=plan,
                 rank=world.rank,
-                world_size=world.size,
                 start=start,
             )
 

@@ -143,7 +143,7 @@ def main() -> None:
     if args.quick:
         args.boxes, args.classes, args.repeats = 20, 2, 1
     if not library.is_loaded():
-        parser.error(library.describe().reason)
+        parser.error(library.describe_library().reason)
     torch.set_num_threads(args.threads)
     rows = random_boxes(args.boxes, args.classes, seed=0)
     flat = torch.from_numpy(rows.reshape(-1, 5))
@@ -180,7 +180,7 @@ def main() -> None:
     kept = {name: run() for name, run in runs.items()}
     times = measure(runs, args.repeats)
     where = describe_where(["torchvision", "numpy"])
-    where["versions"]["operators"] = " and ".join(library.describe().compilers)
+    where["versions"]["operators"] = " and ".join(library.describe_library().compilers)
     rows, figures = [], {}
     sys.stdout.write(f"{args.boxes} boxes of each of {args.classes} classes, {args.threads} thread(s)\n")
     sys.stdout.write(f"{'':44}{'median ms':>10}{'spread ms':>10}{'boxes left':>12}{'times faster':>14}\n")

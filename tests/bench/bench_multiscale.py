@@ -99,7 +99,7 @@ def main() -> None:
         "cores": os.cpu_count(),
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("torch", "torchvision", "opencv-python-headless")},
-        "library": library.describe().loaded,
+        "library": library.describe_library().loaded,
         "commit": commit.stdout.strip(),
     }
     sys.stdout.write(f"{args.images} images, {boxes} detections, {config.backbone} at {side} pixels\n")

@@ -18,7 +18,7 @@ import pytest
 import ray
 from refinedet.pipeline.cluster import session
 from refinedet.pipeline.cluster.dashboard import CERTIFICATES, HEADERS, cluster_nodes
-from refinedet.pipeline.cluster.jobs import JobsClient
+from refinedet.pipeline.cluster.jobs_client import JobsClient
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.spec import Cluster
 from refinedet.pipeline.runs.errors import UserError

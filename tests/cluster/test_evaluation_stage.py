@@ -30,7 +30,6 @@ from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.config.spec_files import dump_spec, load_spec, parse_spec
 from refinedet.pipeline.data.index import open_shards
 from refinedet.pipeline.data.reading import write_coco_annotations
-from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.drills.bench import SPEC
 from refinedet.pipeline.evaluation.chunks import Chunk, ChunkResult, write_chunk
@@ -46,6 +45,8 @@ from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 from safetensors.torch import save_file
 from typer.testing import CliRunner
+
+from tests.data.shape_files import write_shapes
 
 VOC_CLASSES = load_spec(str(Path(__file__).parents[2] / "jobs" / "voc07_refinedet320_vgg16.yaml")).data.classes
 

@@ -13,13 +13,13 @@ from pathlib import Path
 import pytest
 import yaml
 from refinedet.pipeline.config.spec import JobSpec
-from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.drills.bench import SPEC, Bench
 from refinedet.pipeline.drills.faults import hook
 from refinedet.pipeline.runs.settings import FAULT_VARIABLE
 
 from tests.cluster.commands import Done, run_commands
+from tests.data.shape_files import write_shapes
 
 pytestmark = pytest.mark.dist
 

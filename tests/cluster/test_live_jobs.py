@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from refinedet.pipeline.cluster.dashboard import HEADERS
-from refinedet.pipeline.cluster.jobs import JobsClient
+from refinedet.pipeline.cluster.jobs_client import JobsClient
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.config.spec_files import dump_spec
 from refinedet.pipeline.drills.faults import hook

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from refinedet.pipeline.cluster import jobs
-from refinedet.pipeline.cluster.jobs import JobsClient
+from refinedet.pipeline.cluster import jobs_client
+from refinedet.pipeline.cluster.jobs_client import JobsClient
 from refinedet.pipeline.cluster.launch import launch
 from refinedet.pipeline.cluster.render import KubeRay, render_kuberay
 from refinedet.pipeline.config.spec import JobSpec
@@ -34,7 +34,7 @@ def refusal(command: Any, *arguments: Any, **options: Any) -> str:
 def test_one_refusal_for_every_command(changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     values = {"name": "r", "runs": "s3://bucket/runs", "data": {"format": "shapes", "train": [{"count": 4}]}}
     spec = JobSpec.model_validate(values | changes)
-    monkeypatch.setattr(jobs, "connect", lambda address: None)  # a refused job calls no cluster
+    monkeypatch.setattr(jobs_client, "connect", lambda address: None)  # a refused job calls no cluster
     with ProgressDisplay() as display:
         said = refusal(launch, spec, display=display)
     assert refusal(JobsClient("http://head:8265").submit, spec) == said

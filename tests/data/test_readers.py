@@ -14,10 +14,11 @@ from refinedet.pipeline.config.spec import Data, Split
 from refinedet.pipeline.data.images import decode_image
 from refinedet.pipeline.data.inspection import check_shards
 from refinedet.pipeline.data.reading import EvaluationSamples, write_coco_annotations
-from refinedet.pipeline.data.shapes import SHAPES, draw_shapes, write_shapes
+from refinedet.pipeline.data.shapes import SHAPES, draw_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.runs.errors import UserError
 
+from tests.data.shape_files import write_shapes
 from tests.outside import outside
 
 COCO_PHOTOS, VOC_PHOTOS = outside("data", "coco-mini"), outside("data", "voc-mini", "VOCdevkit")

@@ -18,7 +18,7 @@ from refinedet.model.export import export_onnx
 from refinedet.pipeline.cli.main import app
 from refinedet.pipeline.config.reference import describe_spec
 from refinedet.pipeline.config.spec import JobSpec
-from refinedet.pipeline.runs.settings import describe
+from refinedet.pipeline.runs.settings import describe_variables
 
 from tests.docs.notebooks import NOTEBOOKS, execute
 
@@ -91,7 +91,7 @@ def test_every_section_of_the_spec_is_in_the_reference() -> None:
 
 
 def test_the_table_of_the_environment_is_generated() -> None:
-    assert describe() in (ROOT / "docs" / "environment.md").read_text()
+    assert describe_variables() in (ROOT / "docs" / "environment.md").read_text()
 
 
 def test_the_navigation_of_the_site_holds_every_page() -> None:

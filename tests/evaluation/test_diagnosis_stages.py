@@ -9,7 +9,7 @@ from refinedet.model import RefineDetConfig, select_detections
 from refinedet.model.anchors import tile_anchors
 from refinedet.model.boxes import encode_boxes
 from refinedet.model.structures import Predictions
-from refinedet.pipeline.evaluation.diagnosis import STAGES
+from refinedet.pipeline.evaluation.diagnosis import FATES
 from refinedet.pipeline.evaluation.diagnosis_stages import summarize_levels, trace_objects
 
 SIDE = 128
@@ -33,7 +33,7 @@ def trace(*, theta: float = 0.99, arm_object: float = 0.4, score: float = 0.9, s
     assert counts.sum() == 1
     levels = summarize_levels(config, counts)
     assert [level.stride for level in levels] == [8, 16, 32, 64]
-    return STAGES[int(counts.sum(0).argmax())], int(np.flatnonzero(counts.sum(1))[0])
+    return FATES[int(counts.sum(0).argmax())], int(np.flatnonzero(counts.sum(1))[0])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from refinedet.pipeline.evaluation.detection_worker import DetectionWorker
 from refinedet.pipeline.evaluation.truth import GroundTruth
 from refinedet.pipeline.evaluation.validation import prepare_validation
 from refinedet.pipeline.inference import precision as precisions
+from refinedet.pipeline.training.world import World
 from safetensors.torch import save_file
 
 CASES = [("bf16", {}, torch.bfloat16), ("fp32", {"avx512_bf16": True}, torch.float32)]
@@ -58,6 +59,7 @@ def test_all_of_an_evaluation_computes_in_the_precision_of_the_spec(
             "num_classes": 10, "input_size": 64, "backbone": "test_resnet", "tcb_channels": 16,
             "prediction_block": False, "theta": 1.0,
         },
+        "training": {"validate_every_epochs": 1},
         "evaluation": {"precision": precision},
         "multiscale": {"passes": [{"size": 64}]},
     }  # fmt: skip
@@ -74,9 +76,9 @@ def test_all_of_an_evaluation_computes_in_the_precision_of_the_spec(
         worker.work(chunk)
         assert computed == [expected] * passes
         computed.clear()
-    values = prepare_validation(run, 0, 1, all_gather=lambda outcome: [outcome], from_main=lambda call: call())(
-        detector, 1
-    )
+    validate = prepare_validation(run, World())
+    assert validate is not None
+    values = validate(detector, 1)
     assert "AP" in values
     assert computed == [expected]
 

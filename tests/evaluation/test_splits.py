@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from refinedet.pipeline.config.spec import Data, Split
 from refinedet.pipeline.data.reading import write_coco_annotations
-from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.evaluation.metrics import evaluate
 from refinedet.pipeline.runs.errors import UserError
+
+from tests.data.shape_files import write_shapes
 
 from .judges import judge_by_pycocotools
 

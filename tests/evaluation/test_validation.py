@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from typing import Any
 
 import cv2
@@ -15,11 +16,10 @@ from refinedet.pipeline.config.spec import Data, Evaluation, Multiscale, Pass, S
 from refinedet.pipeline.data import shard_file
 from refinedet.pipeline.data.index import ShardSet
 from refinedet.pipeline.data.reading import EvaluationSamples, write_coco_annotations
-from refinedet.pipeline.data.shapes import write_shapes
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.evaluation.chunk_work import detect_chunk
 from refinedet.pipeline.evaluation.chunks import split_into_chunks
-from refinedet.pipeline.evaluation.merge_comparison import best_first, format_comparison
+from refinedet.pipeline.evaluation.merge_comparison import format_comparison, sort_by_metric
 from refinedet.pipeline.evaluation.metrics import (
     accumulate_matches,
     evaluate,
@@ -34,9 +34,14 @@ from refinedet.pipeline.inference.detect import detect_samples
 from refinedet.pipeline.inference.detections import DetectionTable
 from refinedet.pipeline.inference.multiscale import detect_samples_by_rules
 from refinedet.pipeline.runs.errors import UserError
+from refinedet.pipeline.training.world import World
+
+from tests.data.shape_files import write_shapes
 
 COCO = make_protocol("coco")
-EVALUATION = Evaluation(batch_size=1)  # results of a convolution may differ in the last bit with the batch's size
+EVALUATION = Evaluation(
+    batch_size=1, precision="fp32"
+)  # results of a convolution may differ in the last bit with the batch's size
 
 
 @pytest.fixture(scope="module")
@@ -61,28 +66,34 @@ def model(shards) -> RefineDet:
     return RefineDet(config)
 
 
-class Ranks:
-    """An all-gather between threads."""
+@dataclass(frozen=True)
+class Thread:
+    """A rank in a thread; the others see what it gathers."""
 
-    def __init__(self, size: int) -> None:
-        self.objects: list[Any] = [None] * size
-        self.barrier = threading.Barrier(size)
+    rank: int
+    objects: list[Any]
+    barrier: threading.Barrier
 
-    def gather_for(self, rank: int):
-        def all_gather(value: Any) -> list[Any]:
-            self.objects[rank] = value
-            self.barrier.wait(timeout=60)
-            return list(self.objects)
+    @property
+    def size(self) -> int:
+        return len(self.objects)
 
-        return all_gather
+    def all_gather_object(self, value: Any) -> list[Any]:
+        self.objects[self.rank] = value
+        self.barrier.wait(timeout=60)
+        return list(self.objects)
+
+    def from_main(self, call: Any) -> Any:
+        return call()
 
 
 def run_ranks(size: int, run) -> list[Any]:
-    ranks, results = Ranks(size), [None] * size
+    results: list[Any] = [None] * size
+    objects, barrier = [None] * size, threading.Barrier(size)
 
     def target(rank: int) -> None:
         try:
-            results[rank] = run(rank, ranks.gather_for(rank))
+            results[rank] = run(Thread(rank, objects, barrier))
         except Exception as error:
             results[rank] = error
 
@@ -104,14 +115,12 @@ def test_validation_is_the_same_on_any_number_of_ranks(model, shards, truth, rul
     model.eval()  # threads share the model
     whole = evaluate(rule, truth, detect(model, shards, range(shards.num_samples)))
 
-    def run(rank: int, all_gather):
+    def run(ranks: Thread):
         return validate(
             model,
             shards,
             truth,
-            rank=rank,
-            world_size=3,
-            all_gather=all_gather,
+            ranks,
             evaluation=EVALUATION,
             protocol=make_protocol(rule),
             max_bad_samples=10,
@@ -130,15 +139,13 @@ def test_voc_sets_are_measured_by_their_years_rule():
 
 
 def test_a_rank_that_fails_fails_all_and_is_named(model, shards, truth):
-    def run(rank: int, all_gather):
-        broken = "not shards" if rank == 1 else shards
+    def run(ranks: Thread):
+        broken = "not shards" if ranks.rank == 1 else shards
         return validate(
             model,
             broken,  # pyright: ignore[reportArgumentType]
             truth,
-            rank=rank,
-            world_size=2,
-            all_gather=all_gather,
+            ranks,
             evaluation=EVALUATION,
             protocol=COCO,
             max_bad_samples=10,
@@ -182,9 +189,7 @@ def test_the_jobs_own_limit_of_bad_samples_counts(model, damaged):
             model,
             damaged,
             truth,
-            rank=0,
-            world_size=1,
-            all_gather=lambda part: [part],
+            World(),
             evaluation=EVALUATION,
             protocol=COCO,
             **limit,
@@ -209,18 +214,15 @@ def test_the_jobs_own_limit_of_bad_samples_counts(model, damaged):
 
 
 def test_a_validation_that_takes_too_long_is_ended_on_all_ranks(model, shards, truth):
-    def run(rank: int, all_gather):
+    def run(ranks: Thread):
         return validate(
             model,
             shards,
             truth,
-            rank=rank,
-            world_size=2,
-            all_gather=all_gather,
-            evaluation=EVALUATION,
+            ranks,
+            evaluation=EVALUATION.model_copy(update={"validation_timeout_s": 1e-9}) if ranks.rank else EVALUATION,
             protocol=COCO,
             max_bad_samples=10,
-            timeout_s=1e-9 if rank else None,
         )
 
     for outcome in run_ranks(2, run):
@@ -259,7 +261,7 @@ def test_every_merge_rule_from_one_look(model, shards, truth):
     rules = {"alone": MERGE_RULES["box voting"]}
     alone = detect_samples_by_rules(model, samples, shards.categories, multiscale, rules)
     assert tables["box voting"].rows() == alone["alone"].rows()
-    metrics = best_first({name: evaluate("coco", truth, table) for name, table in tables.items()})
+    metrics = sort_by_metric({name: evaluate("coco", truth, table) for name, table in tables.items()})
     ap = [one.values["AP"] for one in metrics.values()]
     assert ap == sorted(ap, reverse=True)
     lines = format_comparison(metrics).splitlines()

@@ -41,7 +41,7 @@ def main() -> int:
     device = torch.device("cpu" if arguments.rehearse else "cuda")
     if device.type == "cuda":
         show("GPU", f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    show("operators", library.describe().reason)
+    show("operators", library.describe_library().reason)
     if device.type == "cuda" and (fault := library.describe_fault_on_gpu(torch.cuda.current_device())):
         show("FAILED", fault)
         return 1

@@ -14,6 +14,6 @@ from refinedet.model.ops import library
 def gpu() -> torch.device:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    assert library.describe().cuda, library.describe().reason
-    assert library.runs_on_gpu(torch.cuda.current_device()), library.describe().reason
+    assert library.describe_library().cuda, library.describe_library().reason
+    assert library.runs_on_gpu(torch.cuda.current_device()), library.describe_library().reason
     return torch.device("cuda")

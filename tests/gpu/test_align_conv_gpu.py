@@ -26,7 +26,7 @@ def _on(case: Case, device: torch.device) -> Case:
 
 
 def test_the_library_holds_cuda_kernels() -> None:
-    assert library.describe().cuda, library.describe().reason
+    assert library.describe_library().cuda, library.describe_library().reason
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 import yaml
 from refinedet.pipeline.cli.main import app
-from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.spec import Split
+from refinedet.pipeline.config.spec_checks import check_spec
 from refinedet.pipeline.config.spec_files import load_spec, parse_spec
 from refinedet.pipeline.data.recognition import recognise
 from refinedet.pipeline.data.shards import prepare_shards

@@ -11,12 +11,12 @@ import pytest
 from refinedet.model.config import RefineDetConfig
 from refinedet.model.cost import ModelCost, count_cost
 from refinedet.pipeline.config.batches import plan_batches
-from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.recipes import RECIPES, estimate_cost
 from refinedet.pipeline.config.spec import Training
+from refinedet.pipeline.config.spec_checks import check_spec
 from refinedet.pipeline.config.spec_files import load_spec, parse_spec
 from refinedet.pipeline.planning.calibration import Calibration, fingerprint, measured_speed, save_calibration
-from refinedet.pipeline.planning.devices import DEVICES, Device, assumed_speed
+from refinedet.pipeline.planning.device_speeds import DEVICES, Device, assumed_speed
 from refinedet.pipeline.planning.estimates import (
     Workload,
     estimate_duration,

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from refinedet.pipeline.inference.pictures import Boxes, class_colour, draw_detections
-from refinedet.pipeline.report.gallery import choose_threshold, match_boxes
+from refinedet.pipeline.report.gallery import choose_threshold, pair_boxes
 
 
 def _boxes(rows, labels, scores=None, **more) -> Boxes:
@@ -18,14 +18,14 @@ def _boxes(rows, labels, scores=None, **more) -> Boxes:
 def test_each_object_is_found_once_by_its_most_confident_detection():
     truth = _boxes([[0, 0, 10, 10], [20, 20, 30, 30]], [1, 2])
     found = _boxes([[0, 0, 10, 9], [0, 0, 10, 10], [20, 20, 30, 30], [0, 0, 4, 4]], [1, 1, 1, 1], [0.5, 0.9, 0.8, 0.3])
-    hit, right = match_boxes(truth, found)
+    hit, right = pair_boxes(truth, found)
     assert hit.tolist() == [True, False]
     assert right.tolist() == [False, True, False, False]
 
 
 def test_a_crowd_takes_any_number_and_is_never_missed():
     truth = _boxes([[0, 0, 10, 10]], [1], crowd=np.array([True]))
-    hit, right = match_boxes(truth, _boxes([[0, 0, 10, 10], [0, 0, 10, 9]], [1, 1], [0.9, 0.8]))
+    hit, right = pair_boxes(truth, _boxes([[0, 0, 10, 10], [0, 0, 10, 9]], [1, 1], [0.9, 0.8]))
     assert hit.all()
     assert right.all()
 

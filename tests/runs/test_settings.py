@@ -27,8 +27,8 @@ def test_nothing_else_reads_the_environment() -> None:
 
 
 def test_the_documentation_is_the_table() -> None:
-    assert (REPOSITORY / "docs" / "environment.md").read_text().endswith(settings.describe())
-    assert len(settings.VARIABLES) == settings.describe().count("\n") - 2
+    assert (REPOSITORY / "docs" / "environment.md").read_text().endswith(settings.describe_variables())
+    assert len(settings.VARIABLES) == settings.describe_variables().count("\n") - 2
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:

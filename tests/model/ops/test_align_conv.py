@@ -24,13 +24,13 @@ from tests.model.ops.align_conv_cases import (
 IMPLEMENTATIONS = {"library": align_conv, "reference": align_conv_reference}
 TOLERANCE = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 1e-2, torch.float16: 1e-3}
 
-needs_library = pytest.mark.skipif(not library.describe().loaded, reason=library.describe().reason)
+needs_library = pytest.mark.skipif(not library.describe_library().loaded, reason=library.describe_library().reason)
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
 def implementation(request: pytest.FixtureRequest):
-    if request.param == "library" and not library.describe().loaded:
-        pytest.skip(library.describe().reason)
+    if request.param == "library" and not library.describe_library().loaded:
+        pytest.skip(library.describe_library().reason)
     return IMPLEMENTATIONS[request.param]
 
 

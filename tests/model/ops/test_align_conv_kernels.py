@@ -165,7 +165,7 @@ def _check_resources(report: str, pattern: str) -> dict[str, tuple[int, ...]]:
     return found
 
 
-@pytest.mark.skipif(not library.describe().architectures, reason="the library is built without CUDA")
+@pytest.mark.skipif(not library.describe_library().architectures, reason="the library is built without CUDA")
 def test_built_kernels_use_no_stack() -> None:
     """Spills live on the stack, so no stack means no spills."""
     triton = find_spec("triton")
@@ -173,7 +173,7 @@ def test_built_kernels_use_no_stack() -> None:
     tool = shutil.which("cuobjdump") or bundled
     if tool is None or not Path(tool).exists():
         pytest.skip("needs cuobjdump, of the CUDA toolkit or of triton")
-    command = [str(tool), "--dump-resource-usage", str(library.describe().path)]
+    command = [str(tool), "--dump-resource-usage", str(library.describe_library().path)]
     report = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     for kernel, (registers, stack, local) in _check_resources(report, r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)").items():
         assert stack == local == 0, f"{kernel} uses {stack} bytes of stack, {local} of local memory"

@@ -20,7 +20,7 @@ from tests.model.ops.align_conv_cases import make_case
 def looked_up_afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     # Not cleared as the others are: torch 2.11 refuses a second registration of an operator in one process.
     monkeypatch.setattr(align_conv_module, "_register", align_conv_module._register.__wrapped__)
-    caches = (library.describe, library.is_loaded, library.runs_on_gpu)
+    caches = (library.describe_library, library.is_loaded, library.runs_on_gpu)
     for function in caches:
         function.cache_clear()
     yield
@@ -30,7 +30,7 @@ def looked_up_afresh(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_describes_what_is_built() -> None:
-    status = library.describe()
+    status = library.describe_library()
     if not status.loaded:
         pytest.skip(status.reason)
     assert status.path is not None
@@ -61,19 +61,19 @@ def test_missing_library_is_one_warning_and_the_reference(
 def test_broken_library_is_described_not_raised(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / library.LIBRARY_NAME).write_bytes(b"not a library")
     monkeypatch.setattr(library, "_places", lambda: [tmp_path / library.LIBRARY_NAME])
-    status = library.describe()
+    status = library.describe_library()
     assert not status.loaded
     assert "cannot be loaded on torch" in status.reason
     assert library.BUILD_COMMAND in status.reason
 
 
-@pytest.mark.skipif(not library.describe().loaded, reason=library.describe().reason)
+@pytest.mark.skipif(not library.describe_library().loaded, reason=library.describe_library().reason)
 def test_found_from_anywhere(tmp_path: Path) -> None:
-    code = "from refinedet.model.ops import library; print(library.describe().path)"
+    code = "from refinedet.model.ops import library; print(library.describe_library().path)"
     found = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=False)
     if found.returncode != 0 and "No module named 'refinedet'" in found.stderr:
         pytest.skip("the package is not installed in this environment")
-    assert found.stdout.strip() == str(library.describe().path), found.stderr
+    assert found.stdout.strip() == str(library.describe_library().path), found.stderr
 
 
 @pytest.mark.parametrize(
@@ -96,7 +96,7 @@ def test_a_gpu_older_than_the_kernels_has_the_reference_and_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capability: tuple[int, int], runs: bool
 ) -> None:
     status = library.LibraryStatus(loaded=True, cuda=True, architectures=("80-real", "90"))
-    monkeypatch.setattr(library, "describe", lambda: status)
+    monkeypatch.setattr(library, "describe_library", lambda: status)
     monkeypatch.setattr(align_conv_module, "_register", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capability)
     seen = [align_conv_module._is_ready("cuda", 0, torch.float32) for _ in range(2)]
@@ -110,7 +110,7 @@ def test_a_gpu_older_than_the_kernels_has_the_reference_and_one_warning(
 @pytest.mark.usefixtures("looked_up_afresh")
 def test_a_gpu_without_kernels_is_refused_in_training_and_by_the_doctor(monkeypatch: pytest.MonkeyPatch) -> None:
     status = library.LibraryStatus(loaded=True, reason="The operators are built for the CPU.")
-    monkeypatch.setattr(library, "describe", lambda: status)
+    monkeypatch.setattr(library, "describe_library", lambda: status)
     fault = library.describe_fault_on_gpu(0)
     assert fault.startswith("GPU 0 has no kernels: The operators are built for the CPU. Build them")
     assert not library.runs_on_gpu(0)
@@ -127,6 +127,6 @@ def test_a_library_of_other_sources_is_not_used(monkeypatch: pytest.MonkeyPatch)
     if library.find() is None:
         pytest.skip("the operators are not built")
     monkeypatch.setattr(library, "VERSION", "0")
-    status = library.describe()
+    status = library.describe_library()
     assert not status.loaded
     assert "were built from another version of the sources; rebuild them with" in status.reason

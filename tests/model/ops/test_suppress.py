@@ -8,7 +8,7 @@ from refinedet.model.ops import library
 from refinedet.model.ops.suppress import suppress, suppress_reference
 from torchvision.ops import batched_nms
 
-needs_library = pytest.mark.skipif(not library.describe().loaded, reason=library.describe().reason)
+needs_library = pytest.mark.skipif(not library.describe_library().loaded, reason=library.describe_library().reason)
 
 
 def random_candidates(batch: int, candidates: int, classes: int = 3, seed: int = 0):

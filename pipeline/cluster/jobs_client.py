@@ -25,9 +25,9 @@ from refinedet.pipeline.cluster.submission import (
     runtime_environment,
     stage_code,
 )
-from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.identity import spec_difference
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_checks import check_spec
 from refinedet.pipeline.runs.errors import UserError
 
 _ACTIVE = ("PENDING", "RUNNING")

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 import yaml
-from refinedet.pipeline.cluster import jobs
+from refinedet.pipeline.cluster import jobs_client
 from refinedet.pipeline.cluster.capacity import Node
-from refinedet.pipeline.cluster.jobs import JobsClient
+from refinedet.pipeline.cluster.jobs_client import JobsClient
 from refinedet.pipeline.cluster.submission import stage_code
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.config.spec_files import parse_spec
@@ -50,9 +50,9 @@ def test_a_full_disk_here_is_not_put_down_to_the_cluster(monkeypatch: pytest.Mon
     def fill(folder: Path, spec: JobSpec) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
 
-    monkeypatch.setattr(jobs, "stage_code", fill)
-    monkeypatch.setattr(jobs, "connect", lambda address: SimpleNamespace(list_jobs=lambda: []))
-    monkeypatch.setattr(jobs, "cluster_nodes", lambda address: [Node({"CPU": 8.0}, {})])
+    monkeypatch.setattr(jobs_client, "stage_code", fill)
+    monkeypatch.setattr(jobs_client, "connect", lambda address: SimpleNamespace(list_jobs=lambda: []))
+    monkeypatch.setattr(jobs_client, "cluster_nodes", lambda address: [Node({"CPU": 8.0}, {})])
     with pytest.raises(UserError, match=r"cannot be laid out in .* \(No space left on device\); make room there"):
         JobsClient("http://head:8265").submit(make_spec(runs="s3://bucket/runs"))
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import pytest
-from refinedet.pipeline.config.checks import check_spec
 from refinedet.pipeline.config.spec import JobSpec
+from refinedet.pipeline.config.spec_checks import check_spec
 from refinedet.pipeline.runs.errors import UserError
 
 
