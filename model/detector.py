@@ -111,10 +111,8 @@ class RefineDet(nn.Module):
         Raises ValueError for sides that are no multiples of `config.coarsest_stride`, for targets that are no boxes and
         labels, and for a capacity beside targets or dense, or without an ARM.
         """
-        if capacity is not None and (dense or targets is not None):
-            raise ValueError("capacity is for detection: it excludes dense and targets, received them together.")
-        if capacity is not None and self.arm is None:
-            raise ValueError("capacity needs an ARM to choose anchors, received a detector with tcb: false.")
+        if capacity is not None:
+            self._check_capacity(dense or targets is not None)
         anchors = self.anchors(images)
         if targets is not None:
             targets = as_targets(targets, self.config.num_classes, batch=images.shape[0])
@@ -198,6 +196,12 @@ class RefineDet(nn.Module):
         """
         self._require_evaluation()
         return select_batch(self(images, capacity=capacity), self.config)
+
+    def _check_capacity(self, with_others: bool) -> None:
+        if with_others:
+            raise ValueError("capacity is for detection: it excludes dense and targets, received them together.")
+        if self.arm is None:
+            raise ValueError("capacity needs an ARM to choose anchors, received a detector with tcb: false.")
 
     def _require_evaluation(self) -> None:
         if self.training:

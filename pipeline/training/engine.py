@@ -159,7 +159,7 @@ class LossScale:
 
 
 class Engine:
-    """A step is `forward` and `backward` for each of `plan.accumulation` micro-batches; the last one updates."""
+    """A step is `forward` and `backward` for each of `plan.accumulation` micro-batches, then `step`."""
 
     def __init__(self, detector: nn.Module, loss: LossFunction, spec: Training, plan: BatchPlan, world: World) -> None:
         self.spec = spec
@@ -212,15 +212,14 @@ class Engine:
         """Add a micro-batch's gradient. DeepSpeed takes means over ranks and micro-batches; equation 1 is a sum."""
         self.gradients.start_backward()
         self.deepspeed.backward(total * self.world.size)
+        if not self.deepspeed.is_gradient_accumulation_boundary():
+            self.deepspeed.step()  # counts the micro-batch, no more
 
     def step(self, learning_rate: float) -> bool:
-        """Count a micro-batch; at the last one update the weights. False where the gradient was not finite.
+        """Update the weights from the gradient of all micro-batches. False where it was not finite.
 
         Then weights and momentum are as before; the same on all ranks.
         """
-        if not self.deepspeed.is_gradient_accumulation_boundary():
-            self.deepspeed.step()
-            return False
         for group in self.base_optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_multiplier"]
         self._applied = self.gradients.finite(self.world)

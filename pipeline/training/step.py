@@ -17,7 +17,7 @@ from refinedet.pipeline.training.state import seed_everything
 
 @dataclass
 class TrainState:
-    """Everything that training changes. A checkpoint holds all of it; `step` is also the place in the data."""
+    """Everything that training changes; a checkpoint holds it. `step` is also the place in the data."""
 
     engine: Engine
     average: AveragedWeights
@@ -25,12 +25,13 @@ class TrainState:
     schedule: Schedule
     seed: int
     step: int = 0
-    """steps taken; the number, from 0, of the one that comes"""
+    """steps taken, so that the next one has this number; from 0"""
     skipped: int = 0
     """steps skipped for a loss or gradient that was not finite"""
     metrics: Mapping[str, float] = field(default_factory=dict)
     """of the last validation"""
     validated_step: int = -1
+    """step of the last validation in this process; -1: none. Not in a checkpoint"""
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,16 @@ class StepOutcome:
 
     @property
     def values(self) -> torch.Tensor:
-        """[P] this rank's share of the global batch's loss, its parts, and its shares of anchors."""
+        """[P] loss, its parts, and shares of anchors of this rank's images; over the ranks they add up to the global
+        batch's. Each micro-batch's are scaled to be the whole step's, so that their mean is taken."""
         return torch.stack([batch.values for batch in self.micro_batches]).mean(0)
 
 
 def train_step(state: TrainState, clock: StepClock) -> StepOutcome:
     """One step of SGD on one global batch, of which this rank has `plan.accumulation` micro-batches (section IV-E).
 
-    `engine.step` is DeepSpeed's. It is called for each micro-batch; at the last one it clips the gradient, updates the
-    weights and clears the gradient, which `backward` has reduced over the ranks.
+    `engine.backward` reduces the gradient over the ranks while it runs. `engine.step` is DeepSpeed's: it clips the
+    gradient, updates the weights and clears the gradient.
     """
     engine, step = state.engine, state.step
     seed_everything(state.seed, engine.world.rank, step)  # each step anew, so that a resumed run draws the same
@@ -68,17 +70,15 @@ def train_step(state: TrainState, clock: StepClock) -> StepOutcome:
             engine.count_positives([(images, targets) for images, targets, _ in batches])
 
     micro_batches: list[MicroBatch] = []
-    applied = False
     for images, targets, keys in batches:
         with clock.measure("forward"):
             total, losses = engine.forward(images, targets)
         with clock.measure("backward"):
             engine.backward(total)
-        with clock.measure("optimizer"):
-            applied = engine.step(learning_rate)
         micro_batches.append(MicroBatch(keys, images, targets, losses))
 
     with clock.measure("optimizer"):
+        applied = engine.step(learning_rate)
         if applied:
             state.average.update(step)
         elif buffers_before is not None:

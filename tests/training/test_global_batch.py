@@ -74,8 +74,8 @@ def take_one_step(world: World, folder: str, micro_batch: int | None) -> list[fl
     for part in parts:
         total, losses = engine.forward(part.images, part.targets)
         engine.backward(total)
-        engine.step(1e-4)
         values.append(losses)
+    engine.step(1e-4)
     gradient = torch.cat([momentum.flatten() for _, momentum in engine.momentum()])
     if world.is_main:
         torch.save(gradient, Path(folder) / f"{world.size}-{micro_batch}.pt")
