@@ -8,7 +8,6 @@ B images, F_l channels of level l, H_l W_l its cells: the input's sides over str
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from .backbone_names import RESNETS, check_backbone
 from .config import VGG16_REDUCED, MapNorm, RefineDetConfig
 from .layers import Bottleneck, L2Norm, build_conv
 from .norms import BatchNorm, hold_statistics
@@ -33,9 +33,6 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 
 # What the Caffe release takes from BGR in 0..255, here in RGB order.
 CAFFE_MEAN, CAFFE_STD = (123.0, 117.0, 104.0), (1.0, 1.0, 1.0)
-
-# The paper's depths that timm does not name. (layers of the four stages, cardinality, base width)
-RESNETS = {"resnext152_32x4d": ((3, 8, 36, 3), 32, 4)}
 
 VGG_SCALES = (10.0, 8.0)  # of the L2 norms of conv4_3 and conv5_3 (section IV-B); the other two maps have none
 
@@ -176,18 +173,6 @@ def build_backbone(config: RefineDetConfig) -> TimmBackbone | ReducedVgg16:
     if config.backbone == VGG16_REDUCED:
         return ReducedVgg16(config.levels, config.map_norm or "l2", config.activation_checkpointing)
     return TimmBackbone(config.backbone, config.levels, config.map_norm or "batch", config.activation_checkpointing)
-
-
-def check_backbone(name: str) -> None:
-    """Raise ValueError for a name that neither this module nor timm has, with the nearest that exists."""
-    own = (VGG16_REDUCED, *RESNETS)
-    if name in own or timm.is_model(name):
-        return
-    near = difflib.get_close_matches(name, [*own, *timm.list_models()], n=1)
-    raise ValueError(
-        f"backbone must be {', '.join(own)} or a model that timm has, received {name!r}"
-        f"{f'; did you mean {near[0]!r}?' if near else '.'}"
-    )
 
 
 def _create_body(name: str) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:

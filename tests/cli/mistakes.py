@@ -49,6 +49,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*PLAN, "training.global_batch=0"], "training.global_batch"),
     ([*PLAN, "training.global_batch=1"], "fewer images than the 2 workers"),
     ([*PLAN, "model.backbone=resnet51"], "resnet51"),
+    ([*PLAN, "model.backbone=resnext152_32x4d", "training.init_weights=timm"], "no trained weights"),
     ([*PLAN, "model.num_classes=0"], "num_classes"),
     ([*PLAN, "data.train=[]"], "data.train"),
     ([*PLAN, "data.train=[{count: -3}]"], "count"),
