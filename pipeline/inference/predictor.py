@@ -49,7 +49,7 @@ class Predictor:
         batch_size: int = 8,
         multiscale: Multiscale | None = None,
     ) -> Predictor:
-        """Load a detector of `RefineDet.from_pretrained`: a run's directory, a file, a URI or the hub's owner/name.
+        """Load a detector of `RefineDet.from_pretrained`: a directory, a file, a URI or a hub's owner/name.
 
         device     "cpu", "cuda" or "cuda:1"; default: a GPU where there is one
         precision  auto (bf16 where the device computes it), fp32, bf16 or fp16
