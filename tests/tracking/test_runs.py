@@ -1,22 +1,16 @@
 from __future__ import annotations
 
-import itertools
-import queue
 import signal
 import subprocess
 import sys
 import textwrap
-import threading
 import time
-from types import SimpleNamespace
 
 import numpy as np
-import psutil
 import pytest
 from refinedet.pipeline.config.spec import Tracking
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.tracking import stores
-from refinedet.pipeline.tracking.node_metrics import NodeSampler
 from refinedet.pipeline.tracking.runs import MlflowClient, RunTracker, log_later_result
 from refinedet.pipeline.tracking.writer import evaluation_metrics
 
@@ -269,34 +263,6 @@ def test_the_page_of_a_run_says_who_started_it_from_what_and_how(runs):
     assert tags["command"] == "refinedet launch 'jobs/a job.yaml' password=***"
     assert tags["mlflow.user"]
     assert tags["mlflow.note.content"] == "RefineDet++ on shapes"
-
-
-def test_a_node_is_sampled_under_mlflows_names():
-    samples: list[dict[str, float]] = []
-    sampler = NodeSampler(lambda values: samples.append(dict(values)), interval_s=0.01, node="host-1")
-    deadline = time.monotonic() + 60
-    while not samples and time.monotonic() < deadline:
-        time.sleep(0.01)
-    sampler.close()
-    assert 0 < samples[0]["system/host-1/system_memory_usage_percentage"] <= 100
-    assert all(name.startswith("system/host-1/") for name in samples[0])
-
-
-def test_a_nodes_first_sample_compares_with_the_samplers_start(monkeypatch):
-    """psutil keeps the processor's times of each thread apart: the first call of a thread returns 0."""
-    threads: list[int] = []
-    received = itertools.count(10**12, 5 * 10**6)
-    monkeypatch.setattr(psutil, "cpu_percent", lambda: threads.append(threading.get_ident()) or 50.0)
-    counters = lambda: SimpleNamespace(bytes_recv=next(received), bytes_sent=7)  # noqa: E731
-    monkeypatch.setattr(psutil, "net_io_counters", counters)
-    samples: queue.Queue[dict[str, float]] = queue.Queue()
-    sampler = NodeSampler(lambda values: samples.put(dict(values)), interval_s=0.01, node="n")
-    first = samples.get(timeout=60)
-    sampler.close()
-    assert first["system/n/network_receive_megabytes"] == 5
-    assert first["system/n/network_transmit_megabytes"] == 0
-    assert len(threads) >= 2
-    assert len(set(threads)) == 1
 
 
 def test_pictures_lie_in_a_child_run_without_parameters(runs):
