@@ -35,6 +35,7 @@ def test_every_form_holds_the_same_images(form: str) -> None:
 
 def test_an_image_is_the_body() -> None:
     assert parse_request(FILE, "image/png", "0.25") == ([FILE], 0.25)
+    assert parse_request(FILE, "image/png", "0") == ([FILE], 0.0)
 
 
 @pytest.mark.parametrize(
