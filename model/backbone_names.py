@@ -36,7 +36,7 @@ class Network:
 
 
 def check_backbone(name: str) -> None:
-    """Raise ValueError for a name that neither this package nor timm knows, and for a network without maps to use."""
+    """Raise ValueError for a name that neither this package nor timm has, and for a network without maps to use."""
     if name in _OWN:
         return
     networks = timm_networks()
@@ -77,7 +77,7 @@ def timm_networks() -> dict[str, Network]:
 
 
 def read_tags() -> dict[str, tuple[str, ...]]:
-    """The tags of the trained weights of each network, sorted, as timm says."""
+    """The tags of the trained weights of each network, read from timm."""
     import timm
 
     found: dict[str, list[str]] = {name: [] for name in (*timm.list_models(), *timm.models.get_deprecated_models())}

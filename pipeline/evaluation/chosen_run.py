@@ -23,7 +23,7 @@ _HARMLESS = (
 
 
 def choose_run(
-    folder: str,
+    directory: str,
     overrides: Sequence[str] = (),
     *,
     multiscale: bool = False,
@@ -33,16 +33,16 @@ def choose_run(
 ) -> Run:
     """The run of a directory, its spec with overrides.
 
-    folder      here or behind an fsspec URI
+    directory   here or behind an fsspec URI
     multiscale  whether the spec needs to have `multiscale`
     weights     other weights, file or URI; default: the run's
     shards      other shards; default: the run's validation shards
     output      where the results go; default: the run directory, unless there are other weights, shards or overrides
     Raises UserError where the run, weights or shards do not exist, or where `output` is missing.
     """
-    check_run_directory(folder)
-    parent, _, name = storage.absolute(folder).rstrip("/").rpartition("/")
-    spec = load_spec(storage.join(folder, "spec.yaml"), [f"runs={parent}", f"name={name}", *overrides])
+    check_run_directory(directory)
+    parent, _, name = storage.absolute(directory).rstrip("/").rpartition("/")
+    spec = load_spec(storage.join(directory, "spec.yaml"), [f"runs={parent}", f"name={name}", *overrides])
     if multiscale and spec.multiscale is None:
         raise UserError("The run's spec has no `multiscale`; give a recipe, as in multiscale.recipe=coco512.")
     check_spec(spec)

@@ -1,4 +1,4 @@
-"""What a prediction is to write; and whether a detector can do what was chosen, by its file's header: without torch."""
+"""Choice of what a prediction writes; and the check, without torch, that a detector can do it, by its header."""
 
 from __future__ import annotations
 
