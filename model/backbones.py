@@ -8,7 +8,6 @@ B images, F_l channels of level l, H_l W_l its cells: the input's sides over str
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -23,6 +22,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 from torch.utils import checkpoint
 
+from .backbone_names import RESNETS, check_backbone
 from .config import VGG16_REDUCED, MapNorm, RefineDetConfig
 from .layers import Bottleneck, L2Norm, build_conv
 from .norms import BatchNorm, hold_statistics
@@ -33,9 +33,6 @@ IMAGENET_STD = (58.395, 57.12, 57.375)
 
 # What the Caffe release takes from BGR in 0..255, here in RGB order.
 CAFFE_MEAN, CAFFE_STD = (123.0, 117.0, 104.0), (1.0, 1.0, 1.0)
-
-# The paper's depths that timm does not name. (layers of the four stages, cardinality, base width)
-RESNETS = {"resnext152_32x4d": ((3, 8, 36, 3), 32, 4)}
 
 VGG_SCALES = (10.0, 8.0)  # of the L2 norms of conv4_3 and conv5_3 (section IV-B); the other two maps have none
 
@@ -178,18 +175,6 @@ def build_backbone(config: RefineDetConfig) -> TimmBackbone | ReducedVgg16:
     return TimmBackbone(config.backbone, config.levels, config.map_norm or "batch", config.activation_checkpointing)
 
 
-def check_backbone(name: str) -> None:
-    """Raise ValueError for a name that neither this module nor timm has, with the nearest that exists."""
-    own = (VGG16_REDUCED, *RESNETS)
-    if name in own or timm.is_model(name):
-        return
-    near = difflib.get_close_matches(name, [*own, *timm.list_models()], n=1)
-    raise ValueError(
-        f"backbone must be {', '.join(own)} or a model that timm has, received {name!r}"
-        f"{f'; did you mean {near[0]!r}?' if near else '.'}"
-    )
-
-
 def _create_body(name: str) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
     if name in RESNETS:
         layers, cardinality, base_width = RESNETS[name]
@@ -197,13 +182,7 @@ def _create_body(name: str) -> tuple[Any, tuple[float, ...], tuple[float, ...]]:
         net = ResNet(block, layers, num_classes=0, cardinality=cardinality, base_width=base_width)
         return FeatureListNet(net, out_indices=(0, 1, 2, 3, 4)), IMAGENET_MEAN, IMAGENET_STD
     check_backbone(name)
-    try:
-        body: Any = timm.create_model(name, pretrained=False, features_only=True)
-    except (RuntimeError, AttributeError, ValueError) as error:
-        raise ValueError(f"backbone {name!r} gives no feature maps (timm's features_only): {error}") from error
-    reductions = list(body.feature_info.reduction())
-    if not {8, 16, 32} <= set(reductions):
-        raise ValueError(f"backbone {name!r} has maps at strides {reductions}; detection needs 8, 16 and 32.")
+    body: Any = timm.create_model(name, pretrained=False, features_only=True)
     source = timm.get_pretrained_cfg(name)
     mean, std = (source.mean, source.std) if source else ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     return body, tuple(255.0 * value for value in mean), tuple(255.0 * value for value in std)

@@ -14,8 +14,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
-from .config import RefineDetConfig
-from .hub_files import CATEGORIES, CONFIG, FILE, PREPROCESSING, check_metadata, read_detector, read_metadata
+from .hub_files import (
+    CATEGORIES,
+    CONFIG,
+    FILE,
+    PREPROCESSING,
+    check_metadata,
+    read_config,
+    read_detector,
+    read_metadata,
+)
 
 if TYPE_CHECKING:
     from .detector import RefineDet
@@ -58,11 +66,7 @@ def load_detector(cls: type[RefineDet], source: str | Path, **hub_options: Any) 
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"weights must be a safetensors file, received {str(source)!r} ({error}).") from None
     check_metadata(metadata, str(source))
-    fields: dict[str, Any] = json.loads(metadata[CONFIG])
-    fields = {
-        name: tuple(cast(list[Any], value)) if isinstance(value, list) else value for name, value in fields.items()
-    }
-    detector = cls(RefineDetConfig(**fields), categories=json.loads(metadata.get(CATEGORIES, "[]")))
+    detector = cls(read_config(metadata), categories=json.loads(metadata.get(CATEGORIES, "[]")))
     if broken := [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise ValueError(f"weights must be finite, received NaN or infinity in {broken[0]!r} of {str(source)!r}.")
     try:

@@ -12,16 +12,20 @@ from typing import IO, Any, cast
 
 from safetensors import SafetensorError, safe_open
 
-FILE, RUN_FILE = "model.safetensors", "weights.safetensors"
-"""name in a directory of `save_pretrained`, and in the directory of a training run"""
+from .config import RefineDetConfig
+
+FILE, RUN_FILE, PACKAGED_FILE = "model.safetensors", "weights.safetensors", "artifacts/weights.safetensors"
+"""name in a directory of `save_pretrained`, in the directory of a training run, and in a model packaged for MLflow"""
+_FILES = (FILE, RUN_FILE, PACKAGED_FILE)
 CONFIG, CATEGORIES, PREPROCESSING = "config", "categories", "preprocessing"
 """keys of the file's metadata; the values are JSON"""
 
 
-def check_detector(source: str) -> None:
+def check_detector(source: str) -> dict[str, str]:
     """Raise ValueError where `source` can be no detector, as far as a path and a file's header show.
 
-    source  as in `hub.load_detector`; of a URI the protocol is looked at, the hub is not asked
+    source   as in `hub.load_detector`; of a URI the protocol is looked at, the hub is not asked
+    returns  metadata of a local file; empty for a URI and for the hub
     """
     if "://" in source:
         try:
@@ -38,6 +42,8 @@ def check_detector(source: str) -> None:
         except (SafetensorError, OSError) as error:
             raise ValueError(f"weights must be a safetensors file, received {source!r} ({error}).") from None
         check_metadata(metadata, source)
+        return metadata
+    return {}
 
 
 def check_metadata(metadata: dict[str, str], source: str) -> None:
@@ -49,11 +55,20 @@ def check_metadata(metadata: dict[str, str], source: str) -> None:
         )
 
 
+def read_config(metadata: dict[str, str]) -> RefineDetConfig:
+    """The detector's config that a file's metadata hold."""
+    fields: dict[str, Any] = {
+        name: tuple(cast(list[Any], value)) if isinstance(value, list) else value
+        for name, value in json.loads(metadata[CONFIG]).items()
+    }
+    return RefineDetConfig(**fields)
+
+
 def _find(source: str) -> Path | None:
     """Path of the file, None for the hub's owner/name; ValueError where it can be neither."""
     path = Path(source)
     if path.is_dir():
-        found = [path / name for name in (FILE, RUN_FILE) if (path / name).is_file()]
+        found = [path / name for name in _FILES if (path / name).is_file()]
         if not found:
             raise ValueError(f"a detector's directory must hold {FILE} or {RUN_FILE}, received {source!r} without.")
         return found[0]
@@ -61,6 +76,8 @@ def _find(source: str) -> Path | None:
         return path
     if source.count("/") != 1 or source.endswith(".safetensors"):
         raise ValueError(f"weights must be a file, a directory, a URI or the hub's owner/name, received {source!r}.")
+    if path.parent.is_dir():  # the hub would be asked for a run whose name is mistyped
+        raise ValueError(f"weights must exist, received {source!r}, which is not in the directory {path.parent}.")
     return None
 
 
@@ -88,7 +105,7 @@ def _read_uri(source: str) -> bytes:
         import fsspec
     except ImportError:
         raise ValueError(f"reading {source!r} needs fsspec; install it with `pip install fsspec`.") from None
-    names = [""] if source.endswith(".safetensors") else [f"/{FILE}", f"/{RUN_FILE}"]
+    names = [""] if source.endswith(".safetensors") else [f"/{name}" for name in _FILES]
     for name in names:
         try:
             opened = cast(AbstractContextManager[IO[bytes]], fsspec.open(f"{source.rstrip('/')}{name}", "rb"))
@@ -98,7 +115,7 @@ def _read_uri(source: str) -> bytes:
             continue
         except (OSError, ImportError, ValueError) as error:
             raise ValueError(f"weights must be readable, received {source!r} ({error}).") from None
-    raise ValueError(f"weights must exist, received {source!r}, which has neither {FILE} nor {RUN_FILE}.")
+    raise ValueError(f"weights must exist, received {source!r}, which has none of {', '.join(_FILES)}.")
 
 
 def read_metadata(content: bytes) -> dict[str, str]:

@@ -7,14 +7,7 @@ from typing import Any
 import timm
 from torch import Tensor
 
-
-def check_pretrained(backbone: str) -> None:
-    """Raise ValueError where timm has no trained weights for a backbone of this name."""
-    if not timm.is_model(backbone) or not timm.models.is_model_pretrained(backbone):
-        raise ValueError(
-            f"timm has no trained weights for backbone {backbone!r}; give a file or URI of weights, or choose one of "
-            "`timm.list_pretrained()`."
-        )
+from .backbone_names import check_pretrained
 
 
 def download_pretrained(backbone: str) -> dict[str, Tensor]:

@@ -37,7 +37,7 @@ Detector = Annotated[
     str,
     typer.Argument(
         metavar="WEIGHTS",
-        help="run directory, .safetensors file, URI, or the hub's owner/name",
+        help="run or model directory, .safetensors file, URI, or the hub's owner/name",
         callback=_check_detector,
     ),
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -13,6 +14,7 @@ from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.planning.calibration import DEFAULT_FILE, save_calibration
 from refinedet.pipeline.planning.device_speeds import find_device
 from refinedet.pipeline.planning.doctor import check_installation
+from refinedet.pipeline.runs.errors import UserError
 
 app = typer.Typer()
 
@@ -39,6 +41,8 @@ def plan(
     check_spec(spec)
     if device:
         find_device(device)
+    if calibration and not calibrate and not Path(calibration).expanduser().is_file():
+        raise UserError(f"--calibration: there is no file {calibration}; write one with --calibrate.")
     if not (device or nodes or gpus_per_node):  # a plan for other machines, which may see other data
         from refinedet.pipeline.data.presence import check_data
 

@@ -119,7 +119,8 @@ def data_stats(
 
     run = Run(load_spec(job, overrides or ()))
     parts = find_parts(run.shards) or {"train": open_shards(storage.join(run.shards, "train"))}
-    from refinedet.pipeline.data.job_statistics import job_statistics, statistics_rows  # with torch, for seconds
+    from refinedet.pipeline.data.job_statistics import job_statistics  # with torch, for seconds
+    from refinedet.pipeline.data.statistics_table import statistics_rows
     from rich.console import Console
     from rich.table import Table
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from refinedet.model.hub_files import check_detector, read_config
 from refinedet.pipeline.cli.arguments import Address, Detector, Json, Output, Overrides, Shards, Weights
+from refinedet.pipeline.evaluation.chosen_run import choose_run
+from refinedet.pipeline.inference.choice import check_image_size
 from refinedet.pipeline.inference.devices import check_device_name
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.directory import check_run_directory
@@ -19,7 +23,7 @@ if TYPE_CHECKING:
 
     from refinedet.pipeline.evaluation.diagnosis import Diagnosis
     from refinedet.pipeline.evaluation.protocols import Metrics
-    from refinedet.pipeline.inference.predict import Choice
+    from refinedet.pipeline.inference.choice import Choice
     from refinedet.pipeline.inference.predictor import Predictor
     from refinedet.pipeline.inference.sources import Source
 
@@ -73,21 +77,27 @@ def predict(
     check_device_name(device)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output must be a directory, received the file {output}.")
+    above = next(one for one in (output.absolute(), *output.absolute().parents) if one.exists())
+    if not (above.is_dir() and os.access(above, os.W_OK)):
+        raise UserError(f"--output {output} cannot be written, since {above} is no directory that takes files.")
     if size and (nms_iou is not None or max_detections is not None):
         raise UserError("--size has a merge method of its own; remove --nms-iou and --max-detections.")
     from refinedet.pipeline.inference.sources import find_sources
 
     found = find_sources(sources, leave_out=str(output), every=every)
     from refinedet.pipeline.config.spec import Multiscale, Pass
-    from refinedet.pipeline.inference.predict import Choice
-    from refinedet.pipeline.inference.predictor import Predictor
+    from refinedet.pipeline.inference.choice import Choice, check_choice
+
+    multiscale = Multiscale(passes=tuple(Pass(size=one) for one in size)) if size else None
+    check_choice(weights, category or (), multiscale)
+    from refinedet.pipeline.inference.predictor import Predictor  # torch, after what may be wrong
 
     predictor = Predictor.load(
         weights,
         device=device,
         precision=precision,
         batch_size=batch_size,
-        multiscale=Multiscale(passes=tuple(Pass(size=one) for one in size)) if size else None,
+        multiscale=multiscale,
     ).selecting(nms_iou=nms_iou, max_detections=max_detections)
     _predict(predictor, found, Choice(output, formats, threshold, category or ()))
 
@@ -130,6 +140,10 @@ def export(
     """
     if not output.parent.is_dir() or output.is_dir():
         raise UserError(f"--output must be a file in an existing directory, received {output}.")
+    if output.suffix != (suffix := {"torch": ".pt2", "onnx": ".onnx"}[format]):
+        raise UserError(f"--output must end in {suffix} with --format {format}, received {output}.")
+    if metadata := check_detector(weights):
+        check_image_size(read_config(metadata), height, width)
     from refinedet.pipeline.inference.exporting import export_weights
 
     typer.echo(export_weights(weights, output, format, height, width))
@@ -182,14 +196,12 @@ def evaluate(
     """
     _check_writable(json_file)
     if run and not (detections or annotations):
-        check_run_directory(run)
-        from refinedet.pipeline.cluster.evaluate import evaluate_run
-
         settings = {"metric": metric, "ious": iou, "max_detections": max_detections}
         changes = [*(overrides or ()), *(f"evaluation.{name}={value}" for name, value in settings.items() if value)]
-        metrics = evaluate_run(
-            run, "single", overrides=changes, weights=weights, shards=shards, output=output, address=address
-        )
+        chosen = choose_run(run, changes, weights=weights, shards=shards, output=output)
+        from refinedet.pipeline.cluster.evaluate import evaluate_run
+
+        metrics = evaluate_run(chosen, "single", weights=weights, shards=shards, output=output, address=address)
     elif detections and annotations and not run:
         from refinedet.pipeline.evaluation import file_evaluation
         from refinedet.pipeline.evaluation.metrics import evaluate as measure
@@ -218,12 +230,10 @@ def multiscale(
 ) -> None:
     """Evaluate a run's weights at several scales, mirrored too."""
     _check_writable(json_file)
-    check_run_directory(run)
+    chosen = choose_run(run, overrides or (), multiscale=True, weights=weights, shards=shards, output=output)
     from refinedet.pipeline.cluster.evaluate import evaluate_run
 
-    metrics = evaluate_run(
-        run, "multiscale", overrides=overrides or (), weights=weights, shards=shards, output=output, address=address
-    )
+    metrics = evaluate_run(chosen, "multiscale", weights=weights, shards=shards, output=output, address=address)
     _print_metrics(metrics, json_file)
 
 

@@ -33,7 +33,7 @@ def serve(
 ) -> None:
     """Serve a detector over HTTP, with Ray Serve.
 
-    A page to drop an image on, POST /predict, /health, metrics. Ctrl-C ends it.
+    A page to drop an image on, POST /predict and /invocations, /health, metrics. Ctrl-C ends it.
     Example: refinedet serve runs/quickstart --port 8000
     """
     if precision not in ("auto", "fp32", "bf16", "fp16"):

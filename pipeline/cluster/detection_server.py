@@ -76,7 +76,7 @@ def serve_detector(
                 deployment.bind(weights, dataclasses.replace(settings, threads=cores)), name=NAME, route_prefix="/"
             )
             shown = f"[{server.host}]" if ":" in server.host else server.host
-            report(f"http://{shown}:{server.port}/  page; POST an image to /predict; /health")
+            report(f"http://{shown}:{server.port}/  page; POST an image to /predict or /invocations; /health")
             report(f"http://{shown}:{metrics_port()}/metrics  ray_serve_* and ray_refinedet_*, for Prometheus")
             stop.wait()
         finally:

@@ -12,6 +12,7 @@ from ray import serve
 from ray.serve.metrics import Counter
 from refinedet.pipeline.inference import image_requests
 from refinedet.pipeline.inference.image_requests import RequestError
+from refinedet.pipeline.runs import storage
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
@@ -42,6 +43,7 @@ class Settings:
 class DetectionService:
     """`GET /` is a page to drop an image on, `GET /health` an answer without work, `POST /predict` detects.
 
+    `POST /invocations` is the same, where clients of MLflow's servers send their requests.
     Images of requests that wait are detected together, up to `batch_size`. What cannot be answered is a status of 4xx
     with {"error": "one sentence"}.
     """
@@ -56,7 +58,7 @@ class DetectionService:
         self._predictor = Predictor.load(
             weights, device=settings.device, precision=settings.precision, batch_size=batch_size
         )
-        self._categories = [{"id": label, "name": name} for label, name in enumerate(self._predictor.names, 1)]
+        self._categories = read_categories(weights, self._predictor.names)
         self._parsing = asyncio.Semaphore(1)  # JSON of many megabytes, one at a time
         self._images = Counter("refinedet_served_images", description="images that were detected in")
         self._refused = Counter("refinedet_refused_requests", description="requests refused", tag_keys=("status",))
@@ -75,9 +77,9 @@ class DetectionService:
 
     async def _answer(self, request: Request) -> Response:
         path, method = request.url.path.rstrip("/") or "/", request.method
-        wanted = {"/": "GET", "/health": "GET", "/predict": "POST"}.get(path)
+        wanted = {"/": "GET", "/health": "GET", "/predict": "POST", "/invocations": "POST"}.get(path)
         if wanted is None:
-            raise RequestError(f"There is no path {path[:40]!r}; there are /, /health and /predict.", 404)
+            raise RequestError(f"There is no path {path[:40]!r}; there are /, /health, /predict and /invocations.", 404)
         if method not in (wanted, "HEAD" if wanted == "GET" else wanted):
             raise RequestError(f"{path} takes {wanted}, received {method[:20]}.", 405)
         if path == "/":
@@ -125,6 +127,14 @@ class DetectionService:
                 decoded.append(error)
         found = self._predictor.predict([image for image in decoded if not isinstance(image, RequestError)])
         return [image if isinstance(image, RequestError) else next(found) for image in decoded]
+
+
+def read_categories(weights: str, names: Sequence[str]) -> list[dict[str, Any]]:
+    """Id and name of labels 1..C: the data set's own ids with a model packaged for MLflow, otherwise the labels."""
+    description = storage.join(weights, "artifacts", "detector.json")
+    if storage.exists(description):
+        return storage.read_json(description)["categories"]
+    return [{"id": label, "name": name} for label, name in enumerate(names, 1)]
 
 
 def _groups(images: Sequence[_Encoded]) -> Iterator[list[_Encoded]]:

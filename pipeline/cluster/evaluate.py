@@ -11,27 +11,14 @@ from refinedet.pipeline.cluster.job_tracking import log_result_later
 from refinedet.pipeline.cluster.session import ray_session
 from refinedet.pipeline.config.recipes import describe_cost, describe_source, resolve_passes
 from refinedet.pipeline.config.run import Run
-from refinedet.pipeline.config.spec_checks import check_spec
-from refinedet.pipeline.config.spec_files import load_spec
 from refinedet.pipeline.evaluation.detection_job import DetectionJob, Mode, make_detection_job
 from refinedet.pipeline.evaluation.detection_results import Detected
 from refinedet.pipeline.evaluation.merge_comparison import format_comparison
 from refinedet.pipeline.evaluation.protocols import Metrics
 from refinedet.pipeline.evaluation.unreadable import name_images
 from refinedet.pipeline.runs import storage
-from refinedet.pipeline.runs.directory import check_run_directory
-from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.logs import log_folder, log_to_file
 from refinedet.pipeline.runs.progress import ProgressDisplay
-
-# Keys of how the work is done, without effect on its results: these may be set without --output.
-_HARMLESS = (
-    "cluster.",
-    "evaluation.diagnose=",
-    "evaluation.images_per_chunk=",
-    "evaluation.trace_images=",
-    "tracking.",
-)
 
 
 def detect_and_measure(
@@ -63,10 +50,9 @@ def detect_and_measure(
 
 
 def evaluate_run(
-    directory: str,
+    run: Run,
     mode: Mode,
     *,
-    overrides: Sequence[str] = (),
     weights: str | None = None,
     shards: str | None = None,
     output: str | None = None,
@@ -74,25 +60,9 @@ def evaluate_run(
 ) -> Metrics | None:
     """Detect and measure with a run's spec, on a cluster or here, with its progress on the terminal.
 
-    directory  of the run, local or an fsspec URI
-    weights    other weights, file or URI; default: the run's
-    shards     other shards; default: the run's validation shards
-    output     where the results go; default: the run directory, unless weights, shards or overrides differ
-    Raises UserError where the run, weights or shards do not exist.
+    run                      of `choose_run`
+    weights, shards, output  as given to it
     """
-    path = storage.join(directory, "spec.yaml")
-    check_run_directory(directory)
-    parent, _, name = storage.absolute(directory).rstrip("/").rpartition("/")
-    spec = load_spec(path, [f"runs={parent}", f"name={name}", *overrides])
-    if mode == "multiscale" and spec.multiscale is None:
-        raise UserError("The run's spec has no `multiscale`; give a recipe, as in multiscale.recipe=coco512.")
-    check_spec(spec)
-    changes = [override for override in overrides if not override.strip().startswith(_HARMLESS)]
-    if (weights or shards or changes) and not output:
-        raise UserError(
-            "Other weights, shards or settings need --output DIRECTORY, so that the run's own results stay."
-        )
-    run = Run(spec)
     log_to_file(os.path.join(log_folder(run.path), "evaluate.log"), who="driver")
     job, _ = make_detection_job(
         run,
@@ -104,7 +74,7 @@ def evaluate_run(
     with ProgressDisplay() as display:
         display.stage("evaluate" if mode == "single" else mode, unit="images")
         # Evaluation needs one worker to be placed, however many the training had.
-        with ray_session(spec.cluster.model_copy(update={"workers": 1}), address), DetectionPool() as pool:
+        with ray_session(run.spec.cluster.model_copy(update={"workers": 1}), address), DetectionPool() as pool:
             found, text = detect_and_measure(run, job, pool, display=display, stop=threading.Event())
         display.done(text)
         if not output and found.metrics is not None and not log_result_later(run, mode):

@@ -5,21 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any, Literal
 
+from refinedet.model.backbone_names import check_backbone, check_pretrained
 from refinedet.pipeline.config.batches import possible_world_sizes, training_sizes
 from refinedet.pipeline.config.recipes import resolve_passes
 from refinedet.pipeline.config.spec import JobSpec
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.redaction import redact
 
-_USUAL_BACKBONES = {
-    "vgg16_reduced",
-    "regnetx_002",
-    "resnet18",
-    "resnet50",
-    "resnet101",
-    "resnet152",
-    "resnext152_32x4d",
-}
 TIMM_WEIGHTS = "timm"
 """value of `training.init_weights`: timm's own weights of the backbone"""
 
@@ -40,9 +32,7 @@ def check_spec(spec: JobSpec, place: Literal["here", "cluster", "pods"] = "here"
     _refuse_secrets(spec)
     if not spec.data.train:
         raise UserError("data.train is empty: name at least one split to train on.")
-    _check_backbone(spec.model.backbone)
-    if spec.training.init_weights == TIMM_WEIGHTS:
-        _check_timm_weights(spec.model.backbone)
+    _check_backbone(spec)
     possible_world_sizes(spec.training, spec.cluster.min_workers, spec.cluster.max_workers)
     training_sizes(spec)
     if spec.multiscale is not None:
@@ -51,24 +41,15 @@ def check_spec(spec: JobSpec, place: Literal["here", "cluster", "pods"] = "here"
         _check_paths(spec, place, volume)
 
 
-def _check_backbone(name: str) -> None:
-    if name in _USUAL_BACKBONES:
-        return
-    from refinedet.model.backbones import check_backbone  # timm: seconds, for unusual names only
-
-    try:
-        check_backbone(name)
-    except ValueError as error:
-        raise UserError(f"model.backbone: {error}") from None
-
-
-def _check_timm_weights(backbone: str) -> None:
-    from refinedet.model.pretrained import check_pretrained
-
-    try:
-        check_pretrained(backbone)
-    except ValueError as error:
-        raise UserError(f"training.init_weights: {error}") from None
+def _check_backbone(spec: JobSpec) -> None:
+    checks = {"model.backbone": check_backbone}
+    if spec.training.init_weights == TIMM_WEIGHTS:
+        checks["training.init_weights"] = check_pretrained
+    for key, check in checks.items():
+        try:
+            check(spec.model.backbone)
+        except ValueError as error:
+            raise UserError(f"{key}: {error}") from None
 
 
 def _check_paths(spec: JobSpec, place: str, volume: str | None) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import sys
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
@@ -14,11 +16,16 @@ if TYPE_CHECKING:
 PEAK_TFLOPS = MappingProxyType({"A100": 312.0, "H100": 989.0, "H200": 989.0})
 """Dense matrix products in bf16 or fp16 of the SXM modules, TFLOP/s, as NVIDIA states them."""
 
+_DRIVERS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+"""made by the drivers of NVIDIA, of AMD, and of Windows for its Linux"""
+
 
 def check_device_name(name: str | None) -> None:
-    """UserError for what is no name of a device; whether it is there is another question."""
+    """UserError for what is no name of a device, and for a GPU where Linux has the driver of none; without torch."""
     if name is not None and not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise UserError(f"The device must be cpu, cuda or cuda:N, received {name!r}.")
+    if name not in (None, "cpu") and sys.platform == "linux" and not any(map(os.path.exists, _DRIVERS)):
+        raise UserError(f"The device {name!r} needs a GPU, and there is none here; leave it out, or give cpu.")
 
 
 def accelerator_key(device: torch.device) -> str | None:

@@ -11,6 +11,7 @@ import torch
 from refinedet.model import RefineDet
 from refinedet.model.export import DetectionGraph, export_onnx, export_program
 from refinedet.model.hub import detector_metadata
+from refinedet.pipeline.inference.choice import check_image_size
 from refinedet.pipeline.inference.predictor import Predictor
 from refinedet.pipeline.runs.errors import JobError, UserError
 from torch import Tensor
@@ -27,16 +28,12 @@ def export_weights(
 
     weights        as `Predictor.load`
     height, width  of the images, pixels; default: the model's input size
-    Raises UserError for a size that the model does not take, for a file that cannot be written or a missing package,
-    and JobError where the graph does not compute what the detector does.
+    output         a file in a directory that exists
+    Raises UserError for a size that the model does not take or a missing package, and JobError where the graph does not
+    compute what the detector does.
     """
-    if not output.parent.is_dir() or output.is_dir():
-        raise UserError(f"--output must be a file in an existing directory, received {output}.")
     model = Predictor.load(weights, device="cpu", precision="fp32").model.to(memory_format=torch.contiguous_format)
-    size, stride = model.config.input_size, model.config.coarsest_stride
-    height, width = height or size, width or size
-    if height % stride or width % stride:
-        raise UserError(f"--height and --width must be multiples of {stride}, received {height} and {width}.")
+    height, width = check_image_size(model.config, height, width)
     example = torch.randint(0, 256, (2, 3, height, width), dtype=torch.uint8)
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / output.name

@@ -26,6 +26,7 @@ MAX_BATCH = 64
 IMAGE_TYPES = ("image/jpeg", "image/png", "image/webp", "image/bmp", "application/octet-stream")
 DEFAULT_THRESHOLD = 0.05
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP")
+_FORMS = ("inputs", "instances", "dataframe_records", "dataframe_split")
 _ROWS = 'The input must be rows with "image", as in {"inputs": [{"image": "<base64>"}]}.'
 
 
@@ -61,20 +62,17 @@ def parse_request(body: bytes, content_type: str, threshold: str | None) -> tupl
     """Encoded images and the score threshold of a request.
 
     body          one encoded image, or JSON: {"inputs": [{"image": "<base64>"}, ...], "params": {"score_threshold": x}}
+                  or the same in another form of MLflow's servers
     content_type  of `IMAGE_TYPES`, or application/json
     threshold     of the query; JSON's own comes first
     returns       images whose headers are within the limits; nothing is decoded
     """
     kind = content_type.partition(";")[0].strip().lower()
     if kind == "application/json":
-        content = _parse_json(body)
-        unknown = sorted(set(content) - {"inputs", "params"})
-        params = content.get("params") or {}
-        if unknown or not isinstance(content.get("inputs"), list) or not isinstance(params, dict):
-            raise RequestError(f"{_ROWS[:-1]}{f'; received the key {_shown(unknown[0])}' if unknown else ''}.")
-        if strange := sorted(set(params) - {"score_threshold"}):
-            raise RequestError(f"params may have score_threshold, received {_shown(strange[0])}.")
-        images, number = list_sent_images(content["inputs"]), params.get("score_threshold", threshold)
+        rows, params = _parse_document(body)
+        if "batch_size" in params:  # of MLflow's server; here the batches are those of the server
+            check_batch_size(params["batch_size"])
+        images, number = list_sent_images(rows), params.get("score_threshold", threshold)
     elif kind in IMAGE_TYPES:
         images, number = [body], threshold
     else:
@@ -187,6 +185,32 @@ def _unreadable(content: bytes, name: str) -> RequestError:
 def _check_size(width: int, height: int, name: str) -> None:
     if not 0 < width * height <= MAX_SENT_PIXELS:
         raise RequestError(f"{name} has {width} x {height} pixels; between 1 and {MAX_SENT_PIXELS} are accepted.")
+
+
+def _parse_document(body: bytes) -> tuple[Any, dict[str, Any]]:
+    """The rows, or columns, and the params of a JSON document in one of MLflow's forms."""
+    content = _parse_json(body)
+    params = content.pop("params", None) or {}
+    unknown = sorted(set(content) - set(_FORMS))
+    if unknown or len(content) != 1:
+        raise RequestError(f"{_ROWS[:-1]}{f'; received the key {_shown(unknown[0])}' if unknown else ''}.")
+    if not isinstance(params, dict):
+        raise RequestError(f"params must be an object, received {_shown(params)}.")
+    if strange := sorted(set(params) - {"score_threshold", "batch_size"}):
+        raise RequestError(f"params may have score_threshold and batch_size, received {_shown(strange[0])}.")
+    ((form, rows),) = content.items()
+    return _rows_of_split(rows) if form == "dataframe_split" else rows, params
+
+
+def _rows_of_split(table: Any) -> list[dict[str, Any]]:
+    """Rows of pandas' split orientation, {"columns": ["image"], "data": [["<base64>"], ...]}."""
+    try:
+        columns = [str(column) for column in table["columns"]]
+        return [dict(zip(columns, row, strict=True)) for row in table["data"]]
+    except (KeyError, TypeError, ValueError):
+        raise RequestError(
+            'dataframe_split must have columns and data, as in {"columns": ["image"], "data": [["<base64>"]]}.'
+        ) from None
 
 
 def _parse_json(body: bytes) -> dict[str, Any]:

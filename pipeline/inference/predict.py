@@ -8,27 +8,12 @@ from itertools import islice
 from pathlib import Path
 
 import numpy as np
+from refinedet.pipeline.inference.choice import Choice, find_labels
 from refinedet.pipeline.inference.detect import Found
 from refinedet.pipeline.inference.outputs import Objects, Outputs
 from refinedet.pipeline.inference.predictor import Predictor
 from refinedet.pipeline.inference.sources import Source, read_frames
 from refinedet.pipeline.runs.errors import UserError
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Choice of what is written.
-
-    output      directory
-    formats     of `Outputs.FORMATS`
-    threshold   lowest score in pictures, crops and YOLO's files; the JSON files hold everything
-    categories  by name; empty: all
-    """
-
-    output: Path
-    formats: Sequence[str] = ("pictures", "jsonl")
-    threshold: float = 0.3
-    categories: Sequence[str] = ()
 
 
 @dataclass
@@ -54,7 +39,7 @@ def predict_sources(
     on_fault     called with name and reason of each image that cannot be read; it is passed over
     Raises UserError for a category that the detector does not have, or a picture that would replace a source.
     """
-    kept = _labels(choice.categories, predictor.names)
+    kept = find_labels(choice.categories, predictor.names)
     _check_targets(sources, choice)
     tally = Tally()
     frames = read_frames(sources, ahead=2 * predictor.batch_size)
@@ -79,15 +64,6 @@ def _objects(found: Found, kept: np.ndarray | None) -> Objects:
     order = np.argsort(-found.scores.numpy(), kind="stable")
     objects = Objects(found.boxes.numpy(), found.scores.numpy(), found.labels.numpy()).select(order)
     return objects if kept is None else objects.select(np.isin(objects.labels, kept))
-
-
-def _labels(categories: Sequence[str], names: Sequence[str]) -> np.ndarray | None:
-    unknown = [category for category in categories if category not in names]
-    if unknown:
-        raise UserError(
-            f"The detector has no category {unknown[0]!r}; it has {', '.join(names[:20])}{' ...' * (len(names) > 20)}."
-        )
-    return np.array([names.index(category) + 1 for category in categories]) if categories else None
 
 
 def _check_targets(sources: Sequence[Source], choice: Choice) -> None:

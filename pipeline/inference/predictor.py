@@ -11,6 +11,7 @@ import torch
 from refinedet.model import RefineDet, RefineDetConfig
 from refinedet.pipeline.config.recipes import resolve_merge, resolve_passes
 from refinedet.pipeline.config.spec import Multiscale
+from refinedet.pipeline.inference.choice import category_names
 from refinedet.pipeline.inference.detect import Found, detect_view, evaluating
 from refinedet.pipeline.inference.devices import check_device_name
 from refinedet.pipeline.inference.merging import merge_boxes
@@ -48,7 +49,7 @@ class Predictor:
         batch_size: int = 8,
         multiscale: Multiscale | None = None,
     ) -> Predictor:
-        """Load a detector of `RefineDet.from_pretrained`: a run's directory, a file, a URI or the hub's owner/name.
+        """Load a detector of `RefineDet.from_pretrained`: a directory, a file, a URI or a hub's owner/name.
 
         device     "cpu", "cuda" or "cuda:1"; default: a GPU where there is one
         precision  auto (bf16 where the device computes it), fp32, bf16 or fp16
@@ -59,8 +60,13 @@ class Predictor:
             model = RefineDet.from_pretrained(weights).to(place).to(memory_format=torch.channels_last)
         except ValueError as error:
             raise UserError(str(error)) from None
-        names = model.categories or tuple(f"class {label}" for label in range(1, model.config.num_classes + 1))
-        return cls(model, names, batch_size, autocast_type(place, precision), multiscale)
+        return cls(
+            model,
+            category_names(model.config, model.categories),
+            batch_size,
+            autocast_type(place, precision),
+            multiscale,
+        )
 
     def selecting(self, **limits: float | None) -> Predictor:
         """The same with other limits of one view, as nms_iou or max_detections; None leaves the model's."""

@@ -113,8 +113,10 @@ def _begin(pool: ThreadPoolExecutor, source: Source):
 def _read_image(source: Source) -> Frame:
     try:
         image, fault = decode_image(storage.read_bytes(source.path))
-    except OSError as error:
-        image, fault = None, error.strerror or " ".join(str(error).split())[:200] or type(error).__name__
+    except FileNotFoundError:
+        image, fault = None, "does not exist"
+    except Exception as error:  # libraries of remote storage raise what they like
+        image, fault = None, getattr(error, "strerror", None) or " ".join(str(error).split())[:200] or repr(error)
     return Frame(source, image, fault)
 
 

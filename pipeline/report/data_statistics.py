@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-from refinedet.pipeline.data.job_statistics import reach_and_copies
+from refinedet.pipeline.data.statistics_table import reach_and_copies
 
 _SMALL, _LARGE = 32**2, 96**2
 

@@ -15,6 +15,7 @@ from refinedet.pipeline.report.run_data import RunFolder, read_run
 from refinedet.pipeline.report.training_charts import duration, epochs_of, get, ledger_total
 from refinedet.pipeline.report.verdict import headline, signed, verdict
 from refinedet.pipeline.runs import storage
+from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.runs.redaction import flatten
 
 _NOT_COMPARED = ("name", "runs")
@@ -62,7 +63,12 @@ def build_comparison(runs: Sequence[RunFolder], output: str) -> str:
 
 
 def run_rows(runs_dir: str) -> list[dict[str, str]]:
-    """One row for each run below `runs_dir`, by name: status, network, steps, AP at both scales, time of training."""
+    """One row for each run below `runs_dir`, by name: status, network, steps, AP at both scales, time of training.
+
+    Raises UserError where there is no such directory.
+    """
+    if not storage.is_folder(runs_dir):
+        raise UserError(f"There is no directory {runs_dir}; give the one in which runs are kept.")
     rows = []
     for name in storage.list_folder(runs_dir):
         path = storage.join(runs_dir, name)

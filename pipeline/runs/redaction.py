@@ -35,6 +35,7 @@ PATTERNS: tuple[tuple[str, str, str], ...] = (
     ),
     ("bearer token", r"(?i)\b(bearer\s+)[A-Za-z0-9._~+/=-]{8,}", rf"\g<1>{MASK}"),
     ("assignment to a secret name", rf"(?i)(\b[\w-]*{_NAMES}[\w-]*\s?=\s?[\"']?)[^\s\"'&;,]+", rf"\g<1>{MASK}"),
+    ("JSON below a secret name", rf"""(?i)(["'][\w-]*{_NAMES}[\w-]*["']\s*:\s*["'])[^"']+""", rf"\g<1>{MASK}"),
     ("private key", r"-----BEGIN [A-Z ]*PRIVATE KEY-----[\s\S]*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", MASK),
     ("AWS access key id", r"(?:AKIA|ASIA)[0-9A-Z]{16}", MASK),
     ("GitHub token", r"gh[pousr]_[A-Za-z0-9]{20,}|github_pat_[A-Za-z0-9_]{20,}", MASK),

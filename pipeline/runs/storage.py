@@ -52,8 +52,14 @@ class FileDigest:
 
 
 def filesystem(path: str) -> tuple[fsspec.AbstractFileSystem, str]:
-    """The file system that serves `path`, and the path within that file system."""
-    return fsspec.core.url_to_fs(path, use_listings_cache=False)  # other processes write there too
+    """The file system that serves `path`, and the path within that file system.
+
+    Raises UserError where fsspec has none.
+    """
+    try:
+        return fsspec.core.url_to_fs(path, use_listings_cache=False)  # other processes write there too
+    except (ImportError, ValueError) as error:  # a package that is not installed, or an unknown protocol
+        raise UserError(f"{path!r} cannot be opened ({error}); give a path, or a URI such as s3://...") from None
 
 
 def is_local(path: str) -> bool:
@@ -92,6 +98,11 @@ def exists(path: str) -> bool:
 def make_folder(path: str) -> None:
     fs, name = filesystem(path)
     fs.makedirs(name, exist_ok=True)
+
+
+def is_folder(path: str) -> bool:
+    fs, name = filesystem(path)
+    return fs.isdir(name)
 
 
 def list_folder(path: str) -> list[str]:

@@ -9,6 +9,7 @@ import logging
 import platform
 import threading
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import psutil
 
@@ -21,11 +22,13 @@ _MIB = 2**20
 LogLoad = Callable[[Mapping[str, float]], None]
 
 
-def sample_node(node: str) -> dict[str, float]:
+def sample_node(node: str, before: Any) -> dict[str, float]:
     """One sample of this machine, named `system/<node>/...`.
 
-    Processor in percent since the sample before, memory and disk in MiB and percent, network in MB since boot; for
-    every GPU that torch can see utilization in percent and memory in MiB.
+    before  `psutil.net_io_counters` from which the network is counted, in MB
+
+    Processor in percent since the calling thread's sample before, memory and disk in MiB and percent; for every GPU
+    that torch can see utilization in percent and memory in MiB.
     """
     memory, disk, network = psutil.virtual_memory(), psutil.disk_usage("/"), psutil.net_io_counters()
     found = {
@@ -35,9 +38,9 @@ def sample_node(node: str) -> dict[str, float]:
         "disk_usage_megabytes": disk.used / _MIB,
         "disk_usage_percentage": disk.percent,
     }
-    if network is not None:
-        found["network_receive_megabytes"] = network.bytes_recv / 1e6
-        found["network_transmit_megabytes"] = network.bytes_sent / 1e6
+    if network is not None and before is not None:
+        found["network_receive_megabytes"] = (network.bytes_recv - before.bytes_recv) / 1e6
+        found["network_transmit_megabytes"] = (network.bytes_sent - before.bytes_sent) / 1e6
     return {f"system/{node}/{name}": float(value) for name, value in {**found, **_gpus()}.items()}
 
 
@@ -57,21 +60,25 @@ def _gpus() -> dict[str, float]:
 
 
 class NodeSampler:
-    """Samples this node every `interval_s` seconds, the first time after one interval, until `close`."""
+    """Samples this node every `interval_s` seconds, the first time after one interval, until `close`.
+
+    The network is counted from the start of the sampler, as MLflow's own metrics are.
+    """
 
     def __init__(self, log_load: LogLoad, *, interval_s: float = INTERVAL_S, node: str | None = None) -> None:
         self._log_load, self._interval_s = log_load, interval_s
         self._node = node or platform.node() or "node"
         self._ended = threading.Event()
-        psutil.cpu_percent()  # the first call has nothing to compare with
         threading.Thread(target=self._run, name="node-metrics", daemon=True).start()
 
     def close(self) -> None:
         self._ended.set()
 
     def _run(self) -> None:
+        psutil.cpu_percent()  # the first call of a thread has nothing to compare with
+        before = psutil.net_io_counters()
         while not self._ended.wait(self._interval_s):
             try:
-                self._log_load(sample_node(self._node))
+                self._log_load(sample_node(self._node, before))
             except Exception as error:  # a sample is never worth the job
                 logger.debug("This node could not be sampled: %s", error)

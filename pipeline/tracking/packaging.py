@@ -97,7 +97,7 @@ def _copied_sources(package: Path, scratch: Path) -> Path:
     No caches, and no compiled library.
     """
     digest = hashlib.sha256()
-    files = {file.relative_to(package): file for file in package.rglob("*.py")}
+    files = {file.relative_to(package): file for ending in ("py", "txt") for file in package.rglob(f"*.{ending}")}
     files[Path("image_requests.py")] = Path(image_requests.__file__)
     for name, file in sorted(files.items()):
         digest.update(f"{name.as_posix()}\0".encode() + file.read_bytes() + b"\0")

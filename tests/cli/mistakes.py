@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+JOBS = Path(__file__).parents[2] / "jobs"
 COCO = ["data.format=coco", "data.root=."]
 LAUNCH = ["launch", "quickstart"]
 PLAN = ["plan", "quickstart"]
@@ -49,6 +50,9 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*PLAN, "training.global_batch=0"], "training.global_batch"),
     ([*PLAN, "training.global_batch=1"], "fewer images than the 2 workers"),
     ([*PLAN, "model.backbone=resnet51"], "resnet51"),
+    ([*PLAN, "model.backbone=resnext152_32x4d", "training.init_weights=timm"], "no trained weights"),
+    ([*PLAN, "model.backbone=vit_base_patch16_224"], "maps at strides [16, 16, 16]"),
+    ([*PLAN, "--calibration", "nowhere.json"], "nowhere.json"),
     ([*PLAN, "model.num_classes=0"], "num_classes"),
     ([*PLAN, "data.train=[]"], "data.train"),
     ([*PLAN, "data.train=[{count: -3}]"], "count"),
@@ -89,12 +93,28 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["predict", "whole", "photo.png", "--format", "xml"], "xml"),
     (["predict", "whole", "photo.png", "--precision", "int8"], "int8"),
     (["predict", "whole", "photo.png", "--device", "gpu"], "gpu"),
+    (["predict", "whole", "photo.png", "--output", "photo.png/out"], "photo.png"),
+    (["predict", "whole", "photo.png", "--category", "zebra"], "zebra"),
+    (["predict", "whole", "photo.png", "--size", "100"], "a multiple of the model's coarsest stride"),
+    (["predict", "runs/quikstart", "photo.png"], "not in the directory runs"),
     (["serve", "nowhere"], "nowhere"),
     (["serve", "whole", "--device", "tpu"], "tpu"),
     (["serve", "whole", "--host", "300.1.1.1"], "300.1.1.1"),
     (["export", "nowhere", "--output", "a.onnx"], "nowhere"),
     (["export", "whole", "--output", "no/where/a.onnx"], "no/where"),
+    (["export", "whole", "--output", "a.txt"], "must end in .onnx"),
+    (["export", "whole", "--output", "a.onnx", "--height", "10"], "multiples of 64"),
     # Runs and results.
+    (["runs", "nowhere"], "nowhere"),
+    (["runs", "photo.png"], "photo.png"),
+    (["runs", "nonsense://x"], "nonsense"),
+    (["report", "nonsense://x/run"], "nonsense"),
+    (["evaluate", "run", "trainin.epochs=3"], "did you mean `training`?"),
+    (["evaluate", "run", "--metric", "pascal"], "pascal"),
+    (["evaluate", "run", "--iou", "0.6"], "--output DIRECTORY"),
+    (["evaluate", "run"], "no weights at"),
+    (["evaluate", "run", "--weights", "nowhere.pth", "--output", "out"], "nowhere.pth"),
+    (["multiscale", "run", "multiscale.passes=[{size: 100}]", "--output", "out"], "coarsest stride"),
     (["report", "nowhere"], "nowhere"),
     (["report", "photo.png"], "photo.png"),
     (["compare", "nowhere", "empty"], "nowhere"),
@@ -123,8 +143,11 @@ MISTAKES: list[tuple[list[str], str]] = [
 
 
 def write_files(directory: Path) -> None:
-    """Files that are each not what a command wants; no whole detector is among them."""
+    """Files that are each not what a command wants, and a run without weights; no whole detector is among them."""
     (directory / "empty").mkdir()
+    (directory / "run").mkdir()
+    (directory / "run" / "spec.yaml").write_text((JOBS / "quickstart.yaml").read_text(encoding="utf-8"))
+    (directory / "runs").mkdir()
     (directory / "broken.yaml").write_text("name: [a\ndata: }\n")
     (directory / "list.yaml").write_text("- 1\n- 2\n")
     (directory / "empty.yaml").write_text("")

@@ -117,6 +117,12 @@ def _documents() -> Iterator[Hostile]:
         yield Hostile(f"image {value!r:.40}", document(value))
     for value in ([], 3, "x", None, {"inputs": 1, "instances": 2}, {"columns": ["image"]}, {"a": 1}):
         yield Hostile(f"document {value!r:.40}", json.dumps(value).encode())
+    tables = [None, 3, [], {}, {"columns": ["image"]}, {"columns": ["image"], "data": [[good, good]]}]
+    for value in (*tables, {"columns": 3, "data": [[good]]}, {"columns": ["picture"], "data": [[good]]}):
+        yield Hostile(f"dataframe_split {value!r:.60}", json.dumps({"dataframe_split": value}).encode())
+    for form in ("instances", "dataframe_records"):
+        for value in (None, 3, [], [3], [{"picture": good}], [{"image": "no base64!"}]):
+            yield Hostile(f"{form} {value!r:.40}", json.dumps({form: value}).encode())
     for depth in (1000, 100_000, 1_000_000):
         yield Hostile(f"lists, {depth} deep", b'{"inputs": ' + b"[" * depth + b"]" * depth + b"}", unparsed=True)
         yield Hostile(

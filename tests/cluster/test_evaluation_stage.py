@@ -32,6 +32,7 @@ from refinedet.pipeline.data.index import open_shards
 from refinedet.pipeline.data.reading import write_coco_annotations
 from refinedet.pipeline.data.shards import prepare_shards
 from refinedet.pipeline.drills.bench import SPEC
+from refinedet.pipeline.evaluation.chosen_run import choose_run
 from refinedet.pipeline.evaluation.chunks import Chunk, ChunkResult, write_chunk
 from refinedet.pipeline.evaluation.detection_job import DetectionJob, make_detection_job
 from refinedet.pipeline.evaluation.detection_results import conclude
@@ -329,24 +330,24 @@ def test_mistakes_are_met_before_a_worker_starts(shapes_run: Run, tmp_path: Path
     """No fixture starts Ray here."""
     folder = shapes_run.path
     with pytest.raises(UserError, match="no run's directory"):
-        evaluate_run(str(tmp_path), "single")
+        choose_run(str(tmp_path))
     with pytest.raises(UserError, match=r"memory://nowhere/run. is no run.s directory"):
-        evaluate_run("memory://nowhere/run", "single")
+        choose_run("memory://nowhere/run")
     elsewhere = shapes_run.spec.model_copy(update={"name": "run", "runs": "memory://somewhere"})
     storage.write_bytes("memory://somewhere/run/spec.yaml", dump_spec(elsewhere).encode())
     with pytest.raises(UserError, match="has no `multiscale`"):
-        evaluate_run("memory://somewhere/run/", "multiscale")
+        choose_run("memory://somewhere/run/", multiscale=True)
     with pytest.raises(UserError, match="need --output DIRECTORY"):
-        evaluate_run(folder, "single", weights=shapes_run.weights)
+        choose_run(folder, weights=shapes_run.weights)
     with pytest.raises(UserError, match="has no `multiscale`"):
-        evaluate_run(folder, "multiscale")
+        choose_run(folder, multiscale=True)
     output = str(tmp_path / "out")
     with pytest.raises(UserError, match="a pass's size must be a multiple of the model's coarsest stride"):
-        evaluate_run(folder, "multiscale", overrides=["multiscale.passes=[{size: 100}]"], output=output)
+        choose_run(folder, ["multiscale.passes=[{size: 100}]"], multiscale=True, output=output)
     with pytest.raises(UserError, match=r"multiscale\.recipe must be one of"):
-        evaluate_run(folder, "multiscale", overrides=["multiscale.recipe=coco300"], output=output)
-    with pytest.raises(UserError, match=r"--weights: .*nowhere\.pth' cannot be read"):
-        evaluate_run(folder, "single", weights=str(tmp_path / "nowhere.pth"), output=output)
+        choose_run(folder, ["multiscale.recipe=coco300"], multiscale=True, output=output)
+    with pytest.raises(UserError, match=r"--weights: .*nowhere\.pth' does not exist"):
+        choose_run(folder, weights=str(tmp_path / "nowhere.pth"), output=output)
     other = Run(shapes_run.spec.model_copy(update={"name": "swapped"}))
     for part in ("train", "val"):
         shutil.copytree(f"{shapes_run.shards}/val", f"{other.shards}/{part}")
@@ -361,10 +362,10 @@ def test_mistakes_are_met_before_a_worker_starts(shapes_run: Run, tmp_path: Path
     name = next(name for name in other if name.startswith("tcb"))
     torch.save({key: value for key, value in other.items() if key != name}, tmp_path / "part.pth")
     with pytest.raises(UserError, match=rf"1 of its tensors do not exist in that shape, such as {name}"):
-        evaluate_run(folder, "single", weights=str(tmp_path / "part.pth"), output=output)
+        evaluate_run(shapes_run, "single", weights=str(tmp_path / "part.pth"), output=output)
     with pytest.raises(UserError, match="have 10 categories, the model has 3"):
-        evaluate_run(folder, "single", overrides=["model.num_classes=3"], output=output)
+        evaluate_run(choose_run(folder, ["model.num_classes=3"], output=output), "single", output=output)
     with pytest.raises(UserError, match="holds no shards"):
-        evaluate_run(folder, "single", shards=str(tmp_path), output=output)
+        choose_run(folder, shards=str(tmp_path), output=output)
     assert not Path(output).exists()
     assert open_shards(f"{shapes_run.shards}/val").num_samples == NUM_IMAGES

@@ -1,4 +1,4 @@
-"""Both servers under two hundred hostile requests: 4xx in one sentence, bounded memory, and the right boxes after."""
+"""Every server and path under two hundred hostile requests: 4xx in one sentence, bounded memory, right boxes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -25,7 +26,7 @@ from refinedet.pipeline.data.images import decode_image
 from refinedet.pipeline.inference.predictor import Predictor
 from refinedet.pipeline.tracking.packaging import package_model
 
-from tests.cluster.hostile_requests import Hostile, document, hostile_requests, photo, text
+from tests.cluster.hostile_requests import Hostile, hostile_requests, photo, text
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(900)]
 MAX_MB = 1500
@@ -38,6 +39,7 @@ class Server:
 
     process: subprocess.Popen
     url: str
+    is_mlflow: bool
     peak: dict[str, int] = field(default_factory=dict)
 
     def watch(self, ended: threading.Event) -> None:
@@ -66,18 +68,20 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
         str(directory / "packaged"),
         config=CONFIG,
         weights=str(directory / "model.safetensors"),
-        categories=[{"id": number, "name": name} for number, name in enumerate("abc", 1)],
+        categories=[{"id": 10 * number, "name": name} for number, name in enumerate("abc", 1)],
     )
     return directory
 
 
-@pytest.fixture(params=["ray", "mlflow"])
+@pytest.fixture(params=["/predict", "/invocations", "mlflow"])
 def server(request: pytest.FixtureRequest, detector: Path, tmp_path: Path) -> Iterator[Server]:
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    if request.param == "ray":
+    path, ready = request.param, "/health"
+    if path == "/predict":
         command = ["refinedet.pipeline.cli", "serve", str(detector), "--precision", "fp32", "--device", "cpu"]
-        path, ready = "/predict", "/health"
+    elif path == "/invocations":
+        command = ["refinedet.pipeline.cli", "serve", str(detector / "packaged"), "--precision", "fp32"]
     else:
         command = ["mlflow", "models", "serve", "--model-uri", str(detector / "packaged"), "--env-manager", "local"]
         path, ready = "/invocations", "/ping"
@@ -95,7 +99,7 @@ def server(request: pytest.FixtureRequest, detector: Path, tmp_path: Path) -> It
             start_new_session=True,
         )
     ended = threading.Event()
-    found = Server(process, f"http://127.0.0.1:{port}{path}")
+    found = Server(process, f"http://127.0.0.1:{port}{path}", is_mlflow=request.param == "mlflow")
     try:
         deadline = time.monotonic() + 180
         while not _answers(f"http://127.0.0.1:{port}{ready}"):
@@ -125,6 +129,26 @@ def send(server: Server, hostile: Hostile) -> tuple[int, str]:
     return answer.status_code, answer.text
 
 
+def predict(server: Server, document: dict[str, Any]) -> dict[str, Any]:
+    """The answer about the one image of a request."""
+    answer = requests.post(server.url, json=document | {"params": {"score_threshold": 0.2}}, timeout=60)
+    assert answer.status_code == 200, (list(document), answer.text)
+    (row,) = answer.json()["predictions"]
+    return row
+
+
+def other_forms(image: str) -> list[dict[str, Any]]:
+    """The standard forms of MLflow's servers, beside `inputs` as rows."""
+    rows = [{"image": image}]
+    split = {"columns": ["image"], "index": [0], "data": [[image]]}
+    return [
+        {"instances": rows},
+        {"dataframe_records": rows},
+        {"dataframe_split": split},
+        {"inputs": {"image": [image]}},
+    ]
+
+
 def test_hostile_requests_are_refused_and_the_server_lives(server: Server, detector: Path) -> None:
     files = {suffix: photo(suffix) for suffix in (".jpg", ".png", ".webp")}
     before = sum(server.memory().values())
@@ -138,27 +162,27 @@ def test_hostile_requests_are_refused_and_the_server_lives(server: Server, detec
     memory = ", ".join(f"{size} {name[-60:]}" for name, size in server.peak.items() if size > 40)
     sys.stderr.write(f"\n{server.url}: {before} MB before, at most {peak}, the server {serving} MB: {memory}\n")
     for hostile, (status, said) in zip(wanted, answers, strict=True):
-        if hostile.unparsed and server.url.endswith("/invocations"):
+        if hostile.unparsed and server.is_mlflow:
             assert (status, said) == (500, "Internal Server Error") or 400 <= status < 500, hostile.what
         else:
             assert 400 <= status < 500, (hostile.what, status, said[:200])
         assert "Traceback" not in said, hostile.what
         assert 'File "' not in said, (hostile.what, said[:500])
-        if server.url.endswith("/predict"):
+        if not server.is_mlflow:
             assert list(json.loads(said)) == ["error"], hostile.what
             assert len(said) < 400, hostile.what
     assert serving < MAX_MB
     assert peak - before < MAX_MB / 3
     predictor = Predictor.load(str(detector), device="cpu", precision="fp32")
+    scale = 1 if server.url.endswith("/predict") else 10  # the data set's own ids travel with the packaged model
     for suffix, content in files.items():
-        body = document(text(content), score_threshold=0.2)
-        answer = requests.post(server.url, data=body, headers={"Content-Type": "application/json"}, timeout=60)
-        assert answer.status_code == 200, answer.text
-        (row,) = answer.json()["predictions"]
+        row = predict(server, {"inputs": [{"image": text(content)}]})
+        assert all(predict(server, document) == row for document in other_forms(text(content)))
         pixels, _ = decode_image(content)
         assert pixels is not None
         (found,) = predictor.predict([pixels])
         kept = found.scores >= 0.2
         assert kept.any()
+        assert row["labels"] == (scale * found.labels[kept]).tolist()
         np.testing.assert_allclose(row["boxes"], found.boxes[kept].numpy(), atol=1e-4, err_msg=suffix)
         np.testing.assert_allclose(row["scores"], found.scores[kept].numpy(), atol=1e-4)

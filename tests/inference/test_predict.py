@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 from pycocotools.coco import COCO
+from refinedet.pipeline.inference.choice import Choice
 from refinedet.pipeline.inference.detect import Found
 from refinedet.pipeline.inference.outputs import Outputs
-from refinedet.pipeline.inference.predict import Choice, predict_sources
+from refinedet.pipeline.inference.predict import predict_sources
 from refinedet.pipeline.inference.sources import find_sources
 from refinedet.pipeline.runs.errors import UserError
 

@@ -90,7 +90,24 @@ def test_images_come_in_order_and_a_bad_one_is_named(photos: Path) -> None:
     means = [None if frame.image is None else round(float(frame.image.mean())) for frame in frames]
     assert means == [0, None, None, 120]
     assert "decoder" in (frames[1].fault or "")
-    assert "No such file" in (frames[2].fault or "")
+    assert frames[2].fault == "does not exist"
+
+
+@pytest.mark.parametrize("name", ["nonsense://x/y.jpg", "http://[bad/x.jpg", "http://127.0.0.1:1/x.jpg", "."])
+def test_a_line_of_a_list_that_cannot_be_read_has_a_reason(tmp_path: Path, name: str) -> None:
+    (tmp_path / "list.txt").write_text(f"{name}\n")
+    (frame,) = read_frames(find_sources([str(tmp_path / "list.txt")], leave_out="/nowhere"), ahead=1)
+    assert frame.image is None
+    assert frame.fault
+
+
+def test_what_a_store_raises_is_a_reason(photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def read_bytes(path: str) -> bytes:
+        raise RuntimeError("Unable to locate\ncredentials")
+
+    monkeypatch.setattr("refinedet.pipeline.runs.storage.read_bytes", read_bytes)
+    (frame,) = read_frames(find_sources([str(photos / "a.jpg")], leave_out="/nowhere"), ahead=1)
+    assert frame.fault == "Unable to locate credentials"
 
 
 def test_a_video_is_its_frames(tmp_path: Path) -> None:
@@ -146,4 +163,4 @@ def test_a_url_is_fetched(server: str) -> None:
     assert [round(float(frame.image.mean())) for frame in frames if frame.image is not None] == [60, 120]
     (absent,) = read_frames(find_sources([f"{server}/absent.jpg"], leave_out="/nowhere"), ahead=1)
     assert absent.image is None
-    assert absent.fault
+    assert absent.fault == "does not exist"

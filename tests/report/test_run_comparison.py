@@ -60,4 +60,6 @@ def test_all_runs_of_a_directory_are_rows(runs, tmp_path):
     assert [row["run"] for row in rows] == ["first", "second"]
     assert rows[1]["AP, single scale"] == "0.400"
     assert rows[0]["status"] == "finished"
-    assert run_rows(str(tmp_path / "nowhere")) == []
+    assert run_rows(str(runs / "no-run")) == []
+    with pytest.raises(UserError, match="There is no directory"):
+        run_rows(str(tmp_path / "nowhere"))

@@ -33,6 +33,8 @@ from refinedet.pipeline.runs.redaction import flatten, parameters, redact, redac
         ("{'Authorization': 'Basic dXNlcjpwdw=='}", "{'Authorization': '***'}"),
         ("curl -H 'authorization:Token x1y2'", "curl -H 'authorization:***'"),
         ("sent bearer abcdefgh12345", "sent bearer ***"),
+        ('{"password": "hunter2", "user": "a"}', '{"password": "***", "user": "a"}'),
+        ('{"tokenizer": "bert", "passes": "three"}', '{"tokenizer": "bert", "passes": "three"}'),
         ("MLFLOW_TRACKING_PASSWORD=hunter2 python", "MLFLOW_TRACKING_PASSWORD=*** python"),
         ("aws_secret_access_key = wJalrXUtnFEMI", "aws_secret_access_key = ***"),
         ("AccountName=a;AccountKey=abc+/==;End", "AccountName=a;AccountKey=***;End"),

@@ -11,7 +11,6 @@ import pytest
 from refinedet.pipeline.config.spec import Tracking
 from refinedet.pipeline.runs.errors import UserError
 from refinedet.pipeline.tracking import stores
-from refinedet.pipeline.tracking.node_metrics import NodeSampler
 from refinedet.pipeline.tracking.runs import MlflowClient, RunTracker, log_later_result
 from refinedet.pipeline.tracking.writer import evaluation_metrics
 
@@ -264,17 +263,6 @@ def test_the_page_of_a_run_says_who_started_it_from_what_and_how(runs):
     assert tags["command"] == "refinedet launch 'jobs/a job.yaml' password=***"
     assert tags["mlflow.user"]
     assert tags["mlflow.note.content"] == "RefineDet++ on shapes"
-
-
-def test_a_node_is_sampled_under_mlflows_names():
-    samples: list[dict[str, float]] = []
-    sampler = NodeSampler(lambda values: samples.append(dict(values)), interval_s=0.01, node="host-1")
-    deadline = time.monotonic() + 60
-    while not samples and time.monotonic() < deadline:
-        time.sleep(0.01)
-    sampler.close()
-    assert 0 < samples[0]["system/host-1/system_memory_usage_percentage"] <= 100
-    assert all(name.startswith("system/host-1/") for name in samples[0])
 
 
 def test_pictures_lie_in_a_child_run_without_parameters(runs):

@@ -1,0 +1,58 @@
+"""Requests of servers: MLflow's forms, and what is refused."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+from refinedet.pipeline.inference.image_requests import DEFAULT_THRESHOLD, RequestError, parse_request
+
+FILE = cv2.imencode(".png", np.zeros((4, 5, 3), np.uint8))[1].tobytes()
+IMAGE = base64.b64encode(FILE).decode()
+ROWS = [{"image": IMAGE}, {"image": IMAGE}]
+FORMS = {
+    "inputs as rows": {"inputs": ROWS},
+    "inputs as columns": {"inputs": {"image": [IMAGE, IMAGE]}},
+    "instances": {"instances": ROWS},
+    "records": {"dataframe_records": ROWS},
+    "split": {"dataframe_split": {"columns": ["image"], "index": [0, 1], "data": [[IMAGE], [IMAGE]]}},
+}
+
+
+def parse(document: Any, threshold: str | None = None) -> tuple[list[bytes], float]:
+    return parse_request(json.dumps(document).encode(), "application/json; charset=utf-8", threshold)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_holds_the_same_images(form: str) -> None:
+    assert parse(FORMS[form]) == ([FILE, FILE], DEFAULT_THRESHOLD)
+    assert parse(FORMS[form] | {"params": {"score_threshold": 0.5, "batch_size": 2}}, "0.7") == ([FILE, FILE], 0.5)
+
+
+def test_an_image_is_the_body() -> None:
+    assert parse_request(FILE, "image/png", "0.25") == ([FILE], 0.25)
+    assert parse_request(FILE, "image/png", "0") == ([FILE], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("document", "sentence"),
+    [
+        ({}, "must be rows"),
+        ({"inputs": ROWS, "instances": ROWS}, "must be rows"),
+        ({"inputs": ROWS, "model": "x"}, "received the key 'model'"),
+        ({"inputs": 3}, "must be rows"),
+        ({"dataframe_split": {"columns": ["image"], "data": [[IMAGE, IMAGE]]}}, "dataframe_split must have columns"),
+        ({"dataframe_split": {"columns": ["picture"], "data": [[IMAGE]]}}, "must be rows"),
+        ({"inputs": ROWS, "params": [1]}, "params must be an object"),
+        ({"inputs": ROWS, "params": {"batch_size": 65}}, "batch_size must be"),
+        ({"inputs": ROWS, "params": {"iou": 1}}, "received 'iou'"),
+        ({"inputs": ROWS * 33}, "Between 1 and 64 images"),
+    ],
+)
+def test_another_document_is_refused(document: Any, sentence: str) -> None:
+    with pytest.raises(RequestError, match=sentence):
+        parse(document)
