@@ -58,7 +58,7 @@ class DetectionService:
         self._predictor = Predictor.load(
             weights, device=settings.device, precision=settings.precision, batch_size=batch_size
         )
-        self._categories = read_categories(weights, self._predictor.names)
+        self._categories = categories_of_detector(weights, self._predictor.names)
         self._parsing = asyncio.Semaphore(1)  # JSON of many megabytes, one at a time
         self._images = Counter("refinedet_served_images", description="images that were detected in")
         self._refused = Counter("refinedet_refused_requests", description="requests refused", tag_keys=("status",))
@@ -129,7 +129,7 @@ class DetectionService:
         return [image if isinstance(image, RequestError) else next(found) for image in decoded]
 
 
-def read_categories(weights: str, names: Sequence[str]) -> list[dict[str, Any]]:
+def categories_of_detector(weights: str, names: Sequence[str]) -> list[dict[str, Any]]:
     """Id and name of labels 1..C: the data set's own ids with a model packaged for MLflow, otherwise the labels."""
     description = storage.join(weights, "artifacts", "detector.json")
     if storage.exists(description):
