@@ -12,7 +12,7 @@ import sqlite3
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
 from refinedet.pipeline.config.spec import Tracking
 from refinedet.pipeline.runs import settings, storage
@@ -71,12 +71,9 @@ def prepare_store(uri: str) -> None:
     path = uri.removeprefix("sqlite:///").split("?")[0]
     try:
         os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-        connection = sqlite3.connect(path, timeout=20)
-        try:
+        with opening_alone(uri), closing(sqlite3.connect(path, timeout=20)) as connection:
             connection.execute("PRAGMA journal_mode=WAL")
             connection.execute("PRAGMA schema_version")
-        finally:
-            connection.close()
     except (OSError, sqlite3.Error) as error:
         raise UserError(
             f"MLflow's store {path} cannot be opened ({error}); "
@@ -86,7 +83,10 @@ def prepare_store(uri: str) -> None:
 
 @contextmanager
 def opening_alone(uri: str) -> Iterator[None]:
-    """Hold other jobs off while the block opens a SQLite store: MLflow makes the tables of a new one without a lock."""
+    """Hold other jobs off while the block opens a SQLite store.
+
+    MLflow makes the tables of a new one without a lock; a change of the journal's mode fails beside another connection.
+    """
     if not uri.startswith("sqlite:///"):
         yield
         return
