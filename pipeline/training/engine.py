@@ -5,7 +5,7 @@ optimizer (ZeRO 1 or 2). What is added here:
 
 - the loss is divided by the positives of the global batch, summed over ranks (equation 1);
 - a loss that is not finite makes the gradient not finite;
-- a gradient that is not finite on one rank is applied on none: DeepSpeed before 0.19.8 applies it;
+- a gradient that is not finite on one rank is applied on none, with DeepSpeed before 0.19.8 too, which applies it;
 - the order in which gradients become ready is checked to be the same on all ranks: DeepSpeed fills its buckets in that
   order, and would add up gradients of different parameters silently.
 """
@@ -24,6 +24,7 @@ import torch
 from deepspeed.accelerator import set_accelerator
 from deepspeed.accelerator.cpu_accelerator import CPU_Accelerator
 from deepspeed.utils import safe_get_full_optimizer_state, safe_set_full_optimizer_state
+from packaging.version import Version
 from refinedet.model.norms import SyncBatchNorm
 from refinedet.pipeline.config.batches import BatchPlan
 from refinedet.pipeline.config.spec import Training
@@ -41,6 +42,8 @@ LossFunction = Callable[[Any, Sequence[Any]], Any]
 _BUCKET_ELEMENTS = 50_000_000
 """Gradients are reduced in buckets of this many elements, 200 MB: large enough for any link's bandwidth."""
 _MOMENTUM = "momentum_buffer"
+DEEPSPEED_REFUSES = Version(deepspeed.__version__) >= Version("0.19.8")
+"""DeepSpeed takes no step whose gradient is not finite; where it does, `GradientMonitor` and `_drop_refused` do so"""
 
 
 def resolve_precision(spec: Training, device: torch.device) -> str:
@@ -172,7 +175,7 @@ class Engine:
         self.objective = Objective(self.detector, loss, world, self.precision == "fp16", plan.global_batch)
         self.parameters = {name: p for name, p in self.detector.named_parameters() if p.requires_grad}
         self.base_optimizer = make_optimizer(group_parameters(self.objective, spec), spec, world.device)
-        self.gradients = GradientMonitor(self.parameters)
+        self.gradients = GradientMonitor(self.parameters, norms=not DEEPSPEED_REFUSES)
         elements = sum(parameter.numel() for parameter in self.parameters.values())
         if world.device.type == "cpu":
             set_accelerator(_PlainCpu())
@@ -222,7 +225,7 @@ class Engine:
         """
         for group in self.base_optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_multiplier"]
-        self._applied = self.gradients.finite(self.world)
+        self._applied = DEEPSPEED_REFUSES or self.gradients.finite(self.world)
         self.deepspeed.step()
         self._applied &= self.deepspeed.was_step_applied()
         self.scale.update(overflow=not self._applied)

@@ -13,12 +13,13 @@ from torch import Tensor
 
 
 class GradientMonitor:
-    """Order of the last backward pass, and norms of all passes of a step.
+    """Order of the last backward pass and, with `norms`, the norms of all passes of a step.
 
     A parameter's norm is one kernel on the device, without synchronisation.
     """
 
-    def __init__(self, parameters: Mapping[str, Tensor]) -> None:
+    def __init__(self, parameters: Mapping[str, Tensor], *, norms: bool) -> None:
+        self._takes_norms = norms
         self._order = array("I")
         self._norms: list[Tensor] = []
         self._hooks = [
@@ -49,5 +50,6 @@ class GradientMonitor:
 
     def _note(self, number: int, parameter: Tensor) -> None:
         self._order.append(number)
-        assert parameter.grad is not None
-        self._norms.append(torch.linalg.vector_norm(parameter.grad))
+        if self._takes_norms:
+            assert parameter.grad is not None
+            self._norms.append(torch.linalg.vector_norm(parameter.grad))
