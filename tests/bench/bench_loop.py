@@ -87,6 +87,8 @@ def bare_step(detector: RefineDet, batch: Batch, spec: Training, world: World) -
         with autocast():
             predictions = parallel(images, targets)
         detection_loss(predictions, targets, detector.config).total.backward()
+        if spec.gradient_clip:
+            torch.nn.utils.clip_grad_norm_(detector.parameters(), spec.gradient_clip)
         optimizer.step()
         optimizer.zero_grad()
         if device.type == "cuda":
@@ -173,6 +175,7 @@ def main() -> None:
     parser.add_argument("--no-prediction-block", action="store_true", help="as the jobs for a CPU have it")
     parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--zero-stage", type=int, default=1)
+    parser.add_argument("--gradient-clip", type=float, help="for both loops, as jobs on photos have it; default: none")
     parser.add_argument("--json", metavar="OUT")
     options = parser.parse_args()
     config = RefineDetConfig(
@@ -189,6 +192,7 @@ def main() -> None:
         warmup_learning_rate=1e-5,
         precision=options.precision,
         zero_stage=options.zero_stage,
+        gradient_clip=options.gradient_clip,
     )
     with open_world() as world:
         plain = measure(world, config, spec, options.steps)
