@@ -44,7 +44,7 @@ def predict(
     ],
     output: Annotated[Path, typer.Option(help="directory for the files")] = Path("predictions"),
     format: Annotated[
-        list[str] | None, typer.Option(help="pictures, jsonl, coco, yolo, crops; may be repeated")
+        list[str] | None, typer.Option(help="pictures, frames, jsonl, coco, yolo, crops; may be repeated")
     ] = None,
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="lowest score in pictures, crops and yolo; the JSON files hold all")
@@ -58,16 +58,54 @@ def predict(
     batch_size: Annotated[int, typer.Option(min=1, help="images at once")] = 8,
     nms_iou: Annotated[float | None, typer.Option(min=0, max=1, help="overlap at which boxes of a class merge")] = None,
     max_detections: Annotated[int | None, typer.Option(min=1, help="most objects in an image")] = None,
+    class_agnostic: Annotated[
+        bool, typer.Option("--class-agnostic", help="suppress overlapping boxes of different classes too")
+    ] = False,
     every: Annotated[int, typer.Option(min=1, help="of videos, read one frame in so many")] = 1,
+    no_labels: Annotated[bool, typer.Option("--no-labels", help="draw boxes without names and scores")] = False,
+    no_scores: Annotated[bool, typer.Option("--no-scores", help="draw names without scores")] = False,
+    line_width: Annotated[
+        int | None, typer.Option(min=1, metavar="PIXELS", help="of drawn boxes; default: by the picture's size")
+    ] = None,
 ) -> None:
     """Detect objects in images and videos.
 
     Examples: refinedet predict runs/quickstart photos/ --output found;
     find . -name '*.jpg' | refinedet predict runs/quickstart - --format coco
     """
+    formats = format or ["pictures", "jsonl"]
+    _check_prediction(formats, precision, device, output)
+    if size and (nms_iou is not None or max_detections is not None or class_agnostic):
+        raise UserError(
+            "--size has a merge method of its own; remove --nms-iou, --max-detections and --class-agnostic."
+        )
+    from refinedet.pipeline.inference.sources import find_sources
+
+    found = find_sources(sources, leave_out=str(output), every=every)
+    if set(formats) == {"frames"} and not any(source.is_video for source in found):
+        raise UserError("--format frames draws the frames of videos, and no source is one; use --format pictures.")
+    from refinedet.pipeline.config.spec import Multiscale, Pass
+    from refinedet.pipeline.inference.choice import Choice, Drawing, check_choice
+
+    multiscale = Multiscale(passes=tuple(Pass(size=one) for one in size)) if size else None
+    check_choice(weights, category or (), multiscale)
+    from refinedet.pipeline.inference.predictor import Predictor  # torch, after what may be wrong
+
+    predictor = Predictor.load(
+        weights,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        multiscale=multiscale,
+    ).selecting(nms_iou=nms_iou, max_detections=max_detections, class_agnostic=class_agnostic)
+    drawing = Drawing(labels=not no_labels, scores=not no_scores, line_width=line_width)
+    _predict(predictor, found, Choice(output, formats, threshold, category or (), drawing))
+
+
+def _check_prediction(formats: Sequence[str], precision: str, device: str | None, output: Path) -> None:
+    """UserError for a format, precision, device or directory that cannot be; before torch is loaded."""
     from refinedet.pipeline.inference.outputs import Outputs
 
-    formats = format or ["pictures", "jsonl"]
     for value, known, option in (
         *((one, tuple(Outputs.FORMATS), "--format") for one in formats),
         (precision, ("auto", "fp32", "bf16", "fp16"), "--precision"),
@@ -80,26 +118,6 @@ def predict(
     above = next(one for one in (output.absolute(), *output.absolute().parents) if one.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise UserError(f"--output {output} cannot be written, since {above} is no directory that takes files.")
-    if size and (nms_iou is not None or max_detections is not None):
-        raise UserError("--size has a merge method of its own; remove --nms-iou and --max-detections.")
-    from refinedet.pipeline.inference.sources import find_sources
-
-    found = find_sources(sources, leave_out=str(output), every=every)
-    from refinedet.pipeline.config.spec import Multiscale, Pass
-    from refinedet.pipeline.inference.choice import Choice, check_choice
-
-    multiscale = Multiscale(passes=tuple(Pass(size=one) for one in size)) if size else None
-    check_choice(weights, category or (), multiscale)
-    from refinedet.pipeline.inference.predictor import Predictor  # torch, after what may be wrong
-
-    predictor = Predictor.load(
-        weights,
-        device=device,
-        precision=precision,
-        batch_size=batch_size,
-        multiscale=multiscale,
-    ).selecting(nms_iou=nms_iou, max_detections=max_detections)
-    _predict(predictor, found, Choice(output, formats, threshold, category or ()))
 
 
 def _predict(predictor: Predictor, sources: Sequence[Source], choice: Choice) -> None:
@@ -111,7 +129,8 @@ def _predict(predictor: Predictor, sources: Sequence[Source], choice: Choice) ->
         display.stage("predict", total, "images")
 
         def on_progress(tally: Tally) -> None:
-            display.update(tally.images + tally.unreadable, total, unit="images", objects=str(tally.objects))
+            done = tally.images + tally.unreadable
+            display.update(done, max(done, total), unit="images", objects=str(tally.objects))  # streams have no count
 
         tally = predict_sources(
             predictor,

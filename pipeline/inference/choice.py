@@ -16,6 +16,20 @@ from refinedet.pipeline.runs.errors import UserError
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """Style of the boxes in pictures.
+
+    labels      names and scores beside the boxes
+    scores      scores after the names
+    line_width  pixels; None: by the size of the picture
+    """
+
+    labels: bool = True
+    scores: bool = True
+    line_width: int | None = None
+
+
+@dataclass(frozen=True)
 class Choice:
     """Choice of what is written.
 
@@ -23,12 +37,14 @@ class Choice:
     formats     of `Outputs.FORMATS`
     threshold   lowest score in pictures, crops and YOLO's files; the JSON files hold everything
     categories  by name; empty: all
+    drawing     of pictures and frames
     """
 
     output: Path
     formats: Sequence[str] = ("pictures", "jsonl")
     threshold: float = 0.3
     categories: Sequence[str] = ()
+    drawing: Drawing = Drawing()
 
 
 def category_names(config: RefineDetConfig, names: Sequence[str]) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Files of detections: pictures, JSON lines, a COCO dataset, YOLO's text files, crops. One class and one entry each.
+"""Files of detections: pictures, frames, JSON lines, a COCO dataset, YOLO's text, crops. One class and one entry each.
 
 Every class writes as detections come, and holds nothing that grows with boxes.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import Any, ClassVar
 import cv2
 import numpy as np
 from PIL import Image
+from refinedet.pipeline.inference.choice import Choice
 from refinedet.pipeline.inference.pictures import Boxes, draw_detections
 from refinedet.pipeline.inference.sources import Frame
 from refinedet.pipeline.runs.errors import JobError
@@ -41,10 +41,10 @@ class Objects:
 
 
 class Output:
-    """Files in `directory`; `names` of the categories, of label 1 first. `threshold` bounds what people look at."""
+    """Files of one format; `names` of the categories, of label 1 first. The threshold bounds what people look at."""
 
-    def __init__(self, directory: Path, names: tuple[str, ...], threshold: float) -> None:
-        self.directory, self.names, self.threshold = directory, names, threshold
+    def __init__(self, choice: Choice, names: tuple[str, ...]) -> None:
+        self.choice, self.names = choice, names
 
     def write(self, frame: Frame, found: Objects) -> None:
         """Write the objects of one frame; frames come in order."""
@@ -54,22 +54,21 @@ class Output:
         """Finish the files."""
 
     def _shown(self, found: Objects) -> Objects:
-        return found.select(found.scores >= self.threshold)
+        return found.select(found.scores >= self.choice.threshold)
 
     def _file(self, *parts: str) -> Path:
-        path = self.directory.joinpath(*parts)
+        path = self.choice.output.joinpath(*parts)
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
 
-class Pictures(Output):
-    """`STEM.jpg` of each image with its objects, and `STEM.mp4` of each video; drawn beside the detection."""
+class Drawn(Output):
+    """Images with their objects, drawn beside the detection."""
 
-    def __init__(self, directory: Path, names: tuple[str, ...], threshold: float) -> None:
-        super().__init__(directory, names, threshold)
+    def __init__(self, choice: Choice, names: tuple[str, ...]) -> None:
+        super().__init__(choice, names)
         self._pool = ThreadPoolExecutor(max_workers=2, thread_name_prefix="draw")
         self._waiting: list[tuple[Frame, Future[Image.Image]]] = []
-        self._video: tuple[str, cv2.VideoWriter] | None = None
 
     def write(self, frame: Frame, found: Objects) -> None:
         self._waiting.append((frame, self._pool.submit(self._draw, frame, self._shown(found))))
@@ -80,20 +79,43 @@ class Pictures(Output):
         while self._waiting:
             self._finish_first()
         self._pool.shutdown()
-        self._end_video()
 
     def _draw(self, frame: Frame, found: Objects) -> Image.Image:
+        """Draw one image, enlarged where it is small, or a frame in its own size; in any order."""
         assert frame.image is not None
-        boxes = Boxes(found.boxes, found.labels, found.scores)
-        if frame.number is not None:
-            return draw_detections(frame.image, boxes, self.names, long_side=0)
-        picture = draw_detections(frame.image, boxes, self.names)
-        picture.save(self._file(f"{frame.stem}.jpg"), quality=_QUALITY)
-        return picture
+        style = self.choice.drawing
+        return draw_detections(
+            frame.image,
+            Boxes(found.boxes, found.labels, found.scores if style.scores else None),
+            self.names if style.labels else None,
+            long_side=640 if frame.number is None else 0,
+            line_width=style.line_width,
+        )
+
+    def _finish(self, frame: Frame, picture: Image.Image) -> None:
+        """Take what was drawn; in order."""
 
     def _finish_first(self) -> None:
         frame, task = self._waiting.pop(0)
-        picture = task.result()
+        self._finish(frame, task.result())
+
+
+class Pictures(Drawn):
+    """`STEM.jpg` of each image with its objects, and `STEM.mp4` of each video."""
+
+    _video: tuple[str, cv2.VideoWriter] | None = None
+
+    def close(self) -> None:
+        super().close()
+        self._end_video()
+
+    def _draw(self, frame: Frame, found: Objects) -> Image.Image:
+        picture = super()._draw(frame, found)
+        if frame.number is None:
+            picture.save(self._file(f"{frame.stem}.jpg"), quality=_QUALITY)
+        return picture
+
+    def _finish(self, frame: Frame, picture: Image.Image) -> None:
         if frame.number is None:
             return
         if self._video is None or self._video[0] != frame.source.stem:
@@ -111,11 +133,24 @@ class Pictures(Output):
         self._video = None
 
 
+class Frames(Drawn):
+    """`frames/STEM/NUMBER.jpg`: each frame of a video with its objects; images have none."""
+
+    def write(self, frame: Frame, found: Objects) -> None:
+        if frame.number is not None:
+            super().write(frame, found)
+
+    def _draw(self, frame: Frame, found: Objects) -> Image.Image:
+        picture = super()._draw(frame, found)
+        picture.save(self._file("frames", frame.source.stem, f"{frame.number:06d}.jpg"), quality=_QUALITY)
+        return picture
+
+
 class JsonLines(Output):
     """`detections.jsonl`: one line per image, with all its objects."""
 
-    def __init__(self, directory: Path, names: tuple[str, ...], threshold: float) -> None:
-        super().__init__(directory, names, threshold)
+    def __init__(self, choice: Choice, names: tuple[str, ...]) -> None:
+        super().__init__(choice, names)
         self._lines = self._file("detections.jsonl").open("w", encoding="utf-8")
 
     def write(self, frame: Frame, found: Objects) -> None:
@@ -136,8 +171,8 @@ class JsonLines(Output):
 class CocoDataset(Output):
     """`coco.json`: images, categories and annotations with scores, as COCO's tools read them; category 1 is label 1."""
 
-    def __init__(self, directory: Path, names: tuple[str, ...], threshold: float) -> None:
-        super().__init__(directory, names, threshold)
+    def __init__(self, choice: Choice, names: tuple[str, ...]) -> None:
+        super().__init__(choice, names)
         self._file_handle = self._file("coco.json").open("w", encoding="utf-8")
         categories = [{"id": number, "name": name} for number, name in enumerate(names, 1)]
         self._file_handle.write(f'{{"categories": {json.dumps(categories)},\n"annotations": [')
@@ -198,15 +233,16 @@ class Outputs:
 
     FORMATS: ClassVar[dict[str, type[Output]]] = {
         "pictures": Pictures,
+        "frames": Frames,
         "jsonl": JsonLines,
         "coco": CocoDataset,
         "yolo": YoloText,
         "crops": Crops,
     }
 
-    def __init__(self, formats: Sequence[str], directory: Path, names: tuple[str, ...], threshold: float) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._outputs = [self.FORMATS[name](directory, names, threshold) for name in dict.fromkeys(formats)]
+    def __init__(self, choice: Choice, names: tuple[str, ...]) -> None:
+        choice.output.mkdir(parents=True, exist_ok=True)
+        self._outputs = [self.FORMATS[name](choice, names) for name in dict.fromkeys(choice.formats)]
 
     def __enter__(self) -> Outputs:
         return self

@@ -42,16 +42,18 @@ class Boxes:
 def draw_detections(
     image: np.ndarray,
     found: Boxes,
-    class_names: Mapping[int, str] | Sequence[str],
+    class_names: Mapping[int, str] | Sequence[str] | None,
     *,
     score_threshold: float = 0.0,
     long_side: int = 640,
+    line_width: int | None = None,
 ) -> Image.Image:
     """Draw boxes with class names, and scores where there are any, on a copy of `image`.
 
     image        uint8 [H, W, 3], RGB
-    class_names  name of each label: a mapping, or a sequence whose first entry is label 1's
+    class_names  name of each label: a mapping, or a sequence whose first entry is label 1's; None: boxes alone
     long_side    an image smaller than this is enlarged to it; a larger one keeps its size
+    line_width   pixels of the picture; None: by its size
     """
     height, width = image.shape[:2]
     scale = max(1.0, long_side / max(height, width))
@@ -59,7 +61,7 @@ def draw_detections(
         image = cv2.resize(image, (round(width * scale), round(height * scale)), interpolation=cv2.INTER_CUBIC)
     picture = Image.fromarray(np.ascontiguousarray(image)).convert("RGB")
     size = max(picture.size)
-    line = max(3, round(size / 180))
+    line = line_width or max(3, round(size / 180))
     font = label_font(max(14, round(size / 31)))
 
     kept = [
@@ -73,6 +75,8 @@ def draw_detections(
         solid = found.matched is None or bool(found.matched[index])
         box = _inside(found.boxes[index] * scale, picture.size)
         _draw_box(draw, box, class_colour(int(found.labels[index])), max(1, line // 2) if crowd else line, solid)
+    if class_names is None:
+        return picture
     taken: list[_Rectangle] = []
     for index in reversed(kept):
         if found.crowd is not None and found.crowd[index]:

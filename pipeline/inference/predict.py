@@ -43,7 +43,7 @@ def predict_sources(
     _check_targets(sources, choice)
     tally = Tally()
     frames = read_frames(sources, ahead=2 * predictor.batch_size)
-    with Outputs(choice.formats, choice.output, predictor.names, choice.threshold) as outputs:
+    with Outputs(choice, predictor.names) as outputs:
         while batch := list(islice(frames, predictor.batch_size)):
             readable = [frame for frame in batch if frame.image is not None]
             for frame in batch:

@@ -12,9 +12,9 @@ from refinedet.model import RefineDet, RefineDetConfig
 from refinedet.pipeline.config.recipes import resolve_merge, resolve_passes
 from refinedet.pipeline.config.spec import Multiscale
 from refinedet.pipeline.inference.choice import category_names
-from refinedet.pipeline.inference.detect import Found, detect_view, evaluating
+from refinedet.pipeline.inference.detect import Found, detect_view, evaluating, unsuppressed
 from refinedet.pipeline.inference.devices import check_device_name
-from refinedet.pipeline.inference.merging import merge_boxes
+from refinedet.pipeline.inference.merging import merge_boxes, suppress_across_classes
 from refinedet.pipeline.inference.multiscale import detect_in_views
 from refinedet.pipeline.inference.precision import autocast_type
 from refinedet.pipeline.runs.errors import UserError
@@ -24,12 +24,13 @@ from refinedet.pipeline.runs.errors import UserError
 class Predictor:
     """A detector, and how it is run.
 
-    model       in evaluation mode, on its device
-    names       of the categories, of label 1 first
-    batch_size  views that the device holds at once
-    autocast    bf16 or fp16; None: fp32
-    multiscale  views of each image and their merging; None: one view at the model's input size
-    selection   thresholds and limits of one view's detections; None: the model's
+    model           in evaluation mode, on its device
+    names           of the categories, of label 1 first
+    batch_size      views that the device holds at once
+    autocast        bf16 or fp16; None: fp32
+    multiscale      views of each image and their merging; None: one view at the model's input size
+    selection       thresholds and limits of one view's detections; None: the model's
+    class_agnostic  of one view, boxes of all classes suppress each other
     """
 
     model: RefineDet
@@ -38,6 +39,7 @@ class Predictor:
     autocast: torch.dtype | None = None
     multiscale: Multiscale | None = None
     selection: RefineDetConfig | None = None
+    class_agnostic: bool = False
 
     @classmethod
     def load(
@@ -68,10 +70,13 @@ class Predictor:
             multiscale,
         )
 
-    def selecting(self, **limits: float | None) -> Predictor:
+    def selecting(self, *, class_agnostic: bool = False, **limits: float | None) -> Predictor:
         """The same with other limits of one view, as nms_iou or max_detections; None leaves the model's."""
         given = {name: value for name, value in limits.items() if value is not None}
-        return replace(self, selection=replace(self.model.config, **given)) if given else self  # type: ignore[arg-type]
+        if not given and not class_agnostic:
+            return self
+        selection = replace(self.model.config, **given)  # type: ignore[arg-type]
+        return replace(self, selection=selection, class_agnostic=class_agnostic)
 
     def predict(self, images: Iterable[np.ndarray]) -> Iterator[Found]:
         """Detections of each image, uint8 [H, W, 3] in RGB of any size, in order; `batch_size` images are held."""
@@ -85,8 +90,13 @@ class Predictor:
     def _detect(self, images: Sequence[np.ndarray]) -> Found:
         config = self.model.config
         if self.multiscale is None:
-            size = (config.input_size, config.input_size)
-            return detect_view(self.model, images, size, config=self.selection or config, autocast=self.autocast)
+            size, chosen = (config.input_size, config.input_size), self.selection or config
+            first = unsuppressed(chosen) if self.class_agnostic else chosen
+            found = detect_view(self.model, images, size, config=first, autocast=self.autocast)
+            if not self.class_agnostic:
+                return found
+            limits = {"iou": chosen.nms_iou, "max_detections": chosen.max_detections}
+            return found.select(suppress_across_classes(found.boxes, found.scores, found.image, **limits))
         num_views = sum(1 + one.flip for one in resolve_passes(self.multiscale, config))
         found = detect_in_views(self.model, images, self.multiscale, self.autocast)
         rule = resolve_merge(self.multiscale)

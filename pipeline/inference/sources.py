@@ -20,6 +20,8 @@ from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
 VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
+STREAM_SCHEMES = ("rtmp://", "rtsp://", "rtsps://")
+STREAM_SUFFIXES = (".m3u8", ".mjpeg", ".mjpg")  # at http
 STANDARD_INPUT = "-"
 
 
@@ -40,7 +42,7 @@ class Source:
 
     @property
     def is_video(self) -> bool:
-        return self.path.lower().endswith(VIDEO_SUFFIXES)
+        return _is_video(self.path)
 
 
 @dataclass(frozen=True)
@@ -151,6 +153,8 @@ def _lines(name: str) -> list[str]:
 
 def _expand(name: str) -> list[tuple[str, str]]:
     """Path and name below its directory of all that `name` stands for."""
+    if name.lower().startswith(STREAM_SCHEMES):
+        return [(name, os.path.basename(name.partition("?")[0].rstrip("/")))]
     if storage.is_local(name):
         if os.path.isdir(name):
             return _below(name)
@@ -188,8 +192,16 @@ def _unique(stem: str, taken: set[str]) -> str:
     return stem
 
 
+def _is_video(path: str) -> bool:
+    """Recognise a video or stream, which OpenCV reads; a URL may have a query after its name."""
+    if "://" not in path:
+        return path.lower().endswith(VIDEO_SUFFIXES)
+    name = path.lower().partition("?")[0]
+    return name.startswith(STREAM_SCHEMES) or name.endswith((*VIDEO_SUFFIXES, *STREAM_SUFFIXES))
+
+
 def _count(path: str, every: int) -> int:
-    if not path.lower().endswith(VIDEO_SUFFIXES):
+    if not _is_video(path) or path.lower().startswith(STREAM_SCHEMES):  # a stream is opened once, and has no count
         return 1
     video = cv2.VideoCapture(path)
     try:

@@ -30,6 +30,8 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["predict", "whole", "photo.png", "--threshold", "nan"], "--threshold"),
     (["predict", "whole", "photo.png", "--batch-size", "0"], "--batch-size"),
     (["predict", "whole", "photo.png", "--size", "64", "--nms-iou", "0.5"], "--size"),
+    (["predict", "whole", "photo.png", "--size", "64", "--class-agnostic"], "--class-agnostic"),
+    (["predict", "whole", "photo.png", "--line-width", "0"], "--line-width"),
     (["data", "show", "quickstart", "--count", "0"], "--count"),
     (["render", "kuberay"], "JOB"),
     # The job spec.
@@ -91,6 +93,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["predict", "whole", "empty"], "empty"),
     (["predict", "whole", "photo.png", "--output", "photo.png"], "photo.png"),
     (["predict", "whole", "photo.png", "--format", "xml"], "xml"),
+    (["predict", "whole", "photo.png", "--format", "frames"], "no source is one"),
     (["predict", "whole", "photo.png", "--precision", "int8"], "int8"),
     (["predict", "whole", "photo.png", "--device", "gpu"], "gpu"),
     (["predict", "whole", "photo.png", "--output", "photo.png/out"], "photo.png"),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from refinedet.pipeline.config.spec import MergeMethod, MergeRule
 from refinedet.pipeline.config.spec_files import load_spec
-from refinedet.pipeline.inference.merging import merge_boxes
+from refinedet.pipeline.inference.merging import merge_boxes, suppress_across_classes
 from torch import Tensor
 
 METHODS = get_args(MergeMethod)
@@ -70,3 +70,11 @@ def test_a_job_spec_may_name_it(method: MergeMethod) -> None:
     spec = load_spec("quickstart", [f"multiscale.merge.method={method}"])
     assert spec.multiscale is not None
     assert spec.multiscale.merge == MergeRule(method=method)
+
+
+def test_suppression_across_classes_is_nms_with_one_label() -> None:
+    boxes, scores, labels, image = found(seed=3)
+    kept = suppress_across_classes(boxes, scores, image, iou=0.45, max_detections=5)
+    expected = merge_boxes(MergeRule(max_detections=5), boxes, scores, torch.ones_like(labels), image)
+    torch.testing.assert_close((boxes[kept], scores[kept], image[kept]), (*expected[:2], expected[3]))
+    assert len(set(labels[kept].tolist())) == 3

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 import torch
 from pycocotools.coco import COCO
-from refinedet.pipeline.inference.choice import Choice
+from refinedet.pipeline.inference.choice import Choice, Drawing
 from refinedet.pipeline.inference.detect import Found
 from refinedet.pipeline.inference.outputs import Outputs
-from refinedet.pipeline.inference.predict import predict_sources
+from refinedet.pipeline.inference.predict import Tally, predict_sources
 from refinedet.pipeline.inference.sources import find_sources
 from refinedet.pipeline.runs.errors import UserError
 
@@ -113,12 +113,18 @@ def test_a_bad_image_is_passed_over_in_every_format(photos: Path, tmp_path: Path
     assert len(COCO(str(tmp_path / "out" / "coco.json")).getImgIds()) == 2
 
 
-def test_a_video_becomes_a_video(tmp_path: Path) -> None:
+@pytest.fixture
+def clip(tmp_path: Path) -> Path:
+    """21 white frames of 64 x 48, ten a second."""
     writer = cv2.VideoWriter(str(tmp_path / "clip.mp4"), cv2.VideoWriter.fourcc(*"mp4v"), 10.0, (64, 48))
     for _ in range(21):
         writer.write(np.full((48, 64, 3), 255, np.uint8))
     writer.release()
-    tally, _ = predict(tmp_path / "clip.mp4", tmp_path / "out", formats=("pictures", "jsonl", "yolo"))
+    return tmp_path / "clip.mp4"
+
+
+def test_a_video_becomes_a_video(clip: Path, tmp_path: Path) -> None:
+    tally, _ = predict(clip, tmp_path / "out", formats=("pictures", "jsonl", "yolo"))
     assert tally.images == 21
     video = cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4"))
     assert video.get(cv2.CAP_PROP_FRAME_COUNT) == 21
@@ -128,6 +134,50 @@ def test_a_video_becomes_a_video(tmp_path: Path) -> None:
     assert drawn.shape == (48, 64, 3)
     assert drawn.min() < 200, "boxes are drawn on the white frame"
     assert len(list((tmp_path / "out" / "labels").iterdir())) == 21
+
+
+def test_the_frames_of_a_video_become_pictures(clip: Path, photos: Path, tmp_path: Path) -> None:
+    sources = find_sources([str(clip), str(photos)], leave_out="/nowhere", every=10)
+    choice = Choice(tmp_path / "out", formats=("frames",))
+    assert predict_sources(KnownDetector(), sources, choice).images == 6  # pyright: ignore[reportArgumentType]
+    files = sorted(path for path in (tmp_path / "out").rglob("*") if path.is_file())
+    assert [str(path.relative_to(tmp_path / "out")) for path in files] == [
+        f"frames/clip/{number:06d}.jpg" for number in (0, 10, 20)
+    ]
+    drawn = cv2.imread(str(files[1]))
+    assert drawn is not None
+    assert drawn.shape == (48, 64, 3)
+    assert drawn.min() < 200, "boxes are drawn on the white frame"
+
+
+def test_names_scores_and_lines_are_drawn_as_chosen(clip: Path, tmp_path: Path) -> None:
+    def inked(name: str, **drawing) -> int:
+        sources = find_sources([str(clip)], leave_out="/nowhere", every=100)
+        choice = Choice(tmp_path / name, formats=("frames",), drawing=Drawing(**drawing))
+        predict_sources(KnownDetector(), sources, choice)  # pyright: ignore[reportArgumentType]
+        picture = cv2.imread(str(tmp_path / name / "frames" / "clip" / "000000.jpg"))
+        assert picture is not None
+        return int((picture.min(2) < 200).sum())
+
+    whole, names, boxes, thin = (
+        inked("whole"), inked("names", scores=False), inked("boxes", labels=False),
+        inked("thin", labels=False, line_width=1),
+    )  # fmt: skip
+    assert whole > names > boxes > thin > 0
+
+
+def test_what_was_detected_before_an_interrupt_is_in_whole_files(clip: Path, tmp_path: Path) -> None:
+    def interrupt(tally: Tally) -> None:
+        if tally.images == 6:
+            raise KeyboardInterrupt
+
+    sources = find_sources([str(clip)], leave_out="/nowhere")
+    choice = Choice(tmp_path / "out", formats=EVERY_FORMAT)
+    with pytest.raises(KeyboardInterrupt):
+        predict_sources(KnownDetector(), sources, choice, on_progress=interrupt)  # pyright: ignore[reportArgumentType]
+    assert cv2.VideoCapture(str(tmp_path / "out" / "clip.mp4")).get(cv2.CAP_PROP_FRAME_COUNT) == 6
+    assert len(list((tmp_path / "out" / "frames" / "clip").iterdir())) == 6
+    assert len(COCO(str(tmp_path / "out" / "coco.json")).getImgIds()) == 6
 
 
 def test_a_picture_never_replaces_a_source(photos: Path) -> None:

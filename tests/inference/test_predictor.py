@@ -136,6 +136,26 @@ def test_limits_of_the_selection_can_be_set(run: Path) -> None:
     assert len(apart.scores) > len(whole.scores), "nothing is suppressed"
 
 
+def test_boxes_of_all_classes_suppress_each_other_where_wanted(run: Path) -> None:
+    predictor = Predictor.load(str(run), device="cpu", precision="fp32").selecting(nms_iou=0.3, max_detections=50)
+    agnostic = predictor.selecting(nms_iou=0.3, class_agnostic=True, max_detections=50)
+    by_class = list(predictor.predict(photos()))
+    over_all = list(agnostic.predict(photos()))
+    assert any(highest_overlap(found.boxes) > 0.3 for found in by_class), "of different classes"
+    for one, other in zip(by_class, over_all, strict=True):
+        assert highest_overlap(other.boxes) <= 0.3
+        assert 0 < len(other.scores) <= 50
+        assert other.scores.max() == one.scores.max()
+    assert {1, 2} == {int(label) for found in over_all for label in found.labels}
+
+
+def highest_overlap(boxes: torch.Tensor) -> float:
+    low, high = torch.maximum(boxes[:, None, :2], boxes[:, :2]), torch.minimum(boxes[:, None, 2:], boxes[:, 2:])
+    shared = (high - low).clamp(min=0).prod(2)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return float((shared / (area[:, None] + area - shared)).fill_diagonal_(0).max())
+
+
 @pytest.mark.filterwarnings("error")
 def test_views_of_arrays_are_images_too(run: Path) -> None:
     predictor = Predictor.load(str(run), device="cpu", precision="fp32")

@@ -164,3 +164,20 @@ def test_a_url_is_fetched(server: str) -> None:
     (absent,) = read_frames(find_sources([f"{server}/absent.jpg"], leave_out="/nowhere"), ahead=1)
     assert absent.image is None
     assert absent.fault == "does not exist"
+
+
+def test_a_video_at_a_url_is_its_frames(server: str, photos: Path) -> None:
+    writer = cv2.VideoWriter(str(photos / "clip.avi"), cv2.VideoWriter.fourcc(*"MJPG"), 12.0, (64, 48))
+    for number in range(20):
+        writer.write(np.full((48, 64, 3), 10 * number, np.uint8))
+    writer.release()
+    (source,) = find_sources([f"{server}/clip.avi?token=1"], leave_out="/nowhere")
+    frames = list(read_frames([source], ahead=2))
+    assert (source.stem, [frame.number for frame in frames]) == ("clip", list(range(20)))
+
+
+def test_a_stream_is_a_video_and_one_that_does_not_answer_has_a_reason() -> None:
+    (source,) = find_sources(["rtsp://127.0.0.1:1/camera"], leave_out="/nowhere")
+    assert (source.is_video, source.stem, source.count) == (True, "camera", 1)
+    (frame,) = read_frames([source], ahead=1)
+    assert frame.fault == "no frame of the video can be decoded"
