@@ -85,7 +85,7 @@ def predict(
     if set(formats) == {"frames"} and not any(source.is_video for source in found):
         raise UserError("--format frames draws the frames of videos, and no source is one; use --format pictures.")
     from refinedet.pipeline.config.spec import Multiscale, Pass
-    from refinedet.pipeline.inference.choice import Choice, Drawing, check_choice
+    from refinedet.pipeline.inference.choice import BoxStyle, Choice, check_choice
 
     multiscale = Multiscale(passes=tuple(Pass(size=one) for one in size)) if size else None
     check_choice(weights, category or (), multiscale)
@@ -98,7 +98,7 @@ def predict(
         batch_size=batch_size,
         multiscale=multiscale,
     ).selecting(nms_iou=nms_iou, max_detections=max_detections, class_agnostic=class_agnostic)
-    drawing = Drawing(labels=not no_labels, scores=not no_scores, line_width=line_width)
+    drawing = BoxStyle(labels=not no_labels, scores=not no_scores, line_width=line_width)
     _predict(predictor, found, Choice(output, formats, threshold, category or (), drawing))
 
 

@@ -16,7 +16,7 @@ from refinedet.pipeline.runs.errors import UserError
 
 
 @dataclass(frozen=True)
-class Drawing:
+class BoxStyle:
     """Style of the boxes in pictures.
 
     labels      names and scores beside the boxes
@@ -44,7 +44,7 @@ class Choice:
     formats: Sequence[str] = ("pictures", "jsonl")
     threshold: float = 0.3
     categories: Sequence[str] = ()
-    drawing: Drawing = Drawing()
+    drawing: BoxStyle = BoxStyle()
 
 
 def category_names(config: RefineDetConfig, names: Sequence[str]) -> tuple[str, ...]:

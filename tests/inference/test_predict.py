@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from pycocotools.coco import COCO
-from refinedet.pipeline.inference.choice import Choice, Drawing
+from refinedet.pipeline.inference.choice import BoxStyle, Choice
 from refinedet.pipeline.inference.detect import Found
 from refinedet.pipeline.inference.outputs import Outputs
 from refinedet.pipeline.inference.predict import Tally, predict_sources
@@ -153,7 +153,7 @@ def test_the_frames_of_a_video_become_pictures(clip: Path, photos: Path, tmp_pat
 def test_names_scores_and_lines_are_drawn_as_chosen(clip: Path, tmp_path: Path) -> None:
     def inked(name: str, **drawing) -> int:
         sources = find_sources([str(clip)], leave_out="/nowhere", every=100)
-        choice = Choice(tmp_path / name, formats=("frames",), drawing=Drawing(**drawing))
+        choice = Choice(tmp_path / name, formats=("frames",), drawing=BoxStyle(**drawing))
         predict_sources(KnownDetector(), sources, choice)  # pyright: ignore[reportArgumentType]
         picture = cv2.imread(str(tmp_path / name / "frames" / "clip" / "000000.jpg"))
         assert picture is not None
