@@ -66,7 +66,6 @@ class Flaky(MemoryFileSystem):
     """A store whose every second call fails."""
 
     protocol = "flaky"
-    cachable = False
     calls = 0
 
     def _answer(self) -> None:
