@@ -188,6 +188,27 @@ def test_filtered_negatives_are_not_mined(build, batch):
     assert other.adm_class.item() == losses.adm_class.item()
 
 
+def test_an_anchor_without_a_row_is_mined_after_those_that_have_one(build, batch):
+    """Without the easiest negatives, none of which was mined, the loss is as before."""
+    model = build(theta=1.0)
+    images, targets = batch
+    whole = model(images, targets)
+    labels = whole.matches.labels.flatten()[whole.index]
+    entropy = torch.nn.functional.cross_entropy(whole.adm_class, labels.clamp(min=0), reduction="none").detach()
+    kept = labels > 0
+    per_image = whole.matches.labels.shape[1]
+    for image in range(3):
+        own = (labels == 0) & (whole.index // per_image == image)
+        mined = 3 * int((whole.matches.labels[image] > 0).sum())
+        hardest = entropy.masked_fill(~own, -torch.inf).topk(min(mined, int(own.sum()))).indices
+        kept[hardest] = True
+    assert 0 < kept.sum() < len(kept)
+    rows = {name: getattr(whole, name)[kept] for name in ("index", "adm_class", "adm_box", "row_boxes")}
+    assert model.config.negatives_per_positive == 3
+    expected = detection_loss(whole, targets, model.config).adm_class
+    torch.testing.assert_close(detection_loss(replace(whole, **rows), targets, model.config).adm_class, expected)
+
+
 def test_adm_loss_gives_the_arm_no_gradient(build, batch):
     model = build()
     images, targets = batch
