@@ -5,8 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, replace
 
+import pytest
 import torch
+from refinedet.model.ops import library
 from torch import Tensor
+
+needs_library = pytest.mark.skipif(not library.describe_library().loaded, reason=library.describe_library().reason)
 
 
 @dataclass(frozen=True)
