@@ -39,7 +39,7 @@ def predict(
         list[str],
         typer.Argument(
             metavar="SOURCE...",
-            help="images, videos, directories, patterns, URLs, .txt lists; - reads names from standard input",
+            help="images, videos, directories, patterns, URLs, .txt lists; - reads names from standard input; screen",
         ),
     ],
     output: Annotated[Path, typer.Option(help="directory for the files")] = Path("predictions"),
@@ -67,6 +67,7 @@ def predict(
     line_width: Annotated[
         int | None, typer.Option(min=1, metavar="PIXELS", help="of drawn boxes; default: by the picture's size")
     ] = None,
+    show: Annotated[bool, typer.Option("--show", help="open the output directory in the desktop's viewer")] = False,
 ) -> None:
     """Detect objects in images and videos.
 
@@ -100,6 +101,8 @@ def predict(
     ).selecting(nms_iou=nms_iou, max_detections=max_detections, class_agnostic=class_agnostic)
     drawing = BoxStyle(labels=not no_labels, scores=not no_scores, line_width=line_width)
     _predict(predictor, found, Choice(output, formats, threshold, category or (), drawing))
+    if show and typer.launch(str(output)):
+        raise JobError(f"No viewer could be opened; the files are in {output}.")
 
 
 def _check_prediction(formats: Sequence[str], precision: str, device: str | None, output: Path) -> None:
@@ -200,6 +203,12 @@ def evaluate(
     max_detections: Annotated[
         list[int] | None, typer.Option(help="detections of a category in an image that count; may be repeated")
     ] = None,
+    category: Annotated[
+        list[str] | None, typer.Option(help="of files: measure only this category; may be repeated")
+    ] = None,
+    single_class: Annotated[
+        bool, typer.Option("--single-class", help="of files: take all categories as one, to measure only the boxes")
+    ] = False,
     diagnose: Annotated[
         bool, typer.Option("--diagnose", help="of files: also what the errors are; a run has it in metrics.json")
     ] = False,
@@ -214,6 +223,11 @@ def evaluate(
     Example: refinedet evaluate --detections found.json --annotations instances_val2017.json
     """
     _check_writable(json_file)
+    if run and (category or single_class):
+        raise UserError(
+            "--category and --single-class measure files; give RUN/detections/single.json as --detections and "
+            "RUN/ground_truth.json as --annotations."
+        )
     if run and not (detections or annotations):
         settings = {"metric": metric, "ious": iou, "max_detections": max_detections}
         changes = [*(overrides or ()), *(f"evaluation.{name}={value}" for name, value in settings.items() if value)]
@@ -228,6 +242,10 @@ def evaluate(
 
         protocol = make_protocol(metric or "coco", ious=iou, max_detections=max_detections)
         truth, table = file_evaluation.read_files(detections, annotations)
+        if category:
+            truth, table = file_evaluation.choose_categories(truth, table, category)
+        if single_class:
+            truth, table = file_evaluation.merge_categories(truth, table)
         metrics = measure(protocol, truth, table)
         diagnosis = file_evaluation.diagnose_files(truth, table) if diagnose else None
         _print_metrics(metrics, json_file, diagnosis)

@@ -1,4 +1,4 @@
-"""Images to detect in, from what people name: files, directories, patterns, lists, videos, URLs, standard input."""
+"""Images to detect in, from what people name: files, directories, patterns, lists, videos, URLs, the screen."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from itertools import islice
 
 import cv2
 import numpy as np
+from PIL import ImageGrab
 from refinedet.pipeline.data.image_files import list_sizes
 from refinedet.pipeline.data.images import SUFFIXES, decode_image
 from refinedet.pipeline.runs import storage
@@ -23,6 +24,7 @@ VIDEO_SUFFIXES = (".avi", ".m4v", ".mkv", ".mov", ".mp4", ".webm")
 STREAM_SCHEMES = ("rtmp://", "rtsp://", "rtsps://")
 STREAM_SUFFIXES = (".m3u8", ".mjpeg", ".mjpg")  # at http
 STANDARD_INPUT = "-"
+SCREEN = "screen"
 
 
 @dataclass(frozen=True)
@@ -75,7 +77,7 @@ def find_sources(names: Sequence[str], *, leave_out: str, every: int = 1) -> lis
     """Expand names, in their order.
 
     names      files, directories (all images and videos below), patterns (`photos/**/*.jpg`), URLs, text files with one
-               name per line, "-" for names from standard input
+               name per line, "-" for names from standard input, "screen" for a picture of it (./screen is a file)
     leave_out  directory whose files are not read: the output's
     every      of videos, read one frame in so many
     Raises UserError for a name that stands for nothing; what a list names is looked up only when it is read.
@@ -114,6 +116,8 @@ def _begin(pool: ThreadPoolExecutor, source: Source):
 
 def _read_image(source: Source) -> Frame:
     try:
+        if source.path == SCREEN:
+            return Frame(source, np.asarray(ImageGrab.grab().convert("RGB")))
         image, fault = decode_image(storage.read_bytes(source.path))
     except FileNotFoundError:
         image, fault = None, "does not exist"
@@ -153,6 +157,8 @@ def _lines(name: str) -> list[str]:
 
 def _expand(name: str) -> list[tuple[str, str]]:
     """Path and name below its directory of all that `name` stands for."""
+    if name == SCREEN:
+        return [(name, name)]
     if name.lower().startswith(STREAM_SCHEMES):
         return [(name, os.path.basename(name.partition("?")[0].rstrip("/")))]
     if storage.is_local(name):

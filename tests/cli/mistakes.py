@@ -32,6 +32,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["predict", "whole", "photo.png", "--size", "64", "--nms-iou", "0.5"], "--size"),
     (["predict", "whole", "photo.png", "--size", "64", "--class-agnostic"], "--class-agnostic"),
     (["predict", "whole", "photo.png", "--line-width", "0"], "--line-width"),
+    (["evaluate", "whole", "--single-class"], "--single-class"),
     (["data", "show", "quickstart", "--count", "0"], "--count"),
     (["render", "kuberay"], "JOB"),
     # The job spec.

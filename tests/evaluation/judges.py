@@ -14,17 +14,18 @@ METRIC_NAMES = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100
 
 
 def judge_by_pycocotools(
-    ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, keep: bool = True
+    ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, keep: bool = True, **params: Any
 ) -> dict[str, float]:
     """The twelve numbers by pycocotools; `rows` must not be empty.
 
     pycocotools writes into its inputs: they are copied first, unless `keep` is false.
+    params  of its `Params`, as in catIds=[1, 3]
     """
-    return _named(evaluate_by_pycocotools(ground_truth, rows, keep=keep).stats)
+    return _named(evaluate_by_pycocotools(ground_truth, rows, keep=keep, **params).stats)
 
 
 def evaluate_by_pycocotools(
-    ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, keep: bool = True
+    ground_truth: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], *, keep: bool = True, **params: Any
 ) -> Any:
     """pycocotools' evaluation: `stats`, and `eval` with precision [T, R, K, A, M] and recall [T, K, A, M]."""
     from pycocotools.coco import COCO
@@ -38,6 +39,8 @@ def evaluate_by_pycocotools(
         truth.createIndex()
         results = truth.loadRes(list(rows))  # pyright: ignore[reportArgumentType]
         evaluation = COCOeval(truth, results, "bbox")
+        for name, value in params.items():
+            setattr(evaluation.params, name, value)
         evaluation.evaluate()
         evaluation.accumulate()
         evaluation.summarize()

@@ -5,12 +5,13 @@ from __future__ import annotations
 import itertools
 import json
 import zipfile
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from jsonschema import validate
 from refinedet.pipeline.cli.main import app
-from refinedet.pipeline.evaluation.file_evaluation import read_files
+from refinedet.pipeline.evaluation.file_evaluation import choose_categories, merge_categories, read_files
 from refinedet.pipeline.evaluation.metrics import evaluate, make_protocol
 from refinedet.pipeline.evaluation.server_files import ROW_SCHEMA, write_submission
 from refinedet.pipeline.inference.detections import DetectionTable
@@ -74,6 +75,50 @@ def test_the_command_prints_the_numbers_and_writes_classes_sizes_and_curves(file
     for arguments in (["evaluate"], ["evaluate", "run", "--detections", detections], ["evaluate", "--detections", "a"]):
         with pytest.raises(UserError, match="takes either a run's directory, or --detections"):
             CliRunner().invoke(app, arguments, catch_exceptions=False)
+
+
+def run_evaluate(*arguments: str) -> list[str]:
+    done = CliRunner().invoke(app, ["evaluate", *arguments], catch_exceptions=False)
+    assert done.exit_code == 0
+    return done.output.split()
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_chosen_and_merged_categories_give_pycocotools_numbers(tmp_path, seed):
+    truth, rows = random_truth(seed, images=12, categories=6, detections=60)
+    files = {"--annotations": truth, "--detections": rows}
+    arguments = []
+    for option, content in files.items():
+        (tmp_path / f"{option[2:]}.json").write_text(json.dumps(content))
+        arguments += [option, str(tmp_path / f"{option[2:]}.json")]
+    by_id = {category["id"]: category["name"] for category in truth["categories"]}
+    ids = sorted(by_id)[1:6:2]
+    chosen = [word for one in reversed(ids) for word in ("--category", by_id[one])]
+    cases = (
+        (chosen, {"catIds": ids}),
+        (["--single-class"], {"useCats": 0}),
+        ([*chosen, "--single-class"], {"catIds": ids, "useCats": 0}),
+    )
+    numbers = set()
+    for options, params in cases:
+        judged = judge_by_pycocotools(truth, rows, **params)
+        shown = [(name, "-" if value < 0 else f"{value:.6f}") for name, value in judged.items()]
+        assert run_evaluate(*arguments, *options) == [word for pair in shown for word in pair]
+        numbers.add(judged["AP"])
+    assert len(numbers) == 3  # else the options do nothing
+
+
+def test_categories_that_cannot_be_chosen_are_refused(files):
+    detections, annotations = files
+    arguments = ["--detections", detections, "--annotations", annotations]
+    with pytest.raises(UserError, match="no category 'unicorn'; they have"):
+        run_evaluate(*arguments, "--category", "unicorn")
+    with pytest.raises(UserError, match=r"measure files; give RUN/detections/single\.json"):
+        run_evaluate("runs/quickstart", "--single-class")
+    truth, table = read_files(detections, annotations)
+    for change in (lambda *both: choose_categories(*both, truth.names[:1]), merge_categories):
+        with pytest.raises(UserError, match="measure all of them"):
+            change(replace(truth, federated=True), table)
 
 
 def written_as(form: str, truth: dict[str, Any], rows: list[dict[str, Any]]) -> str:

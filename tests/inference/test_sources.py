@@ -5,6 +5,9 @@ from __future__ import annotations
 import functools
 import http.server
 import io
+import os
+import shutil
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -181,3 +184,29 @@ def test_a_stream_is_a_video_and_one_that_does_not_answer_has_a_reason() -> None
     assert (source.is_video, source.stem, source.count) == (True, "camera", 1)
     (frame,) = read_frames([source], ahead=1)
     assert frame.fault == "no frame of the video can be decoded"
+
+
+def test_a_screen_that_is_not_there_has_a_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))  # where Pillow looks for programs that take pictures
+    (frame,) = read_frames(find_sources(["screen"], leave_out="/nowhere"), ahead=1)
+    assert frame.image is None
+    assert frame.fault
+
+
+@pytest.mark.skipif(not shutil.which("Xvfb"), reason="needs Xvfb, a display without a monitor")
+def test_the_screen_is_an_image(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    with subprocess.Popen(
+        ["Xvfb", "-displayfd", str(writing), "-screen", "0", "320x240x24"],
+        pass_fds=[writing],
+        stderr=subprocess.DEVNULL,
+    ) as display:
+        monkeypatch.setenv("DISPLAY", f":{os.read(reading, 20).decode().strip()}")
+        monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+        (frame,) = read_frames(find_sources(["screen"], leave_out="/nowhere"), ahead=1)
+        display.terminate()
+    assert frame.image is not None, frame.fault
+    assert frame.image.shape == (240, 320, 3)
+    assert frame.image.max() == 0  # an empty desktop
