@@ -41,14 +41,14 @@ class RefineDet(nn.Module):
     images   [B, 3, H, W]  RGB, 0..255, uint8 or float; H and W are multiples of `config.coarsest_stride`
     targets  `Targets` of each image, or torchvision's dicts: boxes [G, 4] xyxy pixels, labels [G] from 1 on
 
-    All return `Predictions`, from which `detection_loss` and `select_batch` start:
+    Four ways to call it; each returns `Predictions`, from which `detection_loss` and `select_batch` start:
 
     model(images, targets)       rows that the loss can use: positives, and negatives that survive the filter
     model(images)                the anchors that survive the filter
     model(images, dense=True)    every anchor, so that all shapes are known beforehand, as torch.compile and exports
                                  need; loss and detections are the same
-    model(images, capacity=n)    the n anchors that the ARM trusts most, or empty rows: all shapes are known beforehand
-                                 and the host never waits, as CUDA graphs need
+    model(images, capacity=n)    the n anchors that the ARM trusts most; fewer survivors leave empty rows. All shapes
+                                 are known beforehand and the host never waits, as CUDA graphs need
     """
 
     mean: Tensor
@@ -128,10 +128,10 @@ class RefineDet(nn.Module):
             if self.config.cascade:
                 refined = decode_boxes(arm_box.detach(), anchors)
 
-        # Rows: the anchors that the ADM computes; None: every anchor.
-        chosen = _Chosen(None)
+        # Rows: the anchors that the ADM computes.
+        chosen = _EVERY_ANCHOR
         if capacity is not None and arm_class is not None:
-            chosen = _Chosen(self._choose_capacity(images, arm_class, capacity), only_survivors=True)
+            chosen = self._choose_capacity(images, arm_class, capacity)
         elif targets is not None and not dense:
             chosen = self._choose_trained(images, arm_class, refined, targets)
         elif not dense:
@@ -142,8 +142,8 @@ class RefineDet(nn.Module):
             row_boxes = row_boxes[rows.anchor.clamp(max=len(row_boxes) - 1)]
 
         # ADM: classes, and a second regression from the refined boxes.
-        order = self._dense_order(images) if rows is None else None
-        adm_box, adm_class = self.adm(transferred, row_boxes, rows, order)
+        row_order = self._dense_order(images) if rows is None else None
+        adm_box, adm_class = self.adm(transferred, row_boxes, rows, row_order)
         return Predictions(
             anchors=anchors,
             refined=refined,
@@ -155,7 +155,7 @@ class RefineDet(nn.Module):
             row_boxes=row_boxes,
             matches=chosen.matches,
             level_anchors=count_anchors(images.shape[-2], images.shape[-1], self.config.strides),
-            filtered=chosen.only_survivors,
+            filtered=chosen.filtered,
             padded=capacity is not None,
         )
 
@@ -256,9 +256,9 @@ class RefineDet(nn.Module):
         """The rows of the anchors that survive the filter; every anchor where the config does not filter here."""
         survivors = self._survivors(arm_class)
         if survivors is None or self.config.filter_negatives == "training":
-            return _Chosen(None)
+            return _EVERY_ANCHOR
         rows, any_survive = self._locate(images, survivors)
-        return _Chosen(rows, only_survivors=any_survive)  # else the one row is there for its gradient, and no survivor
+        return _Chosen(rows, filtered=any_survive)  # else the one row is there for its gradient, and no survivor
 
     def _survivors(self, arm_class: Tensor | None) -> Tensor | None:
         """[B, A] bool; None: all."""
@@ -271,25 +271,28 @@ class RefineDet(nn.Module):
 
         There is at least one row in any case, so that every parameter always has a gradient.
         """
-        order = self._order_rows(images)  # its last entry is that of an empty row
-        place = chosen.flatten()[order[:-1]].nonzero().squeeze(1)
+        row_order = self._order_rows(images)  # its last entry is that of an empty row
+        place = chosen.flatten()[row_order[:-1]].nonzero().squeeze(1)
         any_chosen = len(place) > 0
         place = place if any_chosen else place.new_zeros(1)
-        return Rows(place, order[place]), any_chosen
+        return Rows(place, row_order[place]), any_chosen
 
     @torch.no_grad()
-    def _choose_capacity(self, images: Tensor, arm_class: Tensor, capacity: int) -> Rows:
-        """The anchors that the ARM trusts most, with empty rows for those that it filters."""
-        order, config = self._order_rows(images), self.config
-        trust = (arm_class[..., 1].float() - arm_class[..., 0].float()).sigmoid().flatten()[order[:-1]]
+    def _choose_capacity(self, images: Tensor, arm_class: Tensor, capacity: int) -> _Chosen:
+        """The rows of the anchors that the ARM trusts most, with empty rows for those that it filters."""
+        row_order, config = self._order_rows(images), self.config
+        trust = (arm_class[..., 1].float() - arm_class[..., 0].float()).sigmoid().flatten()[row_order[:-1]]
         filters = config.theta < 1.0 and config.filter_negatives == "always"
         place = top_rows(trust, capacity, 1.0 - config.theta if filters else 0.0)
-        return Rows(place, order[place])
+        return _Chosen(Rows(place, row_order[place]), filtered=filters)
 
 
 class _Chosen(NamedTuple):
-    """Rows of the ADM (None: every anchor), the matches that chose them, and whether all of them are survivors."""
+    """Rows of the ADM (None: every anchor), the matches that chose them, and `Predictions.filtered`."""
 
     rows: Rows | None
     matches: Matches | None = None
-    only_survivors: bool = False
+    filtered: bool = False
+
+
+_EVERY_ANCHOR = _Chosen(None)

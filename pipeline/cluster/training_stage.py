@@ -197,7 +197,7 @@ class _Training:
                 name="ray-train",
                 storage_path=self.run.file("logs") if local else None,
                 failure_config=FailureConfig(max_failures=cluster.max_failures, max_preemption_failures=-1),
-                callbacks=[_Restarts(self.mailbox.actor, cluster.max_failures)],
+                callbacks=[_RestartReports(self.mailbox.actor, cluster.max_failures)],
             ),
         )
 
@@ -227,8 +227,8 @@ def train_worker(config: dict[str, WorkerTask]) -> TrainResult | PreflightReport
     return run_worker(config["task"])
 
 
-class _Restarts(UserCallback):
-    """Report to the driver why workers restart; Ray Train calls it in its controller."""
+class _RestartReports(UserCallback):
+    """Report to the driver why workers restart. Ray Train restarts them, by `FailureConfig`, and calls this first."""
 
     def __init__(self, mailbox: Any, allowed: int) -> None:
         self._mailbox, self._allowed, self._failures = mailbox, allowed, 0

@@ -172,7 +172,7 @@ TRANSFORMS: dict[str, Callable[[ViewPlan, np.random.Generator], ViewPlan]] = {
     "mirror": Mirror(),
 }
 """in the order in which they are applied"""
-assert TRANSFORMS.keys() == Augmentation.model_fields.keys(), "Augmentation of config/spec.py must have these switches"
+assert TRANSFORMS.keys() == Augmentation.model_fields.keys(), "Augmentation in config/data_spec.py has other names"
 
 
 def augment(

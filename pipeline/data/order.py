@@ -1,8 +1,9 @@
 """The order of samples: a pure function of (seed, epoch, data set), whatever the world size, workers or timing.
 
-An epoch is one sequence of all samples. Shards are shuffled, laid end to end and cut into `streams` equal parts; in
-each part samples are shuffled within blocks, and the sequence takes one sample of each part in turn. `window` samples
-of the sequence, window / streams of each part, are therefore shuffled among one another. A window that covers the
+An epoch is one sequence of all samples. Shards are shuffled, laid end to end and cut into equal streams, as many as
+`data.canonical_streams`. In each stream samples are shuffled within blocks. The sequence takes one sample of each
+stream in turn: a row. `window` samples of the sequence, window / streams of each stream, are therefore shuffled among
+one another. A window that covers the
 data set shuffles it whole.
 
 An epoch is cut into ceil(samples / size) global batches, which differ by at most one sample: every sample of every
@@ -11,8 +12,8 @@ epoch is trained on once, every epoch has the same number of steps, and no batch
 nothing to the loss, as negatives are mined per positive of an image; only batch norm sees it. So the shares of ranks,
 micro-batches and tensor shapes stay what they are.
 
-A global batch's samples are dealt to the ranks as evenly as they go, in the order of their part, so that ranks of one
-node keep to the same parts: where the number of nodes divides `streams`, a node reads 1 / nodes of the bytes of an
+A global batch's samples are dealt to the ranks as evenly as they go, in the order of their stream, so that ranks of one
+node keep to the same streams: where the number of nodes divides `streams`, a node reads 1 / nodes of the bytes of an
 epoch (and a shard at each cut twice).
 """
 
@@ -48,7 +49,7 @@ class EpochOrder:
         self._shards = keyed_permutation(len(sizes), "shards", *self._key)
         self._first = np.concatenate([[0], np.cumsum(sizes)])  # position in the data set, by shard
         self._laid = np.concatenate([[0], np.cumsum(sizes[self._shards])])  # place end to end, by shuffled shard
-        # The cuts move from epoch to epoch, so that no sample belongs to the same part for ever.
+        # The cuts move from epoch to epoch, so that no sample belongs to the same stream for ever.
         self._shift = keyed_integer(self.num_samples, "shift", *self._key)
         self._blocks: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
 

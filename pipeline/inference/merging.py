@@ -89,19 +89,19 @@ def merge_boxes(
     found = Candidates(boxes, scores, image * num_labels + labels, num_views)
     boxes, scores, groups = function(found, rule, usual_iou if rule.iou is None else rule.iou)
     image, labels = groups // num_labels, groups % num_labels
-    order = _best_of_images(scores, image, rule.max_detections)
+    order = _best_of_groups(scores, image, rule.max_detections)
     return boxes[order], scores[order], labels[order], image[order]
 
 
 def suppress_across_classes(boxes: Tensor, scores: Tensor, image: Tensor, *, iou: float, max_detections: int) -> Tensor:
     """Index of what NMS over all classes keeps, at most `max_detections` of each image; by image, best first."""
     kept = merge.nms(boxes, scores, image, iou=iou)
-    return kept[_best_of_images(scores[kept], image[kept], max_detections)]
+    return kept[_best_of_groups(scores[kept], image[kept], max_detections)]
 
 
-def _best_of_images(scores: Tensor, image: Tensor, count: int) -> Tensor:
-    """Index of the best `count` boxes of each image; by image, best first."""
+def _best_of_groups(scores: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Index of the best `count` boxes of each group; by group, best first."""
     order = torch.sort(scores, descending=True, stable=True).indices
-    order = order[torch.sort(image[order], stable=True).indices]
-    first = torch.searchsorted(image[order], image[order])
+    order = order[torch.sort(groups[order], stable=True).indices]
+    first = torch.searchsorted(groups[order], groups[order])
     return order[torch.arange(len(order), device=order.device) - first < count]

@@ -96,12 +96,12 @@ class Lease:
         since = time.monotonic()
         while True:
             number, holder = self._read_highest()
-            if number == 0 or _is_free(holder):
-                if self._create(number + 1):
-                    return
-            elif holder is not None and (_is_alive_here(holder) or seen not in (None, holder)):
+            free = number == 0 or _is_free(holder)
+            beats = seen is not None and seen != holder  # the file changed since the last look: its owner lives
+            if not free and holder is not None and (beats or _is_alive_here(holder)):
                 raise UserError(_refusal(self._run, holder))
-            elif time.monotonic() - since > self._ttl_s:
+            silent = time.monotonic() - since > self._ttl_s
+            if free or silent:
                 if self._create(number + 1):
                     return
                 since = time.monotonic()
@@ -113,7 +113,8 @@ class Lease:
         content = json.dumps(asdict(self._owner) | {"renewed": time.time()}).encode()
         if not storage.create(self._file(number), content):
             return False
-        highest, holder = self._read_highest()  # a store that ignores the condition, or a race two numbers on
+        # The store may have ignored the condition, or a third process may have created the number after this one.
+        highest, holder = self._read_highest()
         if highest != number or holder is None or holder.token != self._owner.token:
             return False
         self._number = number
@@ -151,7 +152,10 @@ class Lease:
     # --- files
 
     def _read_highest(self) -> tuple[int, Owner | None]:
-        """The highest number, 0 for none, and its owner; None while the file is being written, or is garbled."""
+        """The highest number, 0 for none, and its owner; None while the file is being created, or is garbled.
+
+        A sign of life replaces the file whole, so that an owner never reads its own half written.
+        """
         numbers = [int(name[:-5]) for name in storage.list_folder(self._directory) if name[:-5].isdigit()]
         if not numbers:
             return 0, None

@@ -1,4 +1,7 @@
-"""Signals that stop a job: it saves, and ends as after `refinedet stop`."""
+"""Signals that stop a job: it saves, and ends as after `refinedet stop`.
+
+This file sets an event; docs/architecture.md, "What a stop does", follows it to the checkpoint.
+"""
 
 from __future__ import annotations
 

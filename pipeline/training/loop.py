@@ -32,7 +32,7 @@ def train(spec: Training, world: World, task: Task, callbacks: Callbacks) -> Tra
     """
     with ExitStack() as stack:
         _configure_torch(stack, spec.deterministic)
-        state, checkpoint = start(stack, spec, world, task, callbacks)
+        state, checkpoint = build_state(stack, spec, world, task, callbacks)
         upkeep = stack.enter_context(closing(Upkeep(state, world, task, callbacks, checkpoint)))
         stopped = False
         while state.step < state.schedule.total_steps and not stopped:
@@ -42,12 +42,12 @@ def train(spec: Training, world: World, task: Task, callbacks: Callbacks) -> Tra
             state.step += 1
             stopped = agreed.stop
             upkeep.validate_if_due()
-            upkeep.save_if_due(agreed)
+            upkeep.save_if_due(agreed)  # also where a rank was asked to stop
             upkeep.record(outcome, agreed)
         return upkeep.finish(stopped)
 
 
-def start(
+def build_state(
     stack: ExitStack, spec: Training, world: World, task: Task, callbacks: Callbacks
 ) -> tuple[TrainState, Checkpoint | None]:
     """State to train from: the newest checkpoint's, a fork's, or the initial one. Collective.
@@ -57,20 +57,12 @@ def start(
     seed_everything(task.seed, world.rank)
 
     # Weights first: the engine and the average copy them when they are built.
-    detector = task.detector
-    checkpoint = load_checkpoint(task.run_dir, world, callbacks.on_event)
-    if checkpoint is None and task.fork_from:
-        checkpoint = load_fork(task.fork_from, world)
-    if checkpoint:
-        restore_detector(detector, checkpoint.tensors, checkpoint.path)
-    else:
-        world.from_main(task.load_initial)  # read once for the job
-        broadcast_state(detector, world)
+    checkpoint = load_weights(world, task, callbacks)
 
     plan = plan_batches(spec, world.size)
-    engine = Engine(detector, task.loss, spec, plan, world)
+    engine = Engine(task.detector, task.loss, spec, plan, world)
     stack.callback(engine.close)
-    average = AveragedWeights(detector, spec.ema_decay, world)
+    average = AveragedWeights(task.detector, spec.ema_decay, world)
 
     epoch, batch = (checkpoint.manifest["epoch"], checkpoint.manifest["batch"]) if checkpoint else (0, 0)
     stream = stack.enter_context(closing(task.make_stream(Cursor(epoch, batch), plan)))
@@ -82,11 +74,27 @@ def start(
     if checkpoint:
         check_same_data(checkpoint, schedule, plan.global_batch, task.facts.get("shards"))
         check_steps_left(checkpoint, schedule, task.run_dir)
-        restore(state, checkpoint)
+        restore_progress(state, checkpoint)
     return state, checkpoint
 
 
-def restore(state: TrainState, checkpoint: Checkpoint) -> None:
+def load_weights(world: World, task: Task, callbacks: Callbacks) -> Checkpoint | None:
+    """Fill the detector by the newest good checkpoint, else by the fork's, else by the initial weights. Collective.
+
+    returns  the checkpoint, if one was taken
+    """
+    checkpoint = load_checkpoint(task.run_dir, world, callbacks.on_event)
+    if checkpoint is None and task.fork_from:
+        checkpoint = load_fork(task.fork_from, world)
+    if checkpoint:
+        restore_detector(task.detector, checkpoint.tensors, checkpoint.path)
+    else:
+        world.from_main(task.load_initial)  # read once for the job
+        broadcast_state(task.detector, world)
+    return checkpoint
+
+
+def restore_progress(state: TrainState, checkpoint: Checkpoint) -> None:
     """Take momentum, average and counters from a checkpoint; the weights are in the detector. Collective."""
     state.engine.load_momentum(select(checkpoint.tensors, "momentum"))
     state.average.load(select(checkpoint.tensors, "ema"))

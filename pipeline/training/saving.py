@@ -1,8 +1,9 @@
 """Writing checkpoints beside training, and what happens when they cannot be written.
 
 `CheckpointWriter.start` takes the tensors, a thread writes this rank's file, the ranks exchange in every step how far
-they are, and once all files are written rank 0 commits. A save that fails is reported. After `max_failed_saves` in a
-row training waits and saves again; the weights of a run that cannot be saved go to the first place that takes them.
+they are, and once all files are written rank 0 commits: it writes the manifest, without which a checkpoint is none. A
+save that fails is reported. After `max_failed_saves` in a row training waits and saves again; the weights of a run that
+cannot be saved go to the first place that takes them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One training step, and the state that it advances."""
+"""One training step, and the state that it changes; the loop counts the step."""
 
 from __future__ import annotations
 

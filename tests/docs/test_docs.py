@@ -77,7 +77,9 @@ def test_files_that_pages_name_exist(page: Path) -> None:
 
 
 def test_the_reference_of_the_spec_is_generated_and_leaves_no_key_unexplained() -> None:
-    assert (ROOT / "docs" / "job-spec.md").read_text() == describe_spec(), "refinedet schema --format markdown"
+    assert (ROOT / "docs" / "job-spec.md").read_text() == describe_spec(), (
+        "refinedet schema --format markdown > docs/job-spec.md"
+    )
     for line in describe_spec().splitlines():
         if line.startswith("| `"):
             assert not line.endswith("|  |"), f"a docstring is missing: {line}"
