@@ -134,6 +134,11 @@ class Training(Section):
                 "only after backward, and 3 needs the same module calls on every rank, which a head that computes only "
                 "surviving anchors does not make"
             )
+        if self.warmup_epochs > self.epochs:
+            raise ValueError(
+                f"training.warmup_epochs is {self.warmup_epochs:g}, more than the {self.epochs} epochs of the "
+                "training, so that the rate would never reach training.learning_rate; lower it"
+            )
         if self.fork_from and self.init_weights:
             raise ValueError(
                 "training.fork_from and training.init_weights exclude each other: a checkpoint of "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import numpy as np
-from refinedet.pipeline.evaluation.diagnosis import ERROR_KINDS, Diagnosis, Finding, LevelStages, WorstImage
+from refinedet.pipeline.evaluation.diagnosis import ERROR_KINDS, Diagnosis, Finding, LevelStages, Missed, WorstImage
 from refinedet.pipeline.evaluation.diagnosis_charts import bin_scores, count_confusion, draw_classes, slice_objects
 from refinedet.pipeline.evaluation.diagnosis_errors import (
     as_scored,
@@ -108,10 +108,16 @@ def _worst_images(
             int(wrong[row]),
             int(lost[row]),
             int(objects[row]),
+            _largest(truth, missed[missed_place == row]),
         )
         for row in order.tolist()
         if total[row] > 0
     )
+
+
+def _largest(truth: GroundTruth, objects: np.ndarray) -> tuple[Missed, ...]:
+    order = objects[np.argsort(-truth.area[objects], kind="stable")][:_LISTED]
+    return tuple(Missed(_label(truth, one), _box(truth.bbox[one])) for one in order.tolist())
 
 
 def _misses(truth: GroundTruth, examined: Examination, positives: np.ndarray) -> tuple[Finding, ...]:

@@ -116,11 +116,20 @@ class CalibrationBin:
 
 
 @dataclass(frozen=True)
+class Missed:
+    """An object that no detection finds; `bbox` xywh, pixels of the original image."""
+
+    label: str
+    bbox: tuple[float, float, float, float]
+
+
+@dataclass(frozen=True)
 class WorstImage:
     """An image by the errors on it, each weighted as in `Finding.cost`.
 
     num_false   false detections of at least the score of the confusion matrix
     num_missed  objects that no detection finds, of whatever score
+    missed      the largest of them
     """
 
     image_id: int | str
@@ -128,6 +137,7 @@ class WorstImage:
     num_false: int
     num_missed: int
     num_objects: int
+    missed: tuple[Missed, ...]
 
 
 @dataclass(frozen=True)

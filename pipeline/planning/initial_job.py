@@ -174,7 +174,8 @@ def _comments(summary: str, file: str, num_val: int, held_out: bool, hardware: H
         f"# Train:         refinedet launch {file}",
         "#",
         "# Training starts from random weights. With few images, start from ImageNet weights of the backbone:",
-        "# training.init_weights=timm (downloaded by timm), or training.init_weights=FILE.",
+        "# training.init_weights=timm (downloaded by timm), or training.init_weights=FILE. Below some thousand images,",
+        "# leave their layers as they are: model.norm=frozen training.backbone_lr_multiplier=0 (docs/own-data.md).",
     ]
     if held_out:
         lines += [

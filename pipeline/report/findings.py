@@ -23,7 +23,7 @@ GROUPS = {
     "worst_images": (
         "Worst images",
         "By the AP that the errors on them cost. Objects are missed at every score; false alarms count from the score "
-        "of the confusions. Dashed: a false alarm.",
+        "of the confusions. Dashed: a false alarm. Thin, without a name: a missed object.",
     ),
     "costly_misses": ("Missed objects", "Objects that no correct detection found, at any score; costliest first."),
     "false_alarms": ("False alarms", "Wrong detections, costliest first. Dashed: the object that it was taken for."),
@@ -103,11 +103,28 @@ def jpeg_uri(picture: Image.Image, longest: int) -> str:
 def _whole(
     row: Mapping[str, Any], image: np.ndarray, name: str, found: Boxes | None, class_names: Sequence[str]
 ) -> Panel:
-    note = f"{row['num_missed']} of {row['num_objects']} missed, {_count(row['num_false'], 'false alarm')}"
-    picture = (
-        Image.fromarray(image) if found is None else draw_detections(image, found, class_names, long_side=_CROP_SIDE)
+    note = (
+        f"costs {row['cost']:.3f} AP: {row['num_missed']} of {row['num_objects']} missed, "
+        f"{_count(row['num_false'], 'false alarm')}"
     )
-    return Panel(name, note, jpeg_uri(picture, 480))
+    boxes = _with_missed(found, row.get("missed", ()), class_names)
+    return Panel(name, note, jpeg_uri(draw_detections(image, boxes, class_names, long_side=_CROP_SIDE), 480))
+
+
+def _with_missed(found: Boxes | None, missed: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> Boxes:
+    """Detections, and the missed objects as regions are drawn: thin, without a name."""
+    found = found or Boxes(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool))
+    assert found.scores is not None and found.matched is not None
+    count = len(missed)
+    xywh = np.array([one["bbox"] for one in missed], np.float64).reshape(-1, 4)
+    labels = np.array([class_names.index(one["label"]) + 1 for one in missed], np.int64)
+    return Boxes(
+        np.concatenate([found.boxes, xywh + np.pad(xywh[:, :2], ((0, 0), (2, 0)))]),
+        np.concatenate([found.labels, labels]),
+        np.concatenate([found.scores, np.ones(count)]),
+        np.concatenate([found.matched, np.ones(count, bool)]),
+        np.concatenate([np.zeros(len(found.boxes), bool), np.ones(count, bool)]),
+    )
 
 
 def _count(number: int, noun: str) -> str:

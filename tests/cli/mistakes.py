@@ -48,6 +48,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     ([*PLAN, "training.epochs"], "training.epochs"),
     ([*PLAN, "training.epochs=-1"], "training.epochs"),
     ([*PLAN, "training.epochs=many"], "training.epochs"),
+    ([*PLAN, "training.warmup_epochs=50"], "training.warmup_epochs"),
     ([*PLAN, "training.learning_rate=-0.1"], "training.learning_rate"),
     ([*PLAN, "training.learning_rate=.nan"], "training.learning_rate"),
     ([*PLAN, "training.global_batch=0"], "training.global_batch"),

@@ -31,7 +31,13 @@ def test_a_directory_becomes_a_trained_detector(
     pixels = np.random.default_rng(0).integers(0, 256, (12, 48, 64, 3), dtype=np.uint8)
     names = zip(formats.TRUTH, pixels, strict=True)
     write(tmp_path / "photos", {name: cv2.imencode(".jpg", picture)[1].tobytes() for name, picture in names})
-    short = ["training.epochs=1", "training.decay_epochs=[]", "--address", bench.cluster.address]
+    short = [
+        "training.epochs=1",
+        "training.warmup_epochs=0",
+        "training.decay_epochs=[]",
+        "--address",
+        bench.cluster.address,
+    ]
     init, launch = run_commands([["init", "photos"], ["launch", "photos.yaml", *short]], cwd=tmp_path)
     assert (init.status, launch.status) == (0, 0), init.stderr + launch.stderr
     assert "next: refinedet launch photos.yaml" in init.stdout

@@ -130,6 +130,13 @@ def test_a_miss_and_a_false_alarm_are_listed_with_their_image():
     found = diagnose_rows(truth, rows)
     assert found.worst_images[0].image_id == 5
     assert found.worst_images[0].num_missed == 6
+    lost = {
+        (one["category_id"], tuple(round(side, 3) for side in one["bbox"]))
+        for one in truth["annotations"]
+        if one["image_id"] == 5
+    }
+    ids = {category["name"]: category["id"] for category in truth["categories"]}
+    assert {(ids[one.label], one.bbox) for one in found.worst_images[0].missed} == lost
     assert {one.image_id for one in found.costly_misses} == {5}
     (alarm,) = found.false_alarms
     assert (alarm.image_id, alarm.label, alarm.kind) == (7, "cat", "background")

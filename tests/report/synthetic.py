@@ -244,7 +244,14 @@ def synthetic_diagnosis(truth: dict, rng: np.random.Generator) -> dict:
         ],
         "calibration_error": 0.041,
         "worst_images": [
-            {"image_id": row["image_id"], "cost": 0.1, "num_false": 2, "num_missed": 1, "num_objects": 4}
+            {
+                "image_id": row["image_id"],
+                "cost": 0.1,
+                "num_false": 2,
+                "num_missed": 1,
+                "num_objects": 4,
+                "missed": [{"label": by_id[row["category_id"]], "bbox": row["bbox"]}],
+            }
             for row in objects[:3]
         ],
         "costly_misses": [finding(row, "missed", None) for row in objects[:6]],
