@@ -114,7 +114,8 @@ def _whole(
 def _with_missed(found: Boxes | None, missed: Sequence[Mapping[str, Any]], class_names: Sequence[str]) -> Boxes:
     """Detections, and the missed objects as regions are drawn: thin, without a name."""
     found = found or Boxes(np.zeros((0, 4)), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, bool))
-    assert found.scores is not None and found.matched is not None
+    assert found.scores is not None
+    assert found.matched is not None
     count = len(missed)
     xywh = np.array([one["bbox"] for one in missed], np.float64).reshape(-1, 4)
     labels = np.array([class_names.index(one["label"]) + 1 for one in missed], np.int64)
