@@ -78,7 +78,9 @@ class RunFolder:
 
     @property
     def status(self) -> str:
-        return str(self.tracking.get("status", "UNKNOWN"))
+        """MLflow's word; without a run in MLflow, as of a job that failed before one began, by the last stage's end."""
+        ended = {"failed": "FAILED", "stopped": "KILLED"}.get(self.spans[-1].status if self.spans else "", "UNKNOWN")
+        return str(self.tracking.get("status", ended))
 
 
 def read_runs(paths: Sequence[str]) -> list[RunFolder]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import pytest
 from refinedet.pipeline.report.run_comparison import build_comparison, compare_runs, run_rows
@@ -63,3 +64,14 @@ def test_all_runs_of_a_directory_are_rows(runs, tmp_path):
     assert run_rows(str(runs / "no-run")) == []
     with pytest.raises(UserError, match="There is no directory"):
         run_rows(str(tmp_path / "nowhere"))
+
+
+@pytest.mark.parametrize(("end", "word"), [("failed", "failed"), ("stopped", "killed"), ("done", "unknown")])
+def test_a_run_without_a_run_in_mlflow_ended_as_its_last_stage(runs, tmp_path, end, word):
+    shutil.copytree(runs / "first", tmp_path / "first")
+    (tmp_path / "first" / "tracking.json").unlink()
+    lines = [{"time": 1.0, "edge": "begin", "name": "train", "status": ""}]
+    lines.append({"time": 9.0, "edge": "end", "name": "train", "status": end})
+    (tmp_path / "first" / "timeline.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (row,) = run_rows(str(tmp_path))
+    assert row["status"] == word
