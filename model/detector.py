@@ -54,15 +54,19 @@ class RefineDet(nn.Module):
     mean: Tensor
     std: Tensor
 
-    def __init__(self, config: RefineDetConfig, categories: Sequence[str] = ()) -> None:
+    def __init__(self, config: RefineDetConfig, categories: Sequence[str] = (), exif: str = "stored") -> None:
         """Build with fresh weights.
 
         categories  names of the classes 1..num_classes, kept in the files of `save_pretrained`
+        exif        what the detector is to see of a photo with an EXIF rotation, "stored" or "displayed" pixels; kept
+                    there too, for programs that decode photos
         """
         super().__init__()
         if categories and len(categories) != config.num_classes:
             raise ValueError(f"categories must name {config.num_classes} classes, received {len(categories)} names.")
-        self.config, self.categories = config, tuple(categories)
+        if exif not in ("stored", "displayed"):
+            raise ValueError(f"exif must be stored or displayed, received {exif!r}.")
+        self.config, self.categories, self.exif = config, tuple(categories), exif
         has_norms = config.backbone != VGG16_REDUCED  # the default of what the paper adds to backbones with norms
         block = has_norms if config.prediction_block is None else config.prediction_block
         tcb_norm = has_norms if config.tcb_norm is None else config.tcb_norm

@@ -22,6 +22,7 @@ from .hub_files import (
     check_metadata,
     read_config,
     read_detector,
+    read_exif,
     read_metadata,
 )
 
@@ -46,6 +47,7 @@ def detector_metadata(detector: RefineDet) -> dict[str, str]:
     order = "BGR" if detector.config.normalization == "caffe" else "RGB"
     size = detector.config.input_size
     preprocessing = {"resize": [size, size], "order": order, "mean_rgb": mean, "std_rgb": std, "range": 255}
+    preprocessing["exif"] = detector.exif
     return {
         CONFIG: json.dumps(dataclasses.asdict(detector.config)),
         CATEGORIES: json.dumps(list(detector.categories)),
@@ -66,7 +68,8 @@ def load_detector(cls: type[RefineDet], source: str | Path, **hub_options: Any) 
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"weights must be a safetensors file, received {str(source)!r} ({error}).") from None
     check_metadata(metadata, str(source))
-    detector = cls(read_config(metadata), categories=json.loads(metadata.get(CATEGORIES, "[]")))
+    categories = json.loads(metadata.get(CATEGORIES, "[]"))
+    detector = cls(read_config(metadata), categories=categories, exif=read_exif(metadata))
     if broken := [name for name, value in state.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise ValueError(f"weights must be finite, received NaN or infinity in {broken[0]!r} of {str(source)!r}.")
     try:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import IO, Any, cast
@@ -53,6 +54,11 @@ def check_metadata(metadata: dict[str, str], source: str) -> None:
             f"weights must carry the detector's config, received {source!r} without one; build a RefineDet from "
             "its config and call load_weights."
         )
+
+
+def read_exif(metadata: Mapping[str, str]) -> str:
+    """`RefineDet.exif` of a weights file; files of earlier releases have none."""
+    return json.loads(metadata.get(PREPROCESSING, "{}")).get("exif", "stored")
 
 
 def read_config(metadata: dict[str, str]) -> RefineDetConfig:

@@ -122,7 +122,7 @@ class DetectionService:
         decoded: list[Any] = []
         for name, content in images:
             try:
-                decoded.append(image_requests.decode_sent_image(content, name))
+                decoded.append(image_requests.decode_sent_image(content, name, self._predictor.exif))
             except RequestError as error:
                 decoded.append(error)
         found = self._predictor.predict([image for image in decoded if not isinstance(image, RequestError)])

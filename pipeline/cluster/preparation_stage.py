@@ -11,7 +11,7 @@ from functools import partial
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import RayError, RayTaskError
 from refinedet.pipeline.cluster.mailbox import Mailbox, MailboxLink
 from refinedet.pipeline.cluster.shard_tasks import write_in_tasks
 from refinedet.pipeline.config.run import Run
@@ -50,7 +50,7 @@ def run_preparation(
             if total := sum(total for _, total in progress.values()):
                 on_progress(sum(done for done, _ in progress.values()), total)
             for task in ready:
-                found[tasks[task]] = _result(task)
+                found[tasks[task]] = _result(task, tasks[task])
             if stop_requested():
                 raise StoppedError("while the shards were written; run the same command again to write the rest")
             waited_s = time.monotonic() - began
@@ -65,7 +65,7 @@ def run_preparation(
     return {part: found[part] for part in parts}
 
 
-def _result(task: ray.ObjectRef) -> dict[str, Any]:
+def _result(task: ray.ObjectRef, part: str) -> dict[str, Any]:
     try:
         return ray.get(task)
     except RayTaskError as error:
@@ -76,6 +76,11 @@ def _result(task: ray.ObjectRef) -> dict[str, Any]:
                 f"shards could not be written: {error.cause}; fix it, then run the same command again to write the rest"
             ) from error
         raise
+    except RayError as error:  # killed, out of memory, or its node is gone
+        raise JobError(
+            f"the shards of {part} could not be written: the process that wrote them died again and again "
+            f"({type(error).__name__}); see the cluster's logs, then run the same command again to write the rest"
+        ) from error
 
 
 @ray.remote(num_cpus=1)  # released while it waits for the tasks that write its shards

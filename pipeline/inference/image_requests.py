@@ -121,13 +121,14 @@ def check_header(content: bytes, name: str) -> int:
         return image.size[0] * image.size[1]
 
 
-def decode_sent_image(image: Any, name: str) -> np.ndarray:
-    """uint8 [H, W, 3] RGB of a file's bytes, of base64 or of an array; EXIF orientation is ignored, as COCO's boxes do.
+def decode_sent_image(image: Any, name: str, exif: str) -> np.ndarray:
+    """uint8 [H, W, 3] RGB of a file's bytes, of base64 or of an array.
 
+    exif  of photos with a rotation, as `RefineDet.exif`
     Raises RequestError for what is no image, or is beyond the limits, before it is decoded.
     """
     if isinstance(image, str | bytes | bytearray | memoryview):
-        return _decode_bytes(encoded_bytes(image, name), name)
+        return _decode_bytes(encoded_bytes(image, name), name, exif)
     try:
         array = np.asarray(image)
     except ValueError:  # lists of uneven lengths
@@ -151,14 +152,16 @@ def describe_objects(
     }
 
 
-def _decode_bytes(content: bytes, name: str) -> np.ndarray:
+def _decode_bytes(content: bytes, name: str, exif: str) -> np.ndarray:
     with _open(content, name) as image:
+        turned = exif == "displayed" and image.format == "JPEG"
         try:
             image.load()  # raises for a file that is cut short, where OpenCV returns a grey rest
         except Exception:  # decoders raise many kinds for a broken file
             raise _unreadable(content, name) from None
     try:
-        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), cv2.IMREAD_COLOR_RGB | cv2.IMREAD_IGNORE_ORIENTATION)
+        how = cv2.IMREAD_COLOR_RGB | (0 if turned else cv2.IMREAD_IGNORE_ORIENTATION)
+        pixels = cv2.imdecode(np.frombuffer(content, np.uint8), how)
     except cv2.error:
         pixels = None
     if pixels is None:

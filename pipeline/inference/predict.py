@@ -42,7 +42,7 @@ def predict_sources(
     kept = find_labels(choice.categories, predictor.names)
     _check_targets(sources, choice)
     tally = Tally()
-    frames = read_frames(sources, ahead=2 * predictor.batch_size)
+    frames = read_frames(sources, ahead=2 * predictor.batch_size, exif=predictor.exif)
     with Outputs(choice, predictor.names) as outputs:
         while batch := list(islice(frames, predictor.batch_size)):
             readable = [frame for frame in batch if frame.image is not None]

@@ -70,6 +70,11 @@ class Predictor:
             multiscale,
         )
 
+    @property
+    def exif(self) -> str:
+        """`RefineDet.exif`, which whoever decodes the photos follows."""
+        return self.model.exif
+
     def selecting(self, *, class_agnostic: bool = False, **limits: float | None) -> Predictor:
         """The same with other limits of one view, as nms_iou or max_detections; None leaves the model's."""
         given = {name: value for name, value in limits.items() if value is not None}

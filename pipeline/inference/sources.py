@@ -16,7 +16,7 @@ import cv2
 import numpy as np
 from PIL import ImageGrab
 from refinedet.pipeline.data.image_files import list_sizes
-from refinedet.pipeline.data.images import SUFFIXES, decode_image
+from refinedet.pipeline.data.images import SUFFIXES, decode_image, read_header, turn_upright
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.runs.errors import UserError
 
@@ -96,29 +96,33 @@ def find_sources(names: Sequence[str], *, leave_out: str, every: int = 1) -> lis
     return [Source(path, _unique(os.path.splitext(stem)[0], taken), _count(path, every), every) for path, stem in paths]
 
 
-def read_frames(sources: Iterable[Source], *, ahead: int) -> Iterator[Frame]:
+def read_frames(sources: Iterable[Source], *, ahead: int, exif: str = "stored") -> Iterator[Frame]:
     """Yield the images of the sources in order. `ahead` are decoded beside, so that memory does not grow with them.
 
+    exif  of photos with a rotation, as `RefineDet.exif`
     An image or video that cannot be read is a frame with a fault.
     """
     remaining = iter(sources)
     with ThreadPoolExecutor(max_workers=2, thread_name_prefix="decode") as pool:
-        waiting = deque((source, _begin(pool, source)) for source in islice(remaining, ahead))
+        waiting = deque((source, _begin(pool, source, exif)) for source in islice(remaining, ahead))
         while waiting:
             source, task = waiting.popleft()
             yield from _read_video(source) if task is None else [task.result()]
-            waiting.extend((following, _begin(pool, following)) for following in islice(remaining, 1))
+            waiting.extend((following, _begin(pool, following, exif)) for following in islice(remaining, 1))
 
 
-def _begin(pool: ThreadPoolExecutor, source: Source):
-    return None if source.is_video else pool.submit(_read_image, source)
+def _begin(pool: ThreadPoolExecutor, source: Source, exif: str):
+    return None if source.is_video else pool.submit(_read_image, source, exif)
 
 
-def _read_image(source: Source) -> Frame:
+def _read_image(source: Source, exif: str) -> Frame:
     try:
         if source.path == SCREEN:
             return Frame(source, np.asarray(ImageGrab.grab().convert("RGB")))
-        image, fault = decode_image(storage.read_bytes(source.path))
+        content = storage.read_bytes(source.path)
+        image, fault = decode_image(content)
+        if image is not None and exif == "displayed" and (header := read_header(content)):
+            image = turn_upright(image, header.orientation)
     except FileNotFoundError:
         image, fault = None, "does not exist"
     except Exception as error:  # libraries of remote storage raise what they like

@@ -23,6 +23,7 @@ import cv2
 import numpy as np
 import refinedet.model
 from refinedet.model.config import RefineDetConfig
+from refinedet.model.hub_files import read_exif, read_metadata
 from refinedet.pipeline.inference import image_requests
 from refinedet.pipeline.runs import storage
 from refinedet.pipeline.tracking import stores
@@ -64,18 +65,20 @@ def package_model(
     with tempfile.TemporaryDirectory() as scratch, warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # advice on input examples, in colour
         code = _copied_sources(sources or Path(refinedet.model.__file__).parent, Path(scratch))
+        content = storage.read_bytes(weights)
         description = os.path.join(scratch, "detector.json")
         storage.write_json(
             description,
             {
                 "package": code.name,
                 "config": asdict(config),
+                "exif": read_exif(read_metadata(content)),
                 "categories": [dict(entry) for entry in categories],
                 "facts": dict(facts or {}),
             },
         )
         state = os.path.join(scratch, "weights.safetensors")
-        storage.write_bytes(state, storage.read_bytes(weights))
+        storage.write_bytes(state, content)
         mlflow.pyfunc.save_model(
             partial,
             python_model=str(Path(__file__).with_name("served_detector.py")),

@@ -38,7 +38,8 @@ class ServedDetector(PythonModel):
         package = importlib.import_module(description["package"])
         self._requests = importlib.import_module(f"{description['package']}.image_requests")
         self._categories = description["categories"]
-        self._detector = package.RefineDet(package.RefineDetConfig(**_with_tuples(description["config"]))).eval()
+        config = package.RefineDetConfig(**_with_tuples(description["config"]))
+        self._detector = package.RefineDet(config, exif=description["exif"]).eval()
         self._detector.load_state_dict(load_file(context.artifacts["weights"]))
         self._detector.to("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -61,7 +62,7 @@ class ServedDetector(PythonModel):
 
     def _view(self, image: Any, name: str) -> torch.Tensor:
         """uint8 [3, H, W] RGB."""
-        pixels = np.require(self._requests.decode_sent_image(image, name), requirements=["C", "W"])
+        pixels = np.require(self._requests.decode_sent_image(image, name, self._detector.exif), requirements=["C", "W"])
         return torch.from_numpy(pixels).permute(2, 0, 1)
 
     def _answer(self, found: Any, threshold: float) -> dict[str, Any]:

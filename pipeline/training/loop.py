@@ -57,7 +57,7 @@ def build_state(
     seed_everything(task.seed, world.rank)
 
     # Weights first: the engine and the average copy them when they are built.
-    checkpoint = load_weights(world, task, callbacks)
+    checkpoint = fill_detector(world, task, callbacks)
 
     plan = plan_batches(spec, world.size)
     engine = Engine(task.detector, task.loss, spec, plan, world)
@@ -78,7 +78,7 @@ def build_state(
     return state, checkpoint
 
 
-def load_weights(world: World, task: Task, callbacks: Callbacks) -> Checkpoint | None:
+def fill_detector(world: World, task: Task, callbacks: Callbacks) -> Checkpoint | None:
     """Fill the detector by the newest good checkpoint, else by the fork's, else by the initial weights. Collective.
 
     returns  the checkpoint, if one was taken

@@ -101,7 +101,8 @@ def train_job(
         raise UserError(f"{run.shards} holds no training shards: write them with `refinedet shard`")
     check_classes(run, shards)
     torch.manual_seed(spec.seed)
-    detector = RefineDet(spec.model, categories=[category.name for category in shards.categories])
+    names = [category.name for category in shards.categories]
+    detector = RefineDet(spec.model, categories=names, exif=spec.data.exif)
     if spec.training.backbone_lr_multiplier == 0:
         for parameter in detector.pretrained_parameters():
             parameter.requires_grad_(False)

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 from typing import Any
 
 import cv2
 import numpy as np
 import pytest
-from refinedet.pipeline.inference.image_requests import DEFAULT_THRESHOLD, RequestError, parse_request
+from PIL import Image, ImageOps
+from refinedet.pipeline.data.images import turn_upright
+from refinedet.pipeline.inference.image_requests import (
+    DEFAULT_THRESHOLD,
+    RequestError,
+    decode_sent_image,
+    parse_request,
+)
 
 FILE = cv2.imencode(".png", np.zeros((4, 5, 3), np.uint8))[1].tobytes()
 IMAGE = base64.b64encode(FILE).decode()
@@ -56,3 +64,15 @@ def test_an_image_is_the_body() -> None:
 def test_another_document_is_refused(document: Any, sentence: str) -> None:
     with pytest.raises(RequestError, match=sentence):
         parse(document)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_turned_photo_is_what_viewers_display(orientation: int) -> None:
+    pixels = np.random.default_rng(orientation).integers(0, 255, (6, 4, 3), np.uint8).repeat(8, 0).repeat(8, 1)
+    exif, content = Image.Exif(), io.BytesIO()
+    exif[0x0112] = orientation
+    Image.fromarray(pixels).save(content, "JPEG", quality=95, exif=exif)
+    stored, displayed = (decode_sent_image(content.getvalue(), "image", how) for how in ("stored", "displayed"))
+    np.testing.assert_array_equal(displayed, turn_upright(stored, orientation))
+    viewed = np.asarray(ImageOps.exif_transpose(Image.open(content)))
+    assert np.abs(displayed.astype(int) - viewed).max() <= 4  # another decoder

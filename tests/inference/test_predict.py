@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from pycocotools.coco import COCO
 from refinedet.pipeline.inference.choice import BoxStyle, Choice
 from refinedet.pipeline.inference.detect import Found
@@ -29,6 +30,7 @@ class KnownDetector:
 
     names = NAMES
     batch_size = 2
+    exif: str = "stored"
 
     def predict(self, images):
         for image in images:
@@ -49,11 +51,11 @@ def photos(tmp_path: Path) -> Path:
     return directory
 
 
-def predict(photos: Path, output: Path, **choice):
+def predict(photos: Path, output: Path, exif: str = "stored", **choice):
     sources = find_sources([str(photos)], leave_out=str(output))
     faults: list[tuple[str, str]] = []
     tally = predict_sources(
-        KnownDetector(),  # pyright: ignore[reportArgumentType]
+        KnownDetector(exif),  # pyright: ignore[reportArgumentType]
         sources,
         Choice(output, **choice),
         on_fault=lambda *fault: faults.append(fault),
@@ -187,3 +189,16 @@ def test_a_picture_never_replaces_a_source(photos: Path) -> None:
     with pytest.raises(UserError, match="would be written over"):
         predict_sources(KnownDetector(), sources, Choice(photos))  # pyright: ignore[reportArgumentType]
     assert (photos / "a.jpg").read_bytes() == before
+
+
+@pytest.mark.parametrize("exif", ["stored", "displayed"])
+def test_a_turned_photo_is_seen_as_the_detector_was_trained(tmp_path: Path, exif: str) -> None:
+    (tmp_path / "photos").mkdir()
+    rotation = Image.Exif()
+    rotation[0x0112] = 6  # by 90 degrees
+    Image.new("RGB", (64, 48)).save(tmp_path / "photos" / "phone.jpg", exif=rotation)
+    predict(tmp_path / "photos", tmp_path / "out", exif, formats=("jsonl",))
+    line = json.loads((tmp_path / "out" / "detections.jsonl").read_text())
+    size = [64, 48] if exif == "stored" else [48, 64]
+    assert [line["width"], line["height"]] == size
+    assert max(found["box"][2:] for found in line["objects"]) == size

@@ -36,6 +36,7 @@ def test_a_detector_comes_back_whole(build, tmp_path):
     assert json.loads(metadata["categories"]) == list(NAMES)
     assert json.loads(metadata["config"])["input_size"] == 64
     assert json.loads(metadata["preprocessing"])["resize"] == [64, 64]
+    assert json.loads(metadata["preprocessing"])["exif"] == loaded.exif == "stored"
 
 
 def test_files_that_are_no_whole_detector_are_refused(build, tmp_path):

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import base64
+import io
 import json
 import shutil
 import struct
@@ -16,6 +17,7 @@ import pytest
 import refinedet.model
 import torch
 from mlflow.exceptions import MlflowException
+from PIL import Image
 from refinedet.model import RefineDet, RefineDetConfig
 from refinedet.model.ops import library
 from refinedet.pipeline.config.spec import Tracking
@@ -263,3 +265,22 @@ def test_a_packaged_model_beside_the_installed_detector_says_that_it_runs_the_re
     )
     assert "belong to another copy of this package" in printed
     assert "boxes " in printed
+
+
+def test_a_turned_photo_is_seen_as_the_detector_was_trained(tmp_path, image):
+    import mlflow.pyfunc
+
+    detector = RefineDet(CONFIG, exif="displayed").eval()
+    weights = detector.save_pretrained(tmp_path / "detector")
+    _package(tmp_path / "packaged_model", weights)
+    exif, content = Image.Exif(), io.BytesIO()
+    exif[0x0112] = 8
+    Image.fromarray(image).save(content, "JPEG", exif=exif)
+    upright = cv2.imdecode(np.frombuffer(content.getvalue(), np.uint8), cv2.IMREAD_COLOR_RGB)  # turns it
+    assert upright.shape[:2] == image.shape[1::-1]
+    loaded = mlflow.pyfunc.load_model(str(tmp_path / "packaged_model"))
+    rows = [
+        loaded.predict([{"image": form}], params={"score_threshold": 0.0})[0] for form in (content.getvalue(), upright)
+    ]
+    assert rows[0] == rows[1]
+    assert Predictor.load(str(tmp_path / "detector")).exif == "displayed"

@@ -44,7 +44,8 @@ def run(tmp_path: Path) -> Run:
     spec = {
         "name": "job",
         "runs": str(tmp_path),
-        "data": {"format": "shapes", "image_size": 96, "train": [{"count": 8}], "loader_workers": 0},
+        "data": {"format": "shapes", "image_size": 96, "train": [{"count": 8}], "loader_workers": 0,
+                 "exif": "displayed"},
         "model": {
             "num_classes": 10, "input_size": 64, "backbone": "test_resnet", "tcb_channels": 16,
             "prediction_block": False, "norm": "frozen", "tcb_norm": False,
@@ -66,7 +67,7 @@ def test_a_job_runs_to_its_end_and_tells_of_it(world: World, run: Run) -> None:
     again = ListLink()
     result = train_job(run, world, again, attempt=Attempt(1), validate=lambda detector, epochs: {"AP": 0.5})
     assert (result.status, result.step, result.metrics) == ("finished", 4, {"AP": 0.5})
-    assert storage.exists(run.weights)
+    assert RefineDet.from_pretrained(run.weights).exif == "displayed"  # as the data's
     assert [record.step for record in link.steps + again.steps] == [1, 2, 3, 4]
     for record in link.steps + again.steps:
         assert set(record.shares) == {*(f"survivors_{level}" for level in range(1, 5)), "rows"}
