@@ -16,6 +16,7 @@ import cv2
 import numpy as np
 import pytest
 import ray
+from refinedet.pipeline.cluster import preparation_stage
 from refinedet.pipeline.cluster.mailbox import Mailbox
 from refinedet.pipeline.cluster.preparation_stage import run_preparation
 from refinedet.pipeline.cluster.shard_tasks import write_in_tasks
@@ -144,6 +145,16 @@ def test_a_task_that_dies_is_run_again_and_one_that_dies_again_and_again_is_an_e
     assert files_of(tmp_path / "shards") == files_of(tmp_path / "alone")
     with pytest.raises(JobError, match=r"shard \d could not be written.*died again and again"):
         list(write_in_tasks(make_works(run, tmp_path / "other", 3, die), max_failures=1))
+
+
+def test_the_task_of_a_part_that_dies_is_one_sentence() -> None:
+    @ray.remote(max_retries=0)
+    def die() -> None:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    said = r"the shards of train could not be written.*died again and again \(WorkerCrashed"
+    with pytest.raises(JobError, match=said):
+        preparation_stage._result(die.remote(), "train")
 
 
 def test_faults_of_images_come_from_the_tasks(run: Run, tmp_path: Path) -> None:
