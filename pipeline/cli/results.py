@@ -67,7 +67,6 @@ def predict(
     line_width: Annotated[
         int | None, typer.Option(min=1, metavar="PIXELS", help="of drawn boxes; default: by the picture's size")
     ] = None,
-    show: Annotated[bool, typer.Option("--show", help="open the output directory in the desktop's viewer")] = False,
 ) -> None:
     """Detect objects in images and videos.
 
@@ -101,8 +100,6 @@ def predict(
     ).selecting(nms_iou=nms_iou, max_detections=max_detections, class_agnostic=class_agnostic)
     drawing = BoxStyle(labels=not no_labels, scores=not no_scores, line_width=line_width)
     _predict(predictor, found, Choice(output, formats, threshold, category or (), drawing))
-    if show and typer.launch(str(output)):
-        raise JobError(f"No viewer could be opened; the files are in {output}.")
 
 
 def _check_prediction(formats: Sequence[str], precision: str, device: str | None, output: Path) -> None:

@@ -3,8 +3,7 @@
 An epoch is one sequence of all samples. Shards are shuffled, laid end to end and cut into equal streams, as many as
 `data.canonical_streams`. In each stream samples are shuffled within blocks. The sequence takes one sample of each
 stream in turn: a row. `window` samples of the sequence, window / streams of each stream, are therefore shuffled among
-one another. A window that covers the
-data set shuffles it whole.
+one another. A window that covers the data set shuffles it whole.
 
 An epoch is cut into ceil(samples / size) global batches, which differ by at most one sample: every sample of every
 epoch is trained on once, every epoch has the same number of steps, and no batch is a small rest. What a batch lacks to

@@ -118,7 +118,8 @@ def _with_missed(found: Boxes | None, missed: Sequence[Mapping[str, Any]], class
     assert found.matched is not None
     count = len(missed)
     xywh = np.array([one["bbox"] for one in missed], np.float64).reshape(-1, 4)
-    labels = np.array([class_names.index(one["label"]) + 1 for one in missed], np.int64)
+    numbers = {name: label for label, name in enumerate(class_names, start=1)}
+    labels = np.array([numbers.get(one["label"], 0) for one in missed], np.int64)  # gives the colour
     return Boxes(
         np.concatenate([found.boxes, xywh + np.pad(xywh[:, :2], ((0, 0), (2, 0)))]),
         np.concatenate([found.labels, labels]),
