@@ -1,4 +1,4 @@
-"""What holds for every entry of TRANSFORMS, those that are off by default too."""
+"""Laws of every entry of TRANSFORMS, of those that are off by default too."""
 
 from __future__ import annotations
 
