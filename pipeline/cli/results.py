@@ -44,7 +44,7 @@ def predict(
     ],
     output: Annotated[Path, typer.Option(help="directory for the files")] = Path("predictions"),
     format: Annotated[
-        list[str] | None, typer.Option(help="pictures, frames, jsonl, coco, yolo, crops; may be repeated")
+        list[str] | None, typer.Option(help="pictures, frames, jsonl, coco, yolo, crops, window; may be repeated")
     ] = None,
     threshold: Annotated[
         float, typer.Option(min=0, max=1, help="lowest score in pictures, crops and yolo; the JSON files hold all")
@@ -115,6 +115,10 @@ def _check_prediction(formats: Sequence[str], precision: str, device: str | None
     check_device_name(device)
     if output.exists() and not output.is_dir():
         raise UserError(f"--output must be a directory, received the file {output}.")
+    if "window" in formats:
+        from refinedet.pipeline.inference.window import PictureWindow
+
+        PictureWindow().close()
     above = next(one for one in (output.absolute(), *output.absolute().parents) if one.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
         raise UserError(f"--output {output} cannot be written, since {above} is no directory that takes files.")
@@ -139,7 +143,9 @@ def _predict(predictor: Predictor, sources: Sequence[Source], choice: Choice) ->
             on_progress=on_progress,
             on_fault=lambda name, fault: display.warn(f"{name}: {fault}; passed over"),
         )
-        display.done(f"objects: {tally.objects}, images: {tally.images}, in {choice.output}")
+        place = f", in {choice.output}" if set(choice.formats) != {"window"} else ""
+        end = "; the window was closed" if tally.ended else ""
+        display.done(f"objects: {tally.objects}, images: {tally.images}{place}{end}")
     if tally.unreadable:
         raise JobError(f"{tally.unreadable} of {tally.unreadable + tally.images} images could not be read.")
 

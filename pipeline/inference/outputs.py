@@ -1,6 +1,6 @@
-"""Files of detections: pictures, frames, JSON lines, a COCO dataset, YOLO's text, crops. One class and one entry each.
+"""Forms of detections: pictures, frames, JSON lines, a COCO dataset, YOLO's text, crops, a window.
 
-Every class writes as detections come, and holds nothing that grows with boxes.
+One class and one entry each. Every class writes as detections come, and holds nothing that grows with boxes.
 """
 
 from __future__ import annotations
@@ -18,9 +18,11 @@ from PIL import Image
 from refinedet.pipeline.inference.choice import Choice
 from refinedet.pipeline.inference.pictures import Boxes, draw_detections
 from refinedet.pipeline.inference.sources import Frame
+from refinedet.pipeline.inference.window import PictureWindow
 from refinedet.pipeline.runs.errors import JobError
 
 _QUALITY = 90  # of pictures and crops
+_PHOTO_SECONDS = 0.5  # that the window shows a photo at least; a frame of a video has its own time
 
 
 @dataclass(frozen=True)
@@ -52,6 +54,14 @@ class Output:
 
     def close(self) -> None:
         """Finish the files."""
+
+    def wait(self) -> None:
+        """Leave a person the time to look, after the last frame."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether nobody wants more of it."""
+        return False
 
     def _shown(self, found: Objects) -> Objects:
         return found.select(found.scores >= self.choice.threshold)
@@ -146,6 +156,30 @@ class Frames(Drawn):
         return picture
 
 
+class Window(Drawn):
+    """A window with each picture as it is drawn; the last stays until it is closed. It writes no file."""
+
+    def __init__(self, choice: Choice, names: tuple[str, ...]) -> None:
+        super().__init__(choice, names)
+        self._window = PictureWindow()
+
+    @property
+    def ended(self) -> bool:
+        return self._window.closed
+
+    def wait(self) -> None:
+        while self._waiting:
+            self._finish_first()
+        self._window.wait()
+
+    def close(self) -> None:
+        self._window.close()
+        super().close()
+
+    def _finish(self, frame: Frame, picture: Image.Image) -> None:
+        self._window.show(picture, frame.name, 1 / frame.rate if frame.rate else _PHOTO_SECONDS)
+
+
 class JsonLines(Output):
     """`detections.jsonl`: one line per image, with all its objects."""
 
@@ -229,7 +263,7 @@ def _rows(found: Objects):
 
 
 class Outputs:
-    """The files of several formats."""
+    """The outputs of several formats."""
 
     FORMATS: ClassVar[dict[str, type[Output]]] = {
         "pictures": Pictures,
@@ -238,10 +272,10 @@ class Outputs:
         "coco": CocoDataset,
         "yolo": YoloText,
         "crops": Crops,
+        "window": Window,
     }
 
     def __init__(self, choice: Choice, names: tuple[str, ...]) -> None:
-        choice.output.mkdir(parents=True, exist_ok=True)
         self._outputs = [self.FORMATS[name](choice, names) for name in dict.fromkeys(choice.formats)]
 
     def __enter__(self) -> Outputs:
@@ -250,6 +284,15 @@ class Outputs:
     def __exit__(self, *_: object) -> None:
         for output in self._outputs:
             output.close()
+
+    @property
+    def ended(self) -> bool:
+        """Whether a person closed the window, and so wants no more."""
+        return any(output.ended for output in self._outputs)
+
+    def wait(self) -> None:
+        for output in self._outputs:
+            output.wait()
 
     def write(self, frame: Frame, found: Objects) -> None:
         for output in self._outputs:

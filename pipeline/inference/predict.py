@@ -18,11 +18,16 @@ from refinedet.pipeline.runs.errors import UserError
 
 @dataclass
 class Tally:
-    """Counts of a prediction; `objects` are those that reach the threshold."""
+    """Counts of a prediction.
+
+    objects  those that reach the threshold
+    ended    a person closed the window, which ended the prediction
+    """
 
     images: int = 0
     objects: int = 0
     unreadable: int = 0
+    ended: bool = False
 
 
 def predict_sources(
@@ -44,7 +49,7 @@ def predict_sources(
     tally = Tally()
     frames = read_frames(sources, ahead=2 * predictor.batch_size, exif=predictor.exif)
     with Outputs(choice, predictor.names) as outputs:
-        while batch := list(islice(frames, predictor.batch_size)):
+        while not outputs.ended and (batch := list(islice(frames, predictor.batch_size))):
             readable = [frame for frame in batch if frame.image is not None]
             for frame in batch:
                 if frame.image is None:
@@ -57,6 +62,8 @@ def predict_sources(
                 tally.images += 1
                 tally.objects += int((objects.scores >= choice.threshold).sum())
             on_progress(tally)
+        tally.ended = outputs.ended
+        outputs.wait()
     return tally
 
 

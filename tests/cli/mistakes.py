@@ -96,6 +96,7 @@ MISTAKES: list[tuple[list[str], str]] = [
     (["predict", "whole", "photo.png", "--output", "photo.png"], "photo.png"),
     (["predict", "whole", "photo.png", "--format", "xml"], "xml"),
     (["predict", "whole", "photo.png", "--format", "frames"], "no source is one"),
+    (["predict", "whole", "photo.png", "--format", "window"], "display"),
     (["predict", "whole", "photo.png", "--precision", "int8"], "int8"),
     (["predict", "whole", "photo.png", "--device", "gpu"], "gpu"),
     (["predict", "whole", "photo.png", "--output", "photo.png/out"], "photo.png"),

@@ -39,7 +39,7 @@ def here(detector: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     write_files(tmp_path)
     (tmp_path / "whole").symlink_to(detector)
     monkeypatch.chdir(tmp_path)
-    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS"):
+    for name in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS", "DISPLAY"):
         monkeypatch.delenv(name, raising=False)
     return tmp_path
 
