@@ -7,6 +7,7 @@ lost, steps are not.
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from typing import Any
 
@@ -66,31 +67,36 @@ class Mailbox:
 
 
 class MailboxLink:
-    """Worker's side. A mailbox that cannot be reached costs messages, never a step.
+    """Worker's side, for every thread. A mailbox that cannot be reached costs messages, never a step.
 
     Answers are read every `_ANSWERS_S`, since reading them takes as long as sending.
     """
 
     def __init__(self, actor: Any, rank: int) -> None:
         self._actor, self._rank = actor, rank
-        self._answers: list[ray.ObjectRef] = []
+        self._lock = threading.Lock()
+        self._unread: list[ray.ObjectRef] = []
         self._read_at = 0.0
         self._failing = False
         self.stop_requested = False
 
     def push(self, message: Any, *, wait: bool = False) -> None:
         """Send a message. `wait`: return once it has arrived, or after some seconds."""
-        self._answers.append(self._actor.push.remote(self._rank, message))
+        answer = self._actor.push.remote(self._rank, message)
         now = time.monotonic()
-        if not wait and now < self._read_at:
-            return
-        self._read_at = now + _ANSWERS_S
-        timeout_s = _PUSH_TIMEOUT_S if wait else 0.0
-        ready, waiting = ray.wait(self._answers, num_returns=len(self._answers), timeout=timeout_s)
-        self._answers = waiting[-_MOST_UNANSWERED:]
+        with self._lock:
+            self._unread.append(answer)
+            if not wait and now < self._read_at:
+                return
+            self._read_at = now + _ANSWERS_S
+            answers, self._unread = self._unread, []  # Ray's wait fails where another thread changes its list
+        ready, waiting = ray.wait(answers, num_returns=len(answers), timeout=_PUSH_TIMEOUT_S if wait else 0.0)
+        with self._lock:
+            self._unread = [*waiting, *self._unread][-_MOST_UNANSWERED:]
         for answer in ready:
             try:
-                self.stop_requested |= ray.get(answer)
+                if ray.get(answer):
+                    self.stop_requested = True
                 self._failing = False
             except RayError as error:
                 if not self._failing:

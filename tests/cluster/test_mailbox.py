@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import ray
@@ -25,6 +26,24 @@ def test_messages_arrive_in_order_and_the_request_to_stop_comes_back() -> None:
         link.push(20, wait=True)
         assert link.stop_requested
     link.push(21, wait=True)  # the actor is gone: no step is lost for that
+
+
+def test_threads_share_a_link() -> None:
+    """A worker's steps, its node's load and a notice of preemption come from different threads."""
+    with Mailbox() as mailbox:
+        link = MailboxLink(mailbox.actor, rank=0)
+
+        def push(thread: int) -> None:
+            for number in range(300):
+                link.push((thread, number), wait=number % 10 == thread)
+
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(push, range(4)))
+        link.push("last", wait=True)
+        received = [message for _, message in mailbox.take()]
+    assert received.pop() == "last"
+    for thread in range(4):
+        assert [number for sender, number in received if sender == thread] == list(range(300))
 
 
 def test_a_killed_actor_costs_messages_and_nothing_else() -> None:
