@@ -60,7 +60,7 @@ class Output:
 
     @property
     def ended(self) -> bool:
-        """Whether nobody wants more of it."""
+        """True once a person wants no more of it."""
         return False
 
     def _shown(self, found: Objects) -> Objects:
@@ -156,7 +156,7 @@ class Frames(Drawn):
         return picture
 
 
-class Window(Drawn):
+class Shown(Drawn):
     """A window with each picture as it is drawn; the last stays until it is closed. It writes no file."""
 
     def __init__(self, choice: Choice, names: tuple[str, ...]) -> None:
@@ -272,7 +272,7 @@ class Outputs:
         "coco": CocoDataset,
         "yolo": YoloText,
         "crops": Crops,
-        "window": Window,
+        "window": Shown,
     }
 
     def __init__(self, choice: Choice, names: tuple[str, ...]) -> None:
@@ -287,7 +287,7 @@ class Outputs:
 
     @property
     def ended(self) -> bool:
-        """Whether a person closed the window, and so wants no more."""
+        """True once a person has closed the window, and so wants no more."""
         return any(output.ended for output in self._outputs)
 
     def wait(self) -> None:

@@ -11,7 +11,7 @@ from refinedet.pipeline.runs.errors import UserError
 if TYPE_CHECKING:
     from PIL import ImageTk
 
-# tkinter, which some systems leave out, is loaded with the first window.
+# tkinter, which some systems lack, is loaded with the first window.
 
 _SHARE_OF_SCREEN = 0.9
 _POLL_SECONDS = 0.02

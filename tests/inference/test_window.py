@@ -26,9 +26,9 @@ COLOURS = [(200, 0, 0), (0, 200, 0), (0, 0, 200)]
 
 
 class Person(threading.Thread):
-    """Looks at the display until `leave` says so of the colours seen in its middle, then presses q.
+    """Somebody at the display, who presses q once `leave` is true of the colours seen in its middle.
 
-    seen  the colours in the order they came; black, the empty desktop, left out
+    seen  the colours in the order they came, without black, the empty desktop
     """
 
     def __init__(self, display: str, leave: Callable[[list[tuple[int, ...]]], bool]) -> None:
