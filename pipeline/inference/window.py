@@ -64,8 +64,8 @@ class PictureWindow:
         self._answer()
 
     def wait(self) -> None:
-        """Wait until the window is closed."""
-        while not self.closed:
+        """Wait until the window is closed; not where it has shown nothing, since nobody could close it."""
+        while self._photo is not None and not self.closed:
             self._answer()
 
     def close(self) -> None:

@@ -90,6 +90,14 @@ def test_closing_it_ends_a_prediction_whose_files_are_whole(tmp_path: Path, disp
     assert [json.loads(line)["image"][-7:-4] for line in lines] == [f"{number:03}" for number in range(tally.images)]
 
 
+@pytest.mark.usefixtures("display")
+def test_it_is_not_waited_for_where_no_image_could_be_read(tmp_path: Path) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "broken.png").write_bytes(b"no image")
+    tally = predict(tmp_path / "photos", tmp_path / "out", "window")
+    assert (tally.images, tally.unreadable, tally.ended) == (0, 1, False)
+
+
 def test_without_a_display_there_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISPLAY", raising=False)
     with pytest.raises(UserError, match="display"):
