@@ -64,7 +64,7 @@ class PictureWindow:
         self._answer()
 
     def wait(self) -> None:
-        """Wait until the window is closed; not where it has shown nothing, since nobody could close it."""
+        """Wait until the window is closed; at once where it has shown nothing, since it is unseen then."""
         while self._photo is not None and not self.closed:
             self._answer()
 
