@@ -208,10 +208,11 @@ def is_running(pid: int) -> bool:
 def test_a_worker_that_is_killed_is_an_error_not_a_hang(
     shapes_shards: ShardSet, start_training: Callable[..., subprocess.Popen[str]], tmp_path: Path
 ) -> None:
-    process = start_training(shapes_shards.url, loader_workers=2, pause=0.1, epochs=None)
+    process = start_training(shapes_shards.url, loader_workers=2, pause=1.0, epochs=None)
     output = lines(process)
     workers = next(output)
     next(output)
+    time.sleep(0.5)  # they wait now; one that dies while it holds torch's lock is the watchdog's (docs/limits.md)
     os.kill(workers[0], signal.SIGKILL)
     list(output)
     assert process.wait(timeout=60) != 0
